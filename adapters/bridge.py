@@ -1,0 +1,105 @@
+"""TransformerLens models: TransformerBridge (3.x and 4.x)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from hookbook.adapter import Adapter, ModelCard, check_eval, versions
+from hookbook.adapters import hf
+from hookbook.climb import Climb
+from hookbook.errors import ModelError, Refused
+from hookbook.route import Stop, routed
+from hookbook.sites import Site
+from hookbook.tokens import fingerprint
+
+
+def accepts(model: Any) -> bool:
+    """Whether this adapter is for `model`."""
+    return isinstance(model, TransformerBridge)
+
+
+class BridgeAdapter(Adapter):
+    """TransformerBridge through its own hook points.
+
+    Boundaries are the inputs of `bridge.blocks`, taken with their keyword arguments, so that masks and rotations can
+    follow a growing batch; `attn_out` and `mlp_out` are the bridge's hook points of these names.
+    """
+
+    def __init__(self, model: TransformerBridge, tokenizer: Any = None) -> None:
+        check_eval(model, "the bridge")
+        if not hasattr(model, "blocks"):
+            raise ModelError(f"{type(model.original_model).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model")
+        self.model = model
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        self.blocks = list(model.blocks)
+        hf.check_attention(model.original_model.config)
+        cfg = model.cfg
+        self.card = ModelCard(
+            backend="transformer_lens.TransformerBridge", model_id=hf.model_id(model.original_model), architecture=type(model.original_model).__name__,
+            n_layers=len(self.blocks), d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head,
+            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads, d_mlp=cfg.d_mlp or 4 * cfg.d_model,
+            d_vocab=cfg.d_vocab_out, n_ctx=cfg.n_ctx, dtype=hf.dtype_name(model.original_model), device=str(hf.device(model.original_model)),
+            tokenizer=fingerprint(self.tokenizer), versions=versions("transformer-lens"),
+        )
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return hf.eos_ids(self.model.original_model, self.tokenizer)
+
+    def refuses(self, site: Site) -> Refused | None:
+        if site.name in ("attn_out", "mlp_out") and self._hook_point(site.name, site.layer) is None:
+            return Refused(f"{site} of {self.card.architecture}", "the bridge has no hook point there", "use resid_pre or resid_post")
+        return None
+
+    def _hook_point(self, name: str, layer: int) -> HookPoint | None:
+        # an attribute of the block, or an alias that says where it is; `bridge.hooks` skips names it does not know
+        block = self.blocks[layer]
+        path = (block.hook_aliases or {}).get(f"hook_{name}", f"hook_{name}")
+        for candidate in path if isinstance(path, list) else [path]:
+            found: Any = block
+            for part in candidate.split("."):
+                found = getattr(found, part, None)
+            if isinstance(found, HookPoint):
+                return found
+        return None
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+        cache = hf.cache_from(kept) if kept is not None or keep else None
+        inputs = hf.inputs(self.model.original_model, tokens, mask, cache)
+        with routed(self.blocks, climb, hf.widener(cache, climb, keep)) as handles:
+            for layer in range(climb.last):
+                for name in ("attn_out", "mlp_out"):
+                    if climb.wants(name, layer):
+                        handles.append(Hooked(self._hook_point(name, layer), name, layer, climb))
+            try:
+                self.model(inputs.pop("input_ids"), return_type=None, **inputs)
+            except Stop:
+                pass
+        return hf.kept(cache, climb.last) if keep else None
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        logits = self.model.unembed(self.model.ln_final(resid[:, None]))
+        return self.model.adapter.apply_output_logits_transform(logits)[:, 0]
+
+    @torch.no_grad()
+    def plain_logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens.to(hf.device(self.model.original_model)))
+
+
+class Hooked:
+    """A hook on a TransformerLens hook point, removable like torch's; hooks of the user's stay."""
+
+    LEVEL = 1 << 20  # TransformerLens removes hooks by context level; this one is nobody else's
+
+    def __init__(self, point: Any, name: str, layer: int, climb: Climb) -> None:
+        self.point = point
+        point.add_hook(lambda x, hook: climb.visit(name, layer, x), level=self.LEVEL)
+
+    def remove(self) -> None:
+        """Take the hook off again."""
+        self.point.remove_hooks("fwd", level=self.LEVEL)

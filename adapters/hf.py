@@ -1,0 +1,112 @@
+"""What adapters over Hugging Face modules share: facts about the model, inputs, and the cache of keys and values."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hookbook.climb import Climb
+from hookbook.errors import ModelError
+
+_own_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def device(model: Any) -> torch.device:
+    """Where the embedding is, so where tokens go."""
+    return model.get_input_embeddings().weight.device
+
+
+def dtype_name(model: Any) -> str:
+    """The dtype of the stream, such as `float32`."""
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def model_id(model: Any) -> str:
+    """The name a model was loaded by, without the folders of a local path."""
+    name = getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "") or type(model).__name__
+    return name.rstrip("/").split("/")[-1] if name.startswith(("/", ".")) else name
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The end tokens of the checkpoint and of the tokenizer; nothing else of the generation config is used."""
+    found: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def own_tokenizer(tokenizer: Any) -> Any:
+    """The checkpoint's tokenizer as it was before TransformerLens made it add a beginning-of-sequence token.
+
+    Every backend must cut a prompt alike. A tokenizer that cannot be loaded again (it was made in memory) stays.
+    """
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer", "prompts cannot be read", "pass one: hb.wrap(model, tokenizer=...)")
+    if tokenizer not in _own_tokenizers:
+        try:
+            _own_tokenizers[tokenizer] = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        except (OSError, ValueError, TypeError):
+            return tokenizer
+    return _own_tokenizers[tokenizer]
+
+
+def check_attention(config: Any) -> None:
+    """Raise for blocks that keep something else than keys and values: their state cannot be forked yet."""
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    if other or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"a model with {', '.join(sorted(other)) or 'an encoder'} cannot be wrapped", "its blocks keep more than keys and values",
+            "use a causal language model with attention in every block",
+        )
+
+
+def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> dict[str, Any]:
+    """Arguments of a forward pass. Positions count a row's own tokens; without padding the model counts by itself."""
+    where = device(model)
+    found: dict[str, Any] = {"input_ids": tokens.to(where), "use_cache": cache is not None}
+    if cache is not None:
+        found["past_key_values"] = cache
+    if mask is not None:
+        found["attention_mask"] = mask.to(where)
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :].to(where)
+    return found
+
+
+def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> DynamicCache:
+    """A cache that holds `kept`. Without a config every layer keeps all tokens; sliding windows are in the masks."""
+    cache = DynamicCache()
+    for keys, values in kept or ():
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def kept(cache: DynamicCache, n_layers: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the first layers, as `cache_from` takes them."""
+    return [(layer.keys, layer.values) for layer in cache.layers[:n_layers]]
+
+
+def widener(cache: DynamicCache | None, climb: Climb, keep: bool) -> Callable[[int], None]:
+    """Called before each block: gives its kept keys and values the rows of the batch, and frees those below."""
+
+    def widen(layer: int) -> None:
+        if cache is None:
+            return
+        if layer < len(cache.layers):
+            entry = cache.layers[layer]
+            entry.keys, entry.values = climb.widen_kept(entry.keys), climb.widen_kept(entry.values)
+        if layer and not keep:
+            below = cache.layers[layer - 1]
+            below.keys, below.values = below.keys[:0], below.values[:0]
+
+    return widen

@@ -1,0 +1,95 @@
+"""TransformerLens models: HookedTransformer (3.x), as people still use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.utilities import apply_softcap
+
+from hookbook.adapter import Adapter, ModelCard, check_eval, versions
+from hookbook.adapters import hf
+from hookbook.adapters.bridge import Hooked
+from hookbook.climb import Climb
+from hookbook.errors import ModelError
+from hookbook.route import Stop, routed
+from hookbook.tokens import fingerprint
+
+
+def accepts(model: Any) -> bool:
+    """Whether this adapter is for `model`."""
+    return isinstance(model, HookedTransformer)
+
+
+class HookedAdapter(Adapter):
+    """HookedTransformer through its own hook points.
+
+    Weights are used as they are. A model loaded with weight processing has another residual stream than the checkpoint
+    (centred, with norms folded in): load with `HookedTransformer.from_pretrained_no_processing` to share vectors with
+    other backends.
+    """
+
+    def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
+        check_eval(model, "the HookedTransformer")
+        self.model = model
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        cfg = model.cfg
+        if cfg.positional_embedding_type == "shortformer":
+            raise ModelError("a model with shortformer positions cannot be wrapped", "its keys see positions that its stream does not", "use another model")
+        self.card = ModelCard(
+            backend="transformer_lens.HookedTransformer", model_id=cfg.model_name, architecture=str(cfg.original_architecture),
+            n_layers=cfg.n_layers, d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads, d_mlp=cfg.d_mlp or 4 * cfg.d_model, d_vocab=cfg.d_vocab_out, n_ctx=cfg.n_ctx,
+            dtype=str(cfg.dtype).removeprefix("torch."), device=str(cfg.device), tokenizer=fingerprint(self.tokenizer), versions=versions("transformer-lens"),
+        )
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        eos = self.tokenizer.eos_token_id
+        return frozenset() if eos is None else frozenset({eos})
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+        cache = self._cache(tokens, mask, kept) if kept is not None or keep else None
+        # always a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
+        new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+
+        def widen(layer: int) -> None:
+            if cache is None:
+                return
+            entry = cache.entries[layer]
+            entry.past_keys, entry.past_values = climb.widen_kept(entry.past_keys), climb.widen_kept(entry.past_values)
+            if layer and not keep:
+                below = cache.entries[layer - 1]
+                below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
+
+        with routed(self.model.blocks, climb, widen) as handles:
+            for layer in range(climb.last):
+                for name in ("attn_out", "mlp_out"):
+                    if climb.wants(name, layer):
+                        handles.append(Hooked(self.model.hook_dict[f"blocks.{layer}.hook_{name}"], name, layer, climb))
+            try:
+                self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
+            except Stop:
+                pass
+        return [(entry.past_keys, entry.past_values) for entry in cache.entries[: climb.last]] if keep and cache is not None else None
+
+    def _cache(self, tokens: Tensor, mask: Tensor | None, kept: Any) -> TransformerLensKeyValueCache:
+        cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))
+        for layer, (keys, values) in enumerate(kept or ()):
+            cache.entries[layer] = TransformerLensKeyValueCacheEntry(keys, values)
+        n_kept = kept[0][0].shape[1] if kept else 0
+        before = torch.ones(len(tokens), n_kept, dtype=torch.long) if mask is None else mask[:, :n_kept]
+        cache.previous_attention_mask = before.to(self.card.device)
+        return cache
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        logits = self.model.unembed(self.model.ln_final(resid[:, None]))[:, 0]
+        return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
+
+    @torch.no_grad()
+    def plain_logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens.to(self.card.device), prepend_bos=False)

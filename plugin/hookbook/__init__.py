@@ -1,0 +1,65 @@
+"""A recipe book for hooks: published interpretability methods as one call each, on TransformerLens and nnsight models.
+
+    import hookbook as hb
+
+    model = hb.load("gemma-3-270m")          # or wrap a bridge, a HookedTransformer or an nnsight model: hb.wrap(model)
+    grid = hb.patchscope(model, "Diana, Princess of Wales", target=hb.prompts.ENTITY_DESCRIPTION, generate=20)
+    grid.to_frame(), grid.plot(), grid.view()
+
+Names are loaded when they are first used, so that importing hookbook imports no model library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "Affine": "recipes.patchscopes",
+    "At": "tokens",
+    "Edit": "request",
+    "HookbookError": "errors",
+    "ModelCard": "adapter",
+    "Patchscope": "recipes.patchscopes",
+    "Site": "sites",
+    "load": "load",
+    "logit_lens": "recipes.logit_lens",
+    "patchscope": "recipes.patchscopes",
+    "wrap": "load",
+}
+_MODULES = ("adapters", "errors", "prompts", "recipes", "request", "sites", "testing", "tokens")
+
+__all__ = sorted([*_HOME, "errors", "prompts", "testing"])  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from hookbook import errors as errors
+    from hookbook import prompts as prompts
+    from hookbook import testing as testing
+    from hookbook.adapter import Adapter as Adapter
+    from hookbook.adapter import ModelCard as ModelCard
+    from hookbook.errors import HookbookError as HookbookError
+    from hookbook.load import load as load
+    from hookbook.load import wrap as wrap
+    from hookbook.recipes.logit_lens import logit_lens as logit_lens
+    from hookbook.recipes.patchscopes import Affine as Affine
+    from hookbook.recipes.patchscopes import Patchscope as Patchscope
+    from hookbook.recipes.patchscopes import patchscope as patchscope
+    from hookbook.request import Edit as Edit
+    from hookbook.sites import Site as Site
+    from hookbook.tokens import At as At
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"hookbook.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"hookbook.{name}")
+    else:
+        raise AttributeError(f"module 'hookbook' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,185 @@
+"""The seam between recipes and backends.
+
+A backend says what its model is, takes a `Climb` through one forward pass, and maps the stream to logits. Everything
+else (requests, forks, readouts, decoding) is written once, here and in `hookbook.engine`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookbook import engine
+from hookbook.climb import Climb
+from hookbook.errors import ModelError, Refused
+from hookbook.request import Reply, Request, TokenReadout
+from hookbook.sites import SITES, Site
+from hookbook.tokens import Tokens, encode
+
+LOGITS_BYTES = 256 << 20
+"""How many bytes of logits are held at once when rows are reduced to their likeliest tokens."""
+
+_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose unembedding was compared with their own logits."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is; every result carries one."""
+
+    backend: str
+    model_id: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    n_kv_heads: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    dtype: str
+    device: str
+    tokenizer: str
+    """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
+    remote: bool = False
+    versions: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return getattr(torch, self.dtype).itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of `packages` and of what every backend uses."""
+    found = {}
+    for package in ("hookbook", "torch", "transformers", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Adapter(ABC):
+    """A model under hookbook's interface. It holds the model and changes nothing in it."""
+
+    card: ModelCard
+    tokenizer: Any
+    model: Any
+    """The model that was wrapped."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+        """One forward pass that shows `climb` the stream and the sites it wants, and ends at `climb.last`.
+
+        Args:
+            tokens: `[prompt, pos]` the new tokens.
+            mask: `[prompt, kept + pos]`, 0 where a token is left padding; None if nothing is padded.
+            climb: What to do on the way.
+            kept: Keys and values of the tokens before, as `keep` returned them: for each layer a pair of tensors whose
+                first dimension is the batch.
+            keep: Return keys and values of all tokens, for each layer below `climb.last`.
+        """
+
+    @abstractmethod
+    def unembed(self, resid: Tensor) -> Tensor:
+        """Final norm, unembedding and whatever the model does to logits: `[n, d_model]` to `[n, d_vocab]`."""
+
+    @abstractmethod
+    def plain_logits(self, tokens: Tensor) -> Tensor:
+        """The model's own logits `[1, pos, d_vocab]` of `tokens` `[1, pos]`, without hookbook."""
+
+    @property
+    @abstractmethod
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a generation."""
+
+    def refuses(self, site: Site) -> Refused | None:
+        """Why this adapter cannot read and edit a site, or None if it can. Runs nothing."""
+        return None
+
+    def require(self, site: Site) -> None:
+        """Raise `SiteError` or `Refused` unless a site can be read and edited."""
+        refusal = self.refuses(site.check(self.card.n_layers))
+        if refusal is not None:
+            raise refusal
+
+    @property
+    def pad_id(self) -> int:
+        """Any token; padding is masked."""
+        return 0
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that can be read and edited, in the order of the pass."""
+        every = (Site(name, layer) for layer in range(self.card.n_layers) for name in SITES)
+        return tuple(sorted((s for s in every if self.refuses(s) is None), key=lambda s: s.order))
+
+    def encode(self, prompt: Any, *, bos: bool | None = None, chat: bool = False) -> Tokens:
+        """A prompt as this model sees it; see `hookbook.tokens.encode`."""
+        return encode(prompt, self.tokenizer, bos=bos, chat=chat, n_ctx=self.card.n_ctx)
+
+    def run(self, request: Request, *, progress: bool | None = None) -> Reply:
+        """Run a request; see `hookbook.engine`."""
+        return engine.run(self, request, progress=progress)
+
+    @torch.no_grad()
+    def readout(self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False) -> TokenReadout:
+        """What the stream before the final norm says about the next token.
+
+        Args:
+            resid: `[n, d_model]`.
+            k: How many of the likeliest tokens.
+            tokens: Token ids `[n, m]` whose log-probabilities are wanted.
+            logits: Return all logits, too.
+        """
+        self._check_unembedding()
+        rows = max(1, LOGITS_BYTES // (4 * self.card.d_vocab))
+        parts = []
+        for start in range(0, len(resid), rows):
+            values = self.unembed(resid[start : start + rows])
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            total = values.logsumexp(-1, keepdim=True)
+            top = values.topk(min(k, values.shape[-1]), dim=-1)
+            wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
+            parts.append(TokenReadout(
+                top.indices.cpu(), (top.values - total).cpu(), (values.gather(-1, wanted.to(values.device)) - total).cpu(),
+                values.cpu() if logits else None,
+            ))
+        return TokenReadout.cat(parts)
+
+    def _check_unembedding(self) -> None:
+        """Once for each model: final norm and unembedding, taken from its parts, must be what the model itself does."""
+        if self.model in _checked:
+            return
+        tokens = torch.tensor([[self.pad_id + 1, self.pad_id + 2]])
+        layer = self.card.n_layers - 1
+        climb = Climb(1, {}, {}, {("resid_post", layer): [("last", torch.tensor([0]), torch.tensor([1]))]}, layer + 1)
+        self.forward(tokens, None, climb)
+        ours, theirs = self.unembed(climb.found["last"])[0].float(), self.plain_logits(tokens)[0, 1].float().to(climb.found["last"].device)
+        allowed = 1e-3 if self.card.itemsize >= 4 else 5e-2
+        if ours.shape != theirs.shape or not bool((ours - theirs).abs().max() <= allowed * (1 + theirs.abs().max())):
+            raise ModelError(
+                f"the logits of {self.card.model_id} are not its unembedding of its last block's output",
+                f"{self.card.architecture} does something to them that this adapter does not know",
+                "open an issue with the model's name; reading and editing sites below the logits works",
+            )
+        _checked.add(self.model)
+
+
+def check_eval(module: Any, name: str) -> None:
+    """Raise if a model is in training mode and has dropout, which would make every run another."""
+    if module.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules()):
+        raise ModelError(f"{name} is in training mode", "dropout would make every run another", "call model.eval() first")

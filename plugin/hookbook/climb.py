@@ -1,0 +1,118 @@
+"""The forward pass that forks: what happens at each site, whatever the backend.
+
+A `Climb` is plain data. A backend's forward pass shows it the stream at every boundary between blocks and the tensor at
+every site it wants; the climb reads, edits and lets forks join the batch, and hands the tensor back. This file imports
+only torch and defines only plain functions and one plain class, so that it can travel to where the model is.
+
+Boundary `b` is the input of block `b`; boundary `n_layers` is the input of the final norm. Two sites live there: first
+`resid_post[b - 1]`, then `resid_pre[b]`.
+"""
+
+import torch
+
+
+class Climb:
+    """One pass up the stack, with a batch that grows.
+
+    Args:
+        n_trunk: Rows the pass starts with: one for each prompt, never edited.
+        forks: `{boundary: (after, before)}`: the trunk rows of the forks that join there; `after` join before
+            `resid_post` of the block below is edited and read, `before` join before `resid_pre` is.
+        edits: `{(site name, layer): [group]}`; a group is a dict of `rows`, `cols`, `op`, `value` and `to`, where rows
+            and columns index the batch and the tokens of this pass.
+        reads: `{(site name, layer): [(slot, rows, cols)]}`.
+        last: The boundary after which nothing is needed.
+    """
+
+    def __init__(self, n_trunk, forks, edits, reads, last):
+        self.n_trunk = n_trunk
+        self.forks = forks
+        self.edits = edits
+        self.reads = reads
+        self.last = last
+        self.index = torch.arange(n_trunk)
+        self.rows_at = []
+        self.found = {}
+        self.fired = 0
+        self.token_layers = 0
+
+    def wants(self, name, layer):
+        """Whether anything is read or edited at a site inside a block."""
+        return layer < self.last and ((name, layer) in self.edits or (name, layer) in self.reads)
+
+    def boundary(self, b, x):
+        """Called with the stream at each boundary up to `last`, in order."""
+        after, before = self.forks.get(b, (None, None))
+        x = self.join(x, after)
+        if b > 0:
+            x = self.visit("resid_post", b - 1, x)
+        x = self.join(x, before)
+        x = self.visit("resid_pre", b, x)
+        if b < self.last:
+            self.rows_at.append(x.shape[0])
+            self.token_layers += x.shape[0] * x.shape[1]
+        return x
+
+    def visit(self, name, layer, x):
+        """Edit and read the tensor of one site."""
+        groups = self.edits.get((name, layer), ())
+        if groups:
+            x = x.clone()
+        for group in groups:
+            apply_edit(x, group)
+            self.fired += 1
+        for slot, rows, cols in self.reads.get((name, layer), ()):
+            self.found[slot] = x[rows.to(x.device), cols.to(x.device)].clone()
+        return x
+
+    def join(self, x, trunk_rows):
+        """Let forks join: each starts as a copy of its trunk row."""
+        if trunk_rows is None or len(trunk_rows) == 0:
+            return x
+        self.index = torch.cat([self.index, trunk_rows])
+        return torch.cat([x, take(x, trunk_rows)])
+
+    def widen(self, value):
+        """Whatever a block takes beside the stream (masks, rotations, kept keys), for the batch as it is now."""
+        if self.n_trunk == len(self.index):
+            return value
+        if isinstance(value, torch.Tensor):
+            if value.dim() < 2 or value.shape[0] != self.n_trunk or self.n_trunk == 1:
+                return value
+            return take(value, self.index)
+        if isinstance(value, tuple):
+            return tuple(self.widen(item) for item in value)
+        return value  # a list or an object is a cache, which the backend widens itself
+
+    def widen_kept(self, value):
+        """The same for kept keys or values, which do not broadcast."""
+        if self.n_trunk == 1 and value.shape[0] == 1:
+            return value.expand(len(self.index), *value.shape[1:])
+        return self.widen(value)
+
+
+def take(x, rows):
+    """Rows of a batch."""
+    return x.index_select(0, rows.to(x.device))
+
+
+def apply_edit(x, group):
+    """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is."""
+    rows, cols, op = group["rows"].to(x.device), group["cols"].to(x.device), group["op"]
+    value = group["value"].to(x.device)
+    if op == "set":
+        x[rows, cols] = value.to(x.dtype)
+        return
+    # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
+    wide = torch.promote_types(x.dtype, torch.float32)
+    old, value = x[rows, cols].to(wide), value.to(wide)
+    if op == "add":
+        new = old + value
+    elif op == "scale":
+        new = old * value[:, None]
+    else:
+        unit = value / value.norm(dim=-1, keepdim=True)
+        along = (old * unit).sum(-1, keepdim=True)
+        to = group["to"].to(device=x.device, dtype=wide)[:, None] if op == "clamp" else 0.0
+        new = old + (to - along) * unit
+    x[rows, cols] = new.to(x.dtype)

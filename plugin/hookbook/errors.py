@@ -1,0 +1,49 @@
+"""Errors say what happened, why, and what to do instead.
+
+    HookbookError
+    ├── SiteError     not a site, or not in this model
+    ├── TokenError    a prompt, position or token that cannot be used
+    ├── EditError     an edit that cannot be applied, or that never fired
+    ├── ModelError    a model that cannot be found, loaded or wrapped
+    ├── ResultError   a file that is not a saved result, or not this kind of result
+    └── Refused       an adapter cannot do what was asked
+
+Bad input raises before the first forward pass.
+"""
+
+from __future__ import annotations
+
+
+class HookbookError(Exception):
+    """Base of every error hookbook raises on purpose."""
+
+    def __init__(self, what: str, why: str = "", instead: str = "") -> None:
+        message = what + (f": {why}" if why else "") + "."
+        if instead:
+            message += f" Instead: {instead}."
+        super().__init__(message)
+        self.what, self.why, self.instead = what, why, instead
+
+
+class SiteError(HookbookError, ValueError):
+    """Not a site, or not in this model."""
+
+
+class TokenError(HookbookError, ValueError):
+    """A prompt, position or token that cannot be used."""
+
+
+class EditError(HookbookError, ValueError):
+    """An edit that cannot be applied, or that never fired."""
+
+
+class ModelError(HookbookError, ValueError):
+    """A model that cannot be found, loaded or wrapped."""
+
+
+class ResultError(HookbookError, ValueError):
+    """A file that is not a saved result, or not this kind of result."""
+
+
+class Refused(HookbookError, NotImplementedError):
+    """This adapter cannot do what was asked."""

@@ -1,0 +1,112 @@
+"""Finding, loading and wrapping models."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+from hookbook import packages
+from hookbook.adapter import Adapter
+from hookbook.errors import ModelError, Refused
+
+# (adapter module, class, the library an object of its models comes from)
+_BUILT_IN = (
+    ("hookbook.adapters.bridge", "BridgeAdapter", "transformer_lens"),
+    ("hookbook.adapters.hooked", "HookedAdapter", "transformer_lens"),
+    ("hookbook.adapters.tracing", "TracingAdapter", "nnsight"),
+)
+BACKENDS = {"transformer_lens": "tl", "nnsight": "nnsight"}
+"""The backends `load` knows, and the extra that installs each."""
+
+
+def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
+    """A model under hookbook's interface; the model itself is not changed.
+
+    Args:
+        model: A TransformerLens `TransformerBridge` or `HookedTransformer`, an nnsight `TransformersModel` or
+            `LanguageModel`, a model of a third-party adapter (entry point group `hookbook.adapters`), or an adapter,
+            which is returned as it is.
+        tokenizer: Used instead of the model's own.
+        remote: Not available in this version; True raises `Refused`.
+
+    Raises:
+        ModelError: No adapter is for this model, or it cannot be used as it is.
+    """
+    if remote:
+        raise Refused("remote=True", "this version runs models on this machine only", "wrap the model without remote")
+    if isinstance(model, Adapter):
+        return model
+    for accepts, make in _adapters():
+        if accepts(model):
+            return make(model, tokenizer)
+    raise ModelError(
+        f"a {type(model).__module__}.{type(model).__qualname__} is not a model hookbook knows", "no adapter accepts it",
+        "give a TransformerBridge, a HookedTransformer, an nnsight TransformersModel, or a name to hookbook.load",
+    )
+
+
+def _adapters() -> Any:
+    """Pairs of (accepts, make). A backend's adapter is imported only if the backend is: else the model cannot be its."""
+    for module, cls, library in _BUILT_IN:
+        if library in sys.modules:
+            try:
+                found = importlib.import_module(module)
+            except ImportError:
+                continue  # TransformerLens 4 has no HookedTransformer; an nnsight without TransformerLens has no paths
+            yield found.accepts, getattr(found, cls)
+    for point in entry_points(group="hookbook.adapters"):
+        found = point.load()
+        yield found.accepts, found
+
+
+def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32", device: str | None = None) -> Adapter:
+    """Load a model by name and wrap it.
+
+    Args:
+        name: `gemma-3-270m` or `smollm2-135m-instruct`, found in their Python packages if installed; a local folder; or
+            any other name, from the Hugging Face hub.
+        backend: `transformer_lens` or `nnsight`.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`.
+        device: Such as `cpu` or `cuda`; None: a GPU if there is one.
+
+    Raises:
+        ModelError: The name, backend or dtype is unknown, or the model is neither here nor, offline, in the cache.
+    """
+    if backend not in BACKENDS:
+        raise ModelError(f"no backend {backend!r}", "", f"use one of {', '.join(BACKENDS)}")
+    if dtype not in ("float32", "float64", "bfloat16", "float16"):
+        raise ModelError(f"no dtype {dtype!r}", "", "use float32, float64, bfloat16 or float16")
+    try:
+        importlib.import_module(backend)
+    except ImportError as error:
+        raise ModelError(f"backend {backend!r} is not installed", str(error), f'pip install "hookbook[{BACKENDS[backend]}]"') from error
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = packages.find(name)
+    module, tokenizer = _from_pretrained(name, str(source), getattr(torch, dtype), device)
+    if backend == "nnsight":
+        from nnsight import TransformersModel
+
+        return wrap(TransformersModel(module, tokenizer=tokenizer), tokenizer)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(str(source), hf_model=module, tokenizer=tokenizer, dtype=getattr(torch, dtype), device=device)
+    return wrap(bridge, tokenizer)
+
+
+def _from_pretrained(name: str, source: str, dtype: Any, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # eager attention on every backend, as TransformerLens has it: patterns can be seen, and numbers agree
+        module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else str(error).splitlines()[0]
+        raise ModelError(f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online") from error
+    return module.to(device).eval(), tokenizer

@@ -1,0 +1,218 @@
+"""Prompts and positions.
+
+`encode` is the only place where text becomes tokens. It puts the beginning-of-sequence token there exactly once or not
+at all, renders chat templates on request, and keeps what it did, so that every result can show the tokens it used.
+
+Positions are always in a prompt's own tokens, before any padding: `-1` is the last token, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hookbook.errors import TokenError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the model sees it."""
+
+    text: str
+    """The text, after the chat template if one was asked for; decoded from `ids` if the prompt came as ids."""
+    ids: tuple[int, ...]
+    strings: tuple[str, ...]
+    """Each token decoded by itself."""
+    offsets: tuple[tuple[int, int], ...] | None = None
+    """Where each token's characters are in `text`; None if the prompt came as ids."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class At:
+    """The tokens of a piece of text inside a prompt.
+
+    Example: `At("Diana", "first")` is the first token that holds a character of `Diana`. Text that occurs more than
+    once is ambiguous and raises, unless `occurrence` says which (0 the first, -1 the last).
+    """
+
+    text: str
+    part: Literal["first", "last", "all"] = "last"
+    occurrence: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.part not in ("first", "last", "all"):
+            raise TokenError(f"no part {self.part!r} of a text", "", "use 'first', 'last' or 'all'")
+
+
+Position = int | str | At | slice | Sequence[int]
+"""`-1` or another index; a text (its last token); an `At`; or a span: a slice, a range or a list of indices."""
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether this tokenizer by itself puts a beginning-of-sequence token before a text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
+
+
+def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool = False, n_ctx: int | None = None) -> Tokens:
+    """Turn a prompt into tokens.
+
+    Args:
+        prompt: A text; token ids (a list or a 1-D tensor), used as they are; chat messages (a list of dicts with `role`
+            and `content`); or `Tokens`, returned as they are.
+        tokenizer: A Hugging Face tokenizer.
+        bos: True: exactly one beginning-of-sequence token; False: none is added; None: as the checkpoint's own tokenizer
+            does. A text that already begins with one never gets a second.
+        chat: Render a text as one user message through the tokenizer's chat template, ready for the answer.
+        n_ctx: The longest prompt the model takes.
+
+    Raises:
+        TokenError: The prompt is empty, too long, or asks for a template or token the tokenizer lacks.
+    """
+    if isinstance(prompt, Tokens):
+        tokens = prompt
+    elif isinstance(prompt, torch.Tensor) or (isinstance(prompt, (list, tuple)) and all(isinstance(i, int) for i in prompt)):
+        tokens = _from_ids(prompt, tokenizer)
+    elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)):
+        tokens = _from_text(prompt, tokenizer, bos, chat)
+    else:
+        raise TokenError(f"{type(prompt).__name__} is not a prompt", "", "give a text, token ids, or chat messages")
+    if n_ctx is not None and len(tokens) > n_ctx:
+        raise TokenError(
+            f"the prompt {_short(tokens.text)} has {len(tokens)} tokens", f"this model reads at most {n_ctx}", "shorten it"
+        )
+    return tokens
+
+
+def _from_ids(ids: Any, tokenizer: Any) -> Tokens:
+    if isinstance(ids, torch.Tensor):
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise TokenError(f"token ids of shape {list(ids.shape)} and {ids.dtype}", "one prompt is one row of whole numbers", "pass a 1-D integer tensor, or a list of prompts")
+        ids = ids.tolist()
+    if not ids:
+        raise TokenError("the prompt is empty", "there is no token to run the model on", "give at least one token")
+    bad = [i for i in ids if not 0 <= i < len(tokenizer)]
+    if bad:
+        raise TokenError(f"token id {bad[0]}", f"this tokenizer has ids 0 to {len(tokenizer) - 1}", "use ids of this tokenizer")
+    return Tokens(tokenizer.decode(ids), tuple(ids), tuple(tokenizer.decode([i]) for i in ids))
+
+
+def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, chat: bool) -> Tokens:
+    text = prompt
+    if not isinstance(prompt, str) or chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise TokenError("a chat prompt was asked for", "this tokenizer has no chat template", "leave chat off, or set tokenizer.chat_template")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if not messages or any(not str(m.get("content", "")).strip() for m in messages):
+            raise TokenError("the prompt is empty", "a chat message has no content", "give it some")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not text:
+        raise TokenError("the prompt is empty", "there is no token to run the model on", "give a text of at least one character")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenError("this tokenizer cannot say where a token's characters are", "it is not a fast tokenizer", "load it with use_fast=True, or pass token ids")
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(coded.input_ids), [tuple(span) for span in coded.offset_mapping]
+    bos_id = getattr(tokenizer, "bos_token_id", None)
+    if bos and bos_id is None:
+        raise TokenError("bos=True", "this tokenizer has no beginning-of-sequence token", "leave bos out, or write the token you want into the text")
+    if (adds_bos(tokenizer) if bos is None else bos) and ids[:1] != [bos_id]:
+        ids, offsets = [bos_id, *ids], [(0, 0), *offsets]
+    if not ids:
+        raise TokenError(f"the prompt {_short(text)} has no tokens", "the tokenizer drops all of it", "give another text")
+    return Tokens(text, tuple(ids), tuple(tokenizer.decode([i]) for i in ids), tuple(offsets))
+
+
+def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
+    """The indices, from 0, that a position means in a prompt.
+
+    Raises:
+        TokenError: The text is not in the prompt or is there more than once; the index is outside; the span is empty.
+    """
+    n = len(tokens)
+    if isinstance(position, str):
+        position = At(position)
+    if isinstance(position, At):
+        return _find(position, tokens)
+    if isinstance(position, slice):
+        found = list(range(n))[position]
+    elif isinstance(position, int) and not isinstance(position, bool):
+        found = [position]
+    elif isinstance(position, (list, tuple, range)) and all(isinstance(i, int) for i in position):
+        found = list(position)
+    else:
+        raise TokenError(f"{position!r} is not a position", "", "give an index, a text, an At, a slice, or a list of indices")
+    for i in found:
+        if not -n <= i < n:
+            raise TokenError(f"no token {i}", f"the prompt {_short(tokens.text)} has {n} tokens", f"use -{n} to {n - 1}")
+    found = [i % n for i in found]
+    if not found:
+        raise TokenError(f"the span {position!r} is empty", f"the prompt {_short(tokens.text)} has {n} tokens", "give a span that holds a token")
+    if len(set(found)) != len(found):
+        raise TokenError(f"the span {position!r} names a token twice", "", "name each token once")
+    return tuple(found)
+
+
+def _find(at: At, tokens: Tokens) -> tuple[int, ...]:
+    if tokens.offsets is None:
+        raise TokenError(f"cannot look for {at.text!r}", "the prompt came as token ids, without text", "give an index, or the prompt as text")
+    if not at.text:
+        raise TokenError("the empty text is everywhere", "", "name some characters, or give an index")
+    starts = [i for i in range(len(tokens.text)) if tokens.text.startswith(at.text, i)]
+    if not starts:
+        raise TokenError(f"{at.text!r} is not in the prompt {_short(tokens.text)}", "", "check the spelling, or give an index")
+    if at.occurrence is None and len(starts) > 1:
+        raise TokenError(
+            f"{at.text!r} is ambiguous", f"it occurs {len(starts)} times in the prompt {_short(tokens.text)}",
+            f"use At({at.text!r}, occurrence=0) for the first, -1 for the last, or an index",
+        )
+    try:
+        start = starts[at.occurrence or 0]
+    except IndexError:
+        raise TokenError(f"no occurrence {at.occurrence} of {at.text!r}", f"it occurs {len(starts)} times", "use a smaller number") from None
+    end = start + len(at.text)
+    inside = [i for i, (a, b) in enumerate(tokens.offsets) if a < end and b > start and b > a]
+    if not inside:
+        raise TokenError(f"no token holds {at.text!r}", "the tokenizer drops these characters", "give an index")
+    return tuple({"first": inside[:1], "last": inside[-1:], "all": inside}[at.part])
+
+
+def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens `answer` has when it follows a prompt: the suffix of both tokenised together.
+
+    Raises:
+        TokenError: The answer is empty, or merges into the prompt's last token, so that it has no tokens of its own.
+    """
+    if prompt.offsets is None:
+        ids = list(tokenizer(answer, add_special_tokens=False).input_ids)
+    else:
+        whole = list(tokenizer(prompt.text + answer, add_special_tokens=False).input_ids)
+        alone = list(tokenizer(prompt.text, add_special_tokens=False).input_ids)
+        if whole[: len(alone)] != alone:
+            raise TokenError(
+                f"the answer {answer!r} merges with the end of the prompt {_short(prompt.text)}", "the last token of the prompt changes",
+                "move the space from the end of the prompt to the beginning of the answer, or pass token ids",
+            )
+        ids = whole[len(alone) :]
+    if not ids:
+        raise TokenError(f"the answer {answer!r} has no tokens", "", "give an answer of at least one token")
+    return tuple(ids)
+
+
+_PROBE = "The quick brown fox, 1135 -> Ünïcödé; 北京 is the capital.\n\tdef f(x): return x ** 2"
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Twelve hex digits that tell tokenizers apart: of the vocabulary's size and of how a fixed text is cut."""
+    ids = tokenizer(_PROBE, add_special_tokens=False).input_ids
+    return hashlib.sha256(repr((len(tokenizer), list(ids))).encode()).hexdigest()[:12]
+
+
+def _short(text: str, width: int = 40) -> str:
+    return repr(text if len(text) <= width else text[: width - 1] + "…")

@@ -1,0 +1,363 @@
+"""Patchscopes: read a hidden state by patching it into another prompt and letting the model speak.
+
+A patchscope measures what a model can still say about a state once the state's own prompt is gone. What it shows is
+what the target prompt and the model together make of the state: compare with the control (the same target, unpatched),
+with states of other prompts, and with other target prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook import prompts
+from hookbook.adapter import Adapter, ModelCard
+from hookbook.errors import EditError, SiteError, TokenError
+from hookbook.load import wrap
+from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
+from hookbook.results import Result, View, need, show
+from hookbook.sites import Site, layers_to_sites
+from hookbook.tokens import Position, Tokens, answer_ids, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Map = Callable[[Tensor, Site, Site], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The map `f(h) = h A^T + b` between the streams of two layers or two models.
+
+    `weight` is `[d_target, d_source]`, `bias` is `[d_target]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, y: Tensor) -> Affine:
+        """Least squares from states `x` `[n, d_source]` to `y` `[n, d_target]`, with a bias, in float64."""
+        ones = torch.ones(len(x), 1, dtype=torch.float64)
+        solution = torch.linalg.lstsq(torch.cat([x.double().cpu(), ones], 1), y.double().cpu(), driver="gelsd").solution
+        return cls(solution[:-1].T.contiguous(), solution[-1].contiguous())
+
+    def __call__(self, x: Tensor, source: Site, target: Site) -> Tensor:
+        weight, bias = self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype)
+        return x @ weight.T + bias
+
+
+@dataclass(frozen=True, eq=False)
+class Patchscope(Result):
+    """What a model said with each state patched in: `n` source prompts, `p` pairs of sites, the `k` likeliest tokens."""
+
+    source_card: ModelCard
+    target_card: ModelCard
+    sources: tuple[Tokens, ...]
+    """The source prompts as the model saw them."""
+    source_positions: tuple[int, ...]
+    targets: tuple[Tokens, ...]
+    """The target prompts; one for all sources, or one for each."""
+    target_positions: tuple[int, ...]
+    pairs: tuple[tuple[Site, Site], ...]
+    """Where each state was read, and where it was written."""
+    vocab: dict[int, str]
+    """The text of every token id in this result."""
+    token_ids: Tensor
+    """`[n, p, k]`"""
+    logprobs: Tensor
+    """`[n, p, k]` in nats."""
+    control_ids: Tensor
+    """`[n, k]`: the target prompt without a patch."""
+    control_logprobs: Tensor
+    """`[n, k]`"""
+    source_ids: Tensor
+    """`[n]`: the likeliest next token of the source prompt at its position, unpatched."""
+    precision: Tensor | None
+    """`[n, p]`: whether the likeliest token is the source prompt's own (precision@1); None if the vocabularies differ."""
+    surprisal: Tensor | None
+    """`[n, p]`: `-log` of the probability which the source prompt's own run gives to the likeliest token, in nats."""
+    wanted: tuple[str, ...]
+    """The tokens asked for."""
+    wanted_logprobs: Tensor
+    """`[n, p, m]`"""
+    control_wanted_logprobs: Tensor
+    """`[n, m]`"""
+    texts: tuple[tuple[str, ...], ...]
+    """`[n][p]`: what was generated; empty if nothing was."""
+    control_texts: tuple[str, ...]
+    """`[n]`"""
+    settings: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each prompt, pair and rank.
+
+        Columns: `prompt`, `position`, `source_site`, `layer` (of the source), `target_site`, `target_layer`, `rank`,
+        `token`, `logprob`, `control_token`, `control_logprob`, `source_token`, `precision`, `surprisal`; with generation
+        `text` and `control_text`; for each wanted token `t`, `logprob t` and `control_logprob t`.
+        """
+        import pandas as pd
+
+        rows = []
+        for n, source in enumerate(self.sources):
+            for p, (read, write) in enumerate(self.pairs):
+                for r in range(self.token_ids.shape[-1]):
+                    row = {
+                        "prompt": source.text, "position": self.source_positions[n], "source_site": read.name, "layer": read.layer,
+                        "target_site": write.name, "target_layer": write.layer, "rank": r, "token": self.token(n, p, r),
+                        "logprob": float(self.logprobs[n, p, r]), "control_token": self.vocab[int(self.control_ids[n, r])],
+                        "control_logprob": float(self.control_logprobs[n, r]), "source_token": self.vocab[int(self.source_ids[n])],
+                        "precision": None if self.precision is None else bool(self.precision[n, p]),
+                        "surprisal": None if self.surprisal is None else float(self.surprisal[n, p]),
+                    }
+                    if self.texts:
+                        row |= {"text": self.texts[n][p], "control_text": self.control_texts[n]}
+                    for m, word in enumerate(self.wanted):
+                        row |= {f"logprob {word}": float(self.wanted_logprobs[n, p, m]), f"control_logprob {word}": float(self.control_wanted_logprobs[n, m])}
+                    rows.append(row)
+        return pd.DataFrame(rows)
+
+    def token(self, n: int, p: int, rank: int = 0) -> str:
+        """The text of a token of prompt `n` and pair `p`."""
+        return self.vocab[int(self.token_ids[n, p, rank])]
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every source site meets every target site."""
+        reads, writes = {read for read, _ in self.pairs}, {write for _, write in self.pairs}
+        return len(writes) > 1 and len(self.pairs) == len(reads) * len(writes)
+
+    def _grid(self, prompt: int) -> tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]:
+        """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
+        if self.is_grid:
+            reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
+            where = {pair: p for p, pair in enumerate(self.pairs)}
+            cells = [[(prompt, where[read, write]) for write in writes] for read in reads]
+            return [str(s.layer) for s in reads], [str(s.layer) for s in writes], "source layer", "target layer", cells
+        columns = [str(read.layer) if read == write or write.layer == self.target_card.n_layers - 1 else f"{read.layer}→{write.layer}" for read, write in self.pairs]
+        cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
+        return [source.text[-30:] for source in self.sources], columns, "prompt", "layer", cells
+
+    def plot(self, ax: Axes | None = None, *, prompt: int = 0, value: str = "probability") -> Axes:
+        """A heat map: source layer by target layer of one prompt, or prompt by layer; the likeliest token in each cell when it fits.
+
+        Args:
+            ax: Where to draw; None: a new figure.
+            prompt: Which source prompt, if every source layer meets every target layer.
+            value: `probability` (of the likeliest token), `surprisal`, or one of the wanted tokens (its probability).
+        """
+        plt = need("matplotlib.pyplot", "plot()")
+        rows, columns, row_name, column_name, cells = self._grid(prompt)
+        values = torch.tensor([[self._value(n, p, value) for n, p in line] for line in cells])
+        if ax is None:
+            _, ax = plt.subplots(figsize=(max(6, 0.62 * len(columns) + 2), max(2.5, 0.34 * len(rows) + 1.5)), layout="constrained")
+        assert ax is not None
+        limits = {} if value == "surprisal" else {"vmin": 0, "vmax": 1}
+        image = ax.imshow(values, aspect="auto", cmap="cividis", origin="lower" if self.is_grid else "upper", **limits)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), [show(row) for row in rows])
+        ax.set_xlabel(column_name)
+        ax.set_ylabel(row_name)
+        bar = ax.figure.colorbar(image, ax=ax)
+        bar.set_label("surprisal (nats)" if value == "surprisal" else "probability")
+        ax.figure.canvas.draw()
+        box = ax.get_window_extent()
+        width = box.width / len(columns) / ax.figure.dpi * 72  # points
+        size = min(8.0, box.height / len(rows) / ax.figure.dpi * 72 * 0.7)
+        middle = float(values.min() + values.max()) / 2 if value == "surprisal" else 0.5
+        for y, line in enumerate(cells):
+            for x, (n, p) in enumerate(line):
+                text = show(self.token(n, p).strip() or self.token(n, p))
+                if size >= 4 and len(text) * size * 0.62 <= width:
+                    ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if values[y, x] < middle else "black", parse_math=False)
+        return ax
+
+    def _value(self, n: int, p: int, value: str) -> float:
+        if value == "probability":
+            return float(self.logprobs[n, p, 0].exp())
+        if value == "surprisal" and self.surprisal is not None:
+            return float(self.surprisal[n, p])
+        if value in self.wanted:
+            return float(self.wanted_logprobs[n, p, self.wanted.index(value)].exp())
+        raise TokenError(f"no value {value!r} in this result", "", f"use one of {', '.join(['probability', 'surprisal', *self.wanted])}")
+
+    def view(self, *, prompt: int = 0) -> View:
+        """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability, and what was generated."""
+        samples = need("circuitsvis.topk_samples", "view()")
+        rows, columns, row_name, column_name, cells = self._grid(prompt)
+        words, values = [], []
+        for line in cells:
+            words.append([[[show(self.token(n, p, r)) + " " for r in range(self.token_ids.shape[-1])], *([[self.texts[n][p]]] if self.texts else [])] for n, p in line])
+            values.append([[self.logprobs[n, p].exp().tolist(), *([[0.0]] if self.texts else [])] for n, p in line])
+        picture = samples.topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns)
+        return View(picture.local_src)  # circuitsvis' own display asks the network first
+
+
+def patchscope(
+    model: Any,
+    source: Any,
+    *,
+    target: Any = prompts.TOKEN_IDENTITY,
+    source_layers: Any = "all",
+    target_layers: Any = "same",
+    source_position: Position = -1,
+    target_position: Position | None = None,
+    map: Map | Affine | None = None,
+    target_model: Any = None,
+    generate: int = 0,
+    k: int = 5,
+    tokens: Sequence[str | int] = (),
+    bos: bool | None = None,
+    chat: bool = False,
+    progress: bool | None = None,
+) -> Patchscope:
+    """Patch states of source prompts into a target prompt, at any pairs of layers, and read what the model says next.
+
+    In the paper's words: source `(S, i, M, l)`, target `(T, i*, f, M*, l*)`. The state `h` of `M(S)` at token `i` and
+    layer `l` replaces, as `f(h)`, the state of `M*(T)` at token `i*` and layer `l*`. All pairs are one forked forward
+    pass.
+
+    Args:
+        model: `M`: any model `hookbook.wrap` takes.
+        source: `S`: a prompt, or a list of prompts (texts, or see `hookbook.tokens.encode`).
+        target: `T`: a `hookbook.prompts.Target`, a prompt, or a list of one prompt for each source.
+        source_layers: `l`: `"all"`, a layer, a site such as `"mlp_out.3"`, or a list; a bare layer is a block's output.
+        target_layers: `l*`: `"same"` (each state goes back to the site it came from), `"all"` (every pair), or as above.
+        source_position: `i`: `-1` the last token, an index, a text (its last token), or an `At`.
+        target_position: `i*`: likewise; None: the target's placeholder, or the last token.
+        map: `f`: None for the identity, an `Affine`, or a function of states `[n, d_source]`, the source and the target
+            site that returns `[n, d_target]`.
+        target_model: `M*`; None: the same model.
+        generate: How many tokens to decode greedily after the target prompt; the patch acts in the prompt only.
+        k: How many of the likeliest next tokens to keep.
+        tokens: Tokens whose probability is wanted: texts as they would follow the target prompt, usually with a leading
+            space, or ids.
+        bos: See `hookbook.tokens.encode`.
+        chat: Render the source prompts through the chat template.
+        progress: Show a progress bar; None: for long work only.
+
+    Returns:
+        A `Patchscope` with `token_ids` and `logprobs` `[n, pairs, k]` in nats, the unpatched target as control,
+        precision@1 and surprisal against the unpatched source run, and texts if some were generated.
+
+    Raises:
+        SiteError, TokenError, EditError: Something asked for is not in a model or a prompt.
+        Refused: A model cannot read or edit a site.
+
+    Source: Ghandeharioun et al. 2024, arXiv:2401.06102, sections 3 and 4. Layers count block outputs from 0. States are
+    what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same as
+    the authors' patch of the normed state after it. It differs from the authors' code where only `l` is the last layer:
+    there they write the normed state into the stream.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> out = patchscope(toy(), "ab", target="cd?", k=1)
+        >>> out.to_frame()[["layer", "target_layer", "rank"]].values.tolist()
+        [[0, 0, 0], [1, 1, 0], [2, 2, 0]]
+    """
+    reader, writer = wrap(model), wrap(model if target_model is None else target_model)
+    sources = encode_prompts(reader, source, bos, chat)
+    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
+    listed = list(target) if many else [target]
+    targets = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
+    if len(targets) not in (1, len(sources)):
+        raise TokenError(f"{len(targets)} target prompts for {len(sources)} source prompts", "a source needs a target", "give one target, or one for each source")
+    writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
+    reads_at = [_one_token(source_position, coded) for coded in sources]
+    pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
+    if map is None and reader.card.d_model != writer.card.d_model:
+        raise EditError(
+            f"states of width {reader.card.d_model} for a model of width {writer.card.d_model}", "the two models' streams differ",
+            "give map=, such as Affine.fit(x, y) on states of both models",
+        )
+    if isinstance(map, Affine) and tuple(map.weight.shape) != (writer.card.d_model, reader.card.d_model):
+        raise EditError(f"a map of shape {list(map.weight.shape)}", f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]", "transpose it, or fit it on these two models")
+    if k < 1 or generate < 0:
+        raise TokenError(f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more")
+    if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
+        raise TokenError(f"{max(len(t) for t in targets)} tokens and {generate} to decode", f"this model reads at most {writer.card.n_ctx}", "shorten the target or decode less")
+    wanted_ids = torch.tensor([[_wanted(writer, t, word) for word in tokens] for t in targets], dtype=torch.long)
+    for adapter, side in ((reader, 0), (writer, 1)):
+        for pair in pairs:
+            adapter.require(pair[side])
+
+    reads = list(dict.fromkeys(read for read, _ in pairs))
+    final = Site("resid_post", reader.card.n_layers - 1)
+    each = Each(tuple(reads_at))
+    read_reply = reader.run(Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress)
+    *states, own = (reading.values for reading in read_reply.readings)
+    place = {site: i for i, site in enumerate(reads)}
+    change: Map = map if map is not None else lambda x, read, write: x
+    values = torch.stack([change(states[place[read]], read, write) for read, write in pairs], 1)  # [n, pairs, d_target]
+
+    n_target = len(targets)
+    at = [0 if n_target == 1 else n for n in range(len(sources))]
+    rows = [Row(t) for t in range(n_target)] + [
+        Row(at[n], (Edit(write, values[n, p], "set", writes_at[at[n]]),)) for n in range(len(sources)) for p, (_, write) in enumerate(pairs)
+    ]
+    asked = torch.cat([wanted_ids, wanted_ids[at].repeat_interleave(len(pairs), 0)])
+    reply = writer.run(Request(targets, rows, (), Readout(k=k, tokens=asked), generate), progress=progress)
+    said = reply.readout
+    assert said is not None
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:n_target][at], x[n_target:].unflatten(0, (len(sources), len(pairs)))
+
+    (control_ids, ids), (control_logprobs, logprobs) = split(said.topk_ids), split(said.topk_logprobs)
+    control_wanted, wanted = split(said.token_logprobs)
+    source_ids = reader.readout(own, k=1).topk_ids[:, 0]
+    precision = surprisal = None
+    if (reader.card.tokenizer, reader.card.d_vocab) == (writer.card.tokenizer, writer.card.d_vocab):
+        precision = ids[..., 0] == source_ids[:, None]
+        surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
+    texts = [writer.tokenizer.decode(list(out)) for out in reply.generated]
+    known = {int(i) for t in (ids, control_ids) for i in t.flatten()}
+    vocab = {i: writer.tokenizer.decode([i]) for i in known} | {int(i): reader.tokenizer.decode([int(i)]) for i in source_ids if int(i) not in known}
+    return Patchscope(
+        reader.card, writer.card, tuple(sources), tuple(reads_at), tuple(targets), tuple(writes_at), tuple(pairs), vocab,
+        ids, logprobs, control_ids, control_logprobs, source_ids, precision, surprisal,
+        tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens), wanted, control_wanted,
+        tuple(tuple(texts[n_target + n * len(pairs) :][: len(pairs)]) for n in range(len(sources))) if generate else (),
+        tuple(texts[t] for t in at) if generate else (),
+        {"source_position": str(source_position), "target_position": str(target_position), "map": "identity" if map is None else type(map).__name__,
+         "generate": generate, "k": k, "bos": bos, "chat": chat, "cost": reply.cost},
+    )
+
+
+def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:
+    """One prompt or several, as tokens."""
+    one = isinstance(source, (str, Tokens, Tensor)) or (isinstance(source, (list, tuple)) and source and isinstance(source[0], (int, dict)))
+    listed = [source] if one else list(source)
+    if not listed:
+        raise TokenError("no source prompts", "there is nothing to read", "give at least one")
+    return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
+
+
+def _one_token(position: Position, coded: Tokens) -> int:
+    found = resolve(position, coded)
+    if len(found) != 1:
+        raise TokenError(f"the source position {position!r} is {len(found)} tokens", "one state is read from each prompt", "give one index, or a text's first or last token")
+    return found[0]
+
+
+def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_layers: Any) -> list[tuple[Site, Site]]:
+    reads = layers_to_sites(source_layers, source.n_layers)
+    if isinstance(target_layers, str) and target_layers == "same":
+        for site in reads:
+            if site.layer >= target.n_layers:
+                raise SiteError(f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers")
+        return [(site, site) for site in reads]
+    return [(read, write) for read in reads for write in layers_to_sites(target_layers, target.n_layers)]
+
+
+def _wanted(writer: Adapter, target: Tokens, word: str | int) -> int:
+    if isinstance(word, int):
+        if not 0 <= word < writer.card.d_vocab:
+            raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {writer.card.d_vocab - 1}", "use one of them")
+        return word
+    return check_one_token(answer_ids(target, word, writer.tokenizer), repr(word), writer.tokenizer)
