@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hookbook.load import wrap
+from hookbook.loading import wrap
 from hookbook.recipes.patchscopes import Patchscope, encode_prompts, patchscope
 from hookbook.tokens import Position
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hookbook import prompts
 from hookbook.adapter import Adapter, ModelCard
 from hookbook.errors import EditError, SiteError, TokenError
-from hookbook.load import wrap
+from hookbook.loading import wrap
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
 from hookbook.results import Result, View, need, show
 from hookbook.sites import Site, layers_to_sites

@@ -23,10 +23,10 @@ _HOME = {
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
     "Site": "sites",
-    "load": "load",
+    "load": "loading",
     "logit_lens": "recipes.logit_lens",
     "patchscope": "recipes.patchscopes",
-    "wrap": "load",
+    "wrap": "loading",
 }
 _MODULES = ("adapters", "errors", "prompts", "recipes", "request", "sites", "testing", "tokens")
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from hookbook.adapter import Adapter as Adapter
     from hookbook.adapter import ModelCard as ModelCard
     from hookbook.errors import HookbookError as HookbookError
-    from hookbook.load import load as load
-    from hookbook.load import wrap as wrap
+    from hookbook.loading import load as load
+    from hookbook.loading import wrap as wrap
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Affine as Affine
     from hookbook.recipes.patchscopes import Patchscope as Patchscope

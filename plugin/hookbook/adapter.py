@@ -151,9 +151,9 @@ class Adapter(ABC):
         for start in range(0, len(resid), rows):
             values = self.unembed(resid[start : start + rows])
             values = values.to(torch.promote_types(values.dtype, torch.float32))
-            total = values.logsumexp(-1, keepdim=True)
-            top = values.topk(min(k, values.shape[-1]), dim=-1)
             wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
+            total = values.logsumexp(-1, keepdim=True) if k or wanted.numel() else values[:, :1]
+            top = values.topk(min(k, values.shape[-1]), dim=-1)
             parts.append(TokenReadout(
                 top.indices.cpu(), (top.values - total).cpu(), (values.gather(-1, wanted.to(values.device)) - total).cpu(),
                 values.cpu() if logits else None,

@@ -22,10 +22,12 @@ class Climb:
             and columns index the batch and the tokens of this pass.
         reads: `{(site name, layer): [(slot, rows, cols)]}`.
         last: The boundary after which nothing is needed.
+        pads: `[n_trunk, pos]`, True where a token is padding; None if none is.
     """
 
-    def __init__(self, n_trunk, forks, edits, reads, last):
+    def __init__(self, n_trunk, forks, edits, reads, last, pads=None):
         self.n_trunk = n_trunk
+        self.pads = pads
         self.forks = forks
         self.edits = edits
         self.reads = reads
@@ -43,6 +45,9 @@ class Climb:
     def boundary(self, b, x):
         """Called with the stream at each boundary up to `last`, in order."""
         after, before = self.forks.get(b, (None, None))
+        if self.pads is not None:
+            # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
+            x = x.masked_fill(take(self.pads, self.index).to(x.device)[:, :, None], 0)
         x = self.join(x, after)
         if b > 0:
             x = self.visit("resid_post", b - 1, x)
@@ -99,13 +104,13 @@ def take(x, rows):
 def apply_edit(x, group):
     """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is."""
     rows, cols, op = group["rows"].to(x.device), group["cols"].to(x.device), group["op"]
-    value = group["value"].to(x.device)
-    if op == "set":
-        x[rows, cols] = value.to(x.dtype)
-        return
     # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
-    wide = torch.promote_types(x.dtype, torch.float32)
-    old, value = x[rows, cols].to(wide), value.to(wide)
+    wide = x.dtype if op == "set" else torch.promote_types(x.dtype, torch.float32)
+    value = group["value"].to(wide).to(x.device)
+    if op == "set":
+        x[rows, cols] = value
+        return
+    old = x[rows, cols].to(wide)
     if op == "add":
         new = old + value
     elif op == "scale":
@@ -113,6 +118,6 @@ def apply_edit(x, group):
     else:
         unit = value / value.norm(dim=-1, keepdim=True)
         along = (old * unit).sum(-1, keepdim=True)
-        to = group["to"].to(device=x.device, dtype=wide)[:, None] if op == "clamp" else 0.0
+        to = group["to"].to(wide).to(x.device)[:, None] if op == "clamp" else 0.0
         new = old + (to - along) * unit
     x[rows, cols] = new.to(x.dtype)

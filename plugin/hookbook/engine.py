@@ -181,7 +181,8 @@ def _run_part(adapter: Adapter, request: Request, bar: Any) -> Reply:
         forks[place[0]][place[1]].append(prompt)
 
     def climb(part: int, forks: dict, edits: dict) -> Climb:
-        return Climb(n_prompts, forks, edits, {key: groups[part] for key, groups in reads.items() if groups[part]}, layout.last)
+        pads = None if layout.mask is None else layout.mask[:, split:] == 0 if part else layout.mask[:, :split] == 0
+        return Climb(n_prompts, forks, edits, {key: groups[part] for key, groups in reads.items() if groups[part]}, layout.last, pads)
 
     kept, climbs = None, []
     if split:
@@ -228,9 +229,9 @@ def _edit_groups(request: Request, layout: _Layout) -> tuple[dict, int]:
 def _edit_group(op: str, items: Sequence[tuple[int, list[int], Edit]]) -> dict:
     rows = torch.tensor([row for row, columns, _ in items for _ in columns])
     cols = torch.tensor([column for _, columns, _ in items for column in columns])
-    to = torch.tensor([edit.to for _, columns, edit in items for _ in columns])
+    to = torch.tensor([edit.to for _, columns, edit in items for _ in columns], dtype=torch.float64)
     if op == "scale":
-        value = torch.tensor([edit.value for _, columns, edit in items for _ in columns])
+        value = torch.tensor([edit.value for _, columns, edit in items for _ in columns], dtype=torch.float64)
     else:
         value = torch.cat([edit.value.expand(len(columns), -1) for _, columns, edit in items])  # type: ignore[union-attr]
     return {"rows": rows, "cols": cols, "op": op, "value": value, "to": to}

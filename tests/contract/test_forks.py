@@ -1,0 +1,135 @@
+"""The engine against plain runs: each row by itself, unpadded, through the backend's own means, in float64."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+import hookbook as hb
+from hookbook.request import Each, Read, Readout, Request, Row
+from hookbook.tokens import resolve
+
+EXACT = 1e-10
+TEXTS = ("The cat sat on the mat.", "Hi", "A longer prompt, with more of it.", "abc abc")
+
+
+def direction(seed: int, d: int) -> torch.Tensor:
+    return torch.randn(d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_edits(pick: random.Random, adapter: hb.Adapter, n_tokens: int) -> tuple[hb.Edit, ...]:
+    edits = []
+    for _ in range(pick.randint(1, 4)):
+        site = pick.choice(adapter.sites)
+        position = pick.choice([-1, 0, n_tokens // 2, pick.randrange(n_tokens), slice(0, 2), slice(-2, None)])
+        op = pick.choice(["set", "add", "scale", "project_out", "clamp"])
+        value = 0.7 if op == "scale" else 3 * direction(pick.randrange(1000), adapter.card.d_model)
+        edits.append(hb.Edit(site, value, op, position, to=1.5 if op == "clamp" else 0.0))
+    return tuple(edits)
+
+
+def flat(edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens) -> tuple:
+    return tuple((edit.site, index, edit) for edit in edits for index in resolve(edit.position, tokens))
+
+
+def test_forks_equal_plain_runs(case):
+    """Ragged prompts on the left-padded trunk; mixed sites, layers, operations and positions in every row."""
+    adapter, pick = case.adapter, random.Random(7)
+    prompts = [adapter.encode(text) for text in TEXTS]
+    rows = [Row(i) for i in range(len(prompts))]
+    rows += [Row(i, random_edits(pick, adapter, len(prompts[i]))) for _ in range(8) for i in range(len(prompts))]
+    pick.shuffle(rows)
+    reads = [Read(site, position) for site in adapter.sites[:: len(adapter.sites) // 5] for position in (-1, 0)]
+    reads.append(Read(adapter.sites[-1], Each(tuple(len(prompts[row.prompt]) // 2 for row in rows))))
+    reply = adapter.run(Request(prompts, rows, reads, Readout(logits=True)))
+    for i, row in enumerate(rows):
+        tokens = prompts[row.prompt]
+        logits, found = case.plain(tokens.ids, flat(row.edits, tokens), tuple({read.site for read in reads}))
+        assert (reply.readout.logits[i] - logits[-1]).abs().max() < EXACT, row.edits
+        for read, reading in zip(reads, reply.readings, strict=True):
+            position = read.position.positions[i] if isinstance(read.position, Each) else read.position
+            assert (reading.values[i] - found[read.site][position]).abs().max() < EXACT, (read, row.edits)
+
+
+def test_a_sweep_over_one_prompt_reuses_its_prefix(case):
+    adapter = case.adapter
+    tokens = adapter.encode("The cat sat on the mat.")
+    n_layers, n = adapter.card.n_layers, len(tokens)
+    vector = 4 * direction(3, adapter.card.d_model)
+    rows = [Row(0, (hb.Edit(hb.Site("resid_post", layer), vector, "set"),)) for layer in range(n_layers)]
+    reply = adapter.run(Request([tokens], rows, (), Readout(logits=True)))
+    for i, row in enumerate(rows):
+        logits, _ = case.plain(tokens.ids, flat(row.edits, tokens))
+        assert (reply.readout.logits[i] - logits[-1]).abs().max() < EXACT
+    # prefix once, the last token of the trunk once, and of each fork above its layer
+    assert reply.cost["token_layers"] == n_layers * n + sum(n_layers - layer - 1 for layer in range(n_layers))
+
+
+def test_nothing_above_the_last_read_is_computed(case):
+    adapter = case.adapter
+    tokens = adapter.encode("The cat")
+    reply = adapter.run(Request([tokens], [Row(0)], [Read(hb.Site("resid_post", 0))]))
+    assert reply.cost["token_layers"] == len(tokens) and reply.cost["unembedded"] == 0
+
+
+def test_a_span_is_edited_and_read_token_by_token(case):
+    adapter = case.adapter
+    tokens = adapter.encode("The cat sat")
+    span = hb.At("cat", "all")
+    where = resolve(span, tokens)
+    values = torch.stack([direction(i, adapter.card.d_model) for i in range(len(where))])
+    site = hb.Site("resid_post", 1)
+    reply = adapter.run(Request([tokens], [Row(0, (hb.Edit(site, values, "set", span),))], [Read(site, span), Read(site, slice(None))]))
+    assert torch.equal(reply.readings[0].values, values)
+    assert reply.readings[1].positions.tolist() == list(range(len(tokens)))
+    logits, found = case.plain(tokens.ids, tuple((site, i, hb.Edit(site, value, "set")) for i, value in zip(where, values, strict=True)), (site,))
+    assert (reply.readings[1].values - found[site]).abs().max() < EXACT
+
+
+def test_a_budget_cuts_the_sweep_and_changes_nothing(case, monkeypatch):
+    adapter = case.adapter
+    prompts = [adapter.encode(text) for text in TEXTS[:2]]
+    site = hb.Site("resid_post", 1)
+    rows = [Row(i % 2, (hb.Edit(site, direction(i, adapter.card.d_model)),)) for i in range(9)]
+    wanted = torch.arange(9)[:, None]
+    request = Request(prompts, rows, [Read(site, Each(tuple([-1, 0] * 4 + [-1])))], Readout(k=2, tokens=wanted), generate=3)
+    whole = adapter.run(request)
+    monkeypatch.setattr("hookbook.engine.BUDGET_BYTES", 1)
+    cut = adapter.run(request)
+    assert cut.cost["passes"] > whole.cost["passes"]
+    assert (cut.readings[0].values - whole.readings[0].values).abs().max() < EXACT and torch.equal(cut.readings[0].rows, whole.readings[0].rows)
+    assert torch.equal(cut.readout.topk_ids, whole.readout.topk_ids) and cut.generated == whole.generated
+    assert (cut.readout.token_logprobs - whole.readout.token_logprobs).abs().max() < EXACT
+
+
+def test_generation_from_forks_equals_uncached_decoding(case):
+    """Each row decodes from its own keys and values; plainly, the whole sequence is run again with the edits in place."""
+    adapter, pick = case.adapter, random.Random(11)
+    prompts = [adapter.encode(text) for text in TEXTS[:3]]
+    rows = [Row(i) for i in range(3)] + [Row(i, random_edits(pick, adapter, len(prompts[i]))) for _ in range(3) for i in range(3)]
+    steps = 6
+    reply = adapter.run(Request(prompts, rows, generate=steps))
+    for row, out in zip(rows, reply.generated, strict=True):
+        tokens = prompts[row.prompt]
+        ids, edits = list(tokens.ids), flat(row.edits, tokens)
+        expected: list[int] = []
+        for _ in range(steps):
+            token = int(case.plain(tuple(ids), edits)[0][-1].argmax())
+            if token in adapter.eos_ids:
+                break
+            expected.append(token)
+            ids.append(token)
+        assert list(out) == expected
+
+
+def test_a_row_stops_at_its_own_end_token(case, monkeypatch):
+    adapter = case.adapter
+    tokens = adapter.encode("The cat")
+    (plain,) = adapter.run(Request([tokens], [Row(0)], generate=5)).generated
+    assert len(plain) == 5
+    monkeypatch.setattr(type(adapter), "eos_ids", frozenset({plain[2]}))
+    vector = 5 * direction(2, adapter.card.d_model)
+    first, other = adapter.run(Request([tokens], [Row(0), Row(0, (hb.Edit(hb.Site("resid_post", 1), vector),))], generate=5)).generated
+    assert first == plain[: plain.index(plain[2])]
+    assert plain[2] not in other
