@@ -33,18 +33,30 @@ class BridgeAdapter(Adapter):
     def __init__(self, model: TransformerBridge, tokenizer: Any = None) -> None:
         check_eval(model, "the bridge")
         if not hasattr(model, "blocks"):
-            raise ModelError(f"{type(model.original_model).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model")
+            raise ModelError(
+                f"{type(model.original_model).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model"
+            )
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         self.blocks = list(model.blocks)
         hf.check_attention(model.original_model.config)
         cfg = model.cfg
         self.card = ModelCard(
-            backend="transformer_lens.TransformerBridge", model_id=hf.model_id(model.original_model), architecture=type(model.original_model).__name__,
-            n_layers=len(self.blocks), d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head,
-            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads, d_mlp=cfg.d_mlp or 4 * cfg.d_model,
-            d_vocab=cfg.d_vocab_out, n_ctx=cfg.n_ctx, dtype=hf.dtype_name(model.original_model), device=str(hf.device(model.original_model)),
-            tokenizer=fingerprint(self.tokenizer), versions=versions("transformer-lens"),
+            backend="transformer_lens.TransformerBridge",
+            model_id=hf.model_id(model.original_model),
+            architecture=type(model.original_model).__name__,
+            n_layers=len(self.blocks),
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+            d_mlp=cfg.d_mlp or 4 * cfg.d_model,
+            d_vocab=cfg.d_vocab_out,
+            n_ctx=cfg.n_ctx,
+            dtype=hf.dtype_name(model.original_model),
+            device=str(hf.device(model.original_model)),
+            tokenizer=fingerprint(self.tokenizer),
+            versions=versions("transformer-lens"),
         )
 
     @property

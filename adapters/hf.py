@@ -62,12 +62,13 @@ def check_attention(config: Any) -> None:
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
     if other or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"a model with {', '.join(sorted(other)) or 'an encoder'} cannot be wrapped", "its blocks keep more than keys and values",
+            f"a model with {', '.join(sorted(other)) or 'an encoder'} cannot be wrapped",
+            "its blocks keep more than keys and values",
             "use a causal language model with attention in every block",
         )
 
 
-def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> dict[str, Any]:
+def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: Any) -> dict[str, Any]:
     """Arguments of a forward pass. Positions count a row's own tokens; without padding the model counts by itself."""
     where = device(model)
     found: dict[str, Any] = {"input_ids": tokens.to(where), "use_cache": cache is not None}
@@ -80,7 +81,7 @@ def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: DynamicCache 
     return found
 
 
-def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> DynamicCache:
+def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> Any:
     """A cache that holds `kept`. Without a config every layer keeps all tokens; sliding windows are in the masks."""
     cache = DynamicCache()
     for keys, values in kept or ():
@@ -91,12 +92,12 @@ def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> DynamicCache:
     return cache
 
 
-def kept(cache: DynamicCache, n_layers: int) -> list[tuple[Tensor, Tensor]]:
+def kept(cache: Any, n_layers: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the first layers, as `cache_from` takes them."""
     return [(layer.keys, layer.values) for layer in cache.layers[:n_layers]]
 
 
-def widener(cache: DynamicCache | None, climb: Climb, keep: bool) -> Callable[[int], None]:
+def widener(cache: Any, climb: Climb, keep: bool) -> Callable[[int], None]:
     """Called before each block: gives its kept keys and values the rows of the batch, and frees those below."""
 
     def widen(layer: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.utilities import apply_softcap
+from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
@@ -35,16 +35,27 @@ class HookedAdapter(Adapter):
 
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
         check_eval(model, "the HookedTransformer")
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         cfg = model.cfg
         if cfg.positional_embedding_type == "shortformer":
             raise ModelError("a model with shortformer positions cannot be wrapped", "its keys see positions that its stream does not", "use another model")
         self.card = ModelCard(
-            backend="transformer_lens.HookedTransformer", model_id=cfg.model_name, architecture=str(cfg.original_architecture),
-            n_layers=cfg.n_layers, d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head,
-            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads, d_mlp=cfg.d_mlp or 4 * cfg.d_model, d_vocab=cfg.d_vocab_out, n_ctx=cfg.n_ctx,
-            dtype=str(cfg.dtype).removeprefix("torch."), device=str(cfg.device), tokenizer=fingerprint(self.tokenizer), versions=versions("transformer-lens"),
+            backend="transformer_lens.HookedTransformer",
+            model_id=cfg.model_name,
+            architecture=str(cfg.original_architecture),
+            n_layers=cfg.n_layers,
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_mlp=cfg.d_mlp or 4 * cfg.d_model,
+            d_vocab=cfg.d_vocab_out,
+            n_ctx=cfg.n_ctx,
+            dtype=str(cfg.dtype).removeprefix("torch."),
+            device=str(cfg.device),
+            tokenizer=fingerprint(self.tokenizer),
+            versions=versions("transformer-lens"),
         )
 
     @property
@@ -60,10 +71,10 @@ class HookedAdapter(Adapter):
         def widen(layer: int) -> None:
             if cache is None:
                 return
-            entry = cache.entries[layer]
+            entry: Any = cache.entries[layer]
             entry.past_keys, entry.past_values = climb.widen_kept(entry.past_keys), climb.widen_kept(entry.past_values)
             if layer and not keep:
-                below = cache.entries[layer - 1]
+                below: Any = cache.entries[layer - 1]
                 below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
 
         with routed(self.model.blocks, climb, widen) as handles:

@@ -46,7 +46,11 @@ class TracingAdapter(Adapter):
             cfg = build_bridge_config_from_hf(module.config, architecture, hf.model_id(module), module.dtype)
             self.names = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
         except ValueError as error:
-            raise ModelError(f"{type(module).__name__} cannot be wrapped", f"TransformerLens has no architecture adapter for it ({error})", "register one with ArchitectureAdapterFactory.register_adapter") from error
+            raise ModelError(
+                f"{type(module).__name__} cannot be wrapped",
+                f"TransformerLens has no architecture adapter for it ({error})",
+                "register one with ArchitectureAdapterFactory.register_adapter",
+            ) from error
         mapping: Any = self.names.component_mapping
         if "blocks" not in mapping:
             raise ModelError(f"{type(module).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model")
@@ -59,10 +63,21 @@ class TracingAdapter(Adapter):
             if isinstance(target := mapping["blocks"].hook_aliases.get(f"hook_{name}"), str) and target.endswith(".hook_out")
         }
         self.card = ModelCard(
-            backend="nnsight", model_id=hf.model_id(module), architecture=type(module).__name__, n_layers=len(self.blocks),
-            d_model=cfg.d_model, n_heads=cfg.n_heads, d_head=cfg.d_head, n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-            d_mlp=cfg.d_mlp or 4 * cfg.d_model, d_vocab=self.head.weight.shape[0], n_ctx=cfg.n_ctx, dtype=hf.dtype_name(module),
-            device=str(hf.device(module)), tokenizer=fingerprint(self.tokenizer), versions=versions("nnsight", "transformer-lens"),
+            backend="nnsight",
+            model_id=hf.model_id(module),
+            architecture=type(module).__name__,
+            n_layers=len(self.blocks),
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_mlp=cfg.d_mlp or 4 * cfg.d_model,
+            d_vocab=self.head.weight.shape[0],
+            n_ctx=cfg.n_ctx,
+            dtype=hf.dtype_name(module),
+            device=str(hf.device(module)),
+            tokenizer=fingerprint(self.tokenizer),
+            versions=versions("nnsight", "transformer-lens"),
         )
 
     def _envoy(self, path: str) -> Any:
@@ -80,7 +95,9 @@ class TracingAdapter(Adapter):
             try:
                 self._site(site.name, site.layer)
             except (KeyError, ValueError, AttributeError):
-                return Refused(f"{site} of {self.card.architecture}", "no single module's output is that tensor", "use resid_pre or resid_post, or a TransformerBridge")
+                return Refused(
+                    f"{site} of {self.card.architecture}", "no single module's output is that tensor", "use resid_pre or resid_post, or a TransformerBridge"
+                )
         return None
 
     def _site(self, name: str, layer: int) -> Any:

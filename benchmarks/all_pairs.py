@@ -49,9 +49,9 @@ def batch_per_layer(adapter: hb.Adapter, states: torch.Tensor, target: list[int]
         return x
 
     # logits_to_keep spares the baseline the logits of all other tokens, which TransformerLens computes by default
-    return torch.cat([
-        adapter.model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", patch)], logits_to_keep=1)[:, -1] for layer in range(len(states))
-    ])
+    return torch.cat(
+        [adapter.model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", patch)], logits_to_keep=1)[:, -1] for layer in range(len(states))]
+    )
 
 
 @torch.no_grad()

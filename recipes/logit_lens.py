@@ -15,7 +15,15 @@ from hookbook.tokens import Position
 
 
 def logit_lens(
-    model: Any, prompts: Any, *, layers: Any = "all", position: Position = -1, k: int = 5, tokens: Sequence[str | int] = (), bos: bool | None = None, chat: bool = False,
+    model: Any,
+    prompts: Any,
+    *,
+    layers: Any = "all",
+    position: Position = -1,
+    k: int = 5,
+    tokens: Sequence[str | int] = (),
+    bos: bool | None = None,
+    chat: bool = False,
 ) -> Patchscope:
     """Read states through the final norm and the unembedding.
 
@@ -42,5 +50,13 @@ def logit_lens(
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts, bos, chat)
     return patchscope(
-        adapter, coded, target=coded, source_layers=layers, target_layers=-1, source_position=position, target_position=position, k=k, tokens=tokens,
+        adapter,
+        coded,
+        target=coded,
+        source_layers=layers,
+        target_layers=-1,
+        source_position=position,
+        target_position=position,
+        k=k,
+        tokens=tokens,
     )

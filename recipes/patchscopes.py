@@ -108,10 +108,18 @@ class Patchscope(Result):
             for p, (read, write) in enumerate(self.pairs):
                 for r in range(self.token_ids.shape[-1]):
                     row = {
-                        "prompt": source.text, "position": self.source_positions[n], "source_site": read.name, "layer": read.layer,
-                        "target_site": write.name, "target_layer": write.layer, "rank": r, "token": self.token(n, p, r),
-                        "logprob": float(self.logprobs[n, p, r]), "control_token": self.vocab[int(self.control_ids[n, r])],
-                        "control_logprob": float(self.control_logprobs[n, r]), "source_token": self.vocab[int(self.source_ids[n])],
+                        "prompt": source.text,
+                        "position": self.source_positions[n],
+                        "source_site": read.name,
+                        "layer": read.layer,
+                        "target_site": write.name,
+                        "target_layer": write.layer,
+                        "rank": r,
+                        "token": self.token(n, p, r),
+                        "logprob": float(self.logprobs[n, p, r]),
+                        "control_token": self.vocab[int(self.control_ids[n, r])],
+                        "control_logprob": float(self.control_logprobs[n, r]),
+                        "source_token": self.vocab[int(self.source_ids[n])],
                         "precision": None if self.precision is None else bool(self.precision[n, p]),
                         "surprisal": None if self.surprisal is None else float(self.surprisal[n, p]),
                     }
@@ -132,14 +140,16 @@ class Patchscope(Result):
         reads, writes = {read for read, _ in self.pairs}, {write for _, write in self.pairs}
         return len(writes) > 1 and len(self.pairs) == len(reads) * len(writes)
 
-    def _grid(self, prompt: int) -> tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]:
+    def cells(self, prompt: int = 0) -> tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]:
         """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
         if self.is_grid:
             reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
             where = {pair: p for p, pair in enumerate(self.pairs)}
             cells = [[(prompt, where[read, write]) for write in writes] for read in reads]
             return [str(s.layer) for s in reads], [str(s.layer) for s in writes], "source layer", "target layer", cells
-        columns = [str(read.layer) if read == write or write.layer == self.target_card.n_layers - 1 else f"{read.layer}→{write.layer}" for read, write in self.pairs]
+        columns = [
+            str(read.layer) if read == write or write.layer == self.target_card.n_layers - 1 else f"{read.layer}→{write.layer}" for read, write in self.pairs
+        ]
         cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
         return [source.text[-30:] for source in self.sources], columns, "prompt", "layer", cells
 
@@ -152,12 +162,12 @@ class Patchscope(Result):
             value: `probability` (of the likeliest token), `surprisal`, or one of the wanted tokens (its probability).
         """
         plt = need("matplotlib.pyplot", "plot()")
-        rows, columns, row_name, column_name, cells = self._grid(prompt)
+        rows, columns, row_name, column_name, cells = self.cells(prompt)
         values = torch.tensor([[self._value(n, p, value) for n, p in line] for line in cells])
         if ax is None:
             _, ax = plt.subplots(figsize=(max(6, 0.62 * len(columns) + 2), max(2.5, 0.34 * len(rows) + 1.5)), layout="constrained")
         assert ax is not None
-        limits = {} if value == "surprisal" else {"vmin": 0, "vmax": 1}
+        limits: Any = {} if value == "surprisal" else {"vmin": 0, "vmax": 1}
         image = ax.imshow(values, aspect="auto", cmap="cividis", origin="lower" if self.is_grid else "upper", **limits)
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rows)), [show(row) for row in rows])
@@ -189,10 +199,12 @@ class Patchscope(Result):
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability, and what was generated."""
         samples = need("circuitsvis.topk_samples", "view()")
-        rows, columns, row_name, column_name, cells = self._grid(prompt)
+        rows, columns, row_name, column_name, cells = self.cells(prompt)
         words, values = [], []
         for line in cells:
-            words.append([[[show(self.token(n, p, r)) + " " for r in range(self.token_ids.shape[-1])], *([[self.texts[n][p]]] if self.texts else [])] for n, p in line])
+            words.append(
+                [[[show(self.token(n, p, r)) + " " for r in range(self.token_ids.shape[-1])], *([[self.texts[n][p]]] if self.texts else [])] for n, p in line]
+            )
             values.append([[self.logprobs[n, p].exp().tolist(), *([[0.0]] if self.texts else [])] for n, p in line])
         picture = samples.topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns)
         return View(picture.local_src)  # circuitsvis' own display asks the network first
@@ -266,21 +278,34 @@ def patchscope(
     listed = list(target) if many else [target]
     targets = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
     if len(targets) not in (1, len(sources)):
-        raise TokenError(f"{len(targets)} target prompts for {len(sources)} source prompts", "a source needs a target", "give one target, or one for each source")
+        raise TokenError(
+            f"{len(targets)} target prompts for {len(sources)} source prompts", "a source needs a target", "give one target, or one for each source"
+        )
     writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
     reads_at = [_one_token(source_position, coded) for coded in sources]
     pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
     if map is None and reader.card.d_model != writer.card.d_model:
         raise EditError(
-            f"states of width {reader.card.d_model} for a model of width {writer.card.d_model}", "the two models' streams differ",
+            f"states of width {reader.card.d_model} for a model of width {writer.card.d_model}",
+            "the two models' streams differ",
             "give map=, such as Affine.fit(x, y) on states of both models",
         )
     if isinstance(map, Affine) and tuple(map.weight.shape) != (writer.card.d_model, reader.card.d_model):
-        raise EditError(f"a map of shape {list(map.weight.shape)}", f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]", "transpose it, or fit it on these two models")
+        raise EditError(
+            f"a map of shape {list(map.weight.shape)}",
+            f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]",
+            "transpose it, or fit it on these two models",
+        )
     if k < 1 or generate < 0:
-        raise TokenError(f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more")
+        raise TokenError(
+            f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more"
+        )
     if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
-        raise TokenError(f"{max(len(t) for t in targets)} tokens and {generate} to decode", f"this model reads at most {writer.card.n_ctx}", "shorten the target or decode less")
+        raise TokenError(
+            f"{max(len(t) for t in targets)} tokens and {generate} to decode",
+            f"this model reads at most {writer.card.n_ctx}",
+            "shorten the target or decode less",
+        )
     wanted_ids = torch.tensor([[_wanted(writer, t, word) for word in tokens] for t in targets], dtype=torch.long)
     for adapter, side in ((reader, 0), (writer, 1)):
         for pair in pairs:
@@ -319,20 +344,43 @@ def patchscope(
     known = {int(i) for t in (ids, control_ids) for i in t.flatten()}
     vocab = {i: writer.tokenizer.decode([i]) for i in known} | {int(i): reader.tokenizer.decode([int(i)]) for i in source_ids if int(i) not in known}
     return Patchscope(
-        reader.card, writer.card, tuple(sources), tuple(reads_at), tuple(targets), tuple(writes_at), tuple(pairs), vocab,
-        ids, logprobs, control_ids, control_logprobs, source_ids, precision, surprisal,
-        tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens), wanted, control_wanted,
+        reader.card,
+        writer.card,
+        tuple(sources),
+        tuple(reads_at),
+        tuple(targets),
+        tuple(writes_at),
+        tuple(pairs),
+        vocab,
+        ids,
+        logprobs,
+        control_ids,
+        control_logprobs,
+        source_ids,
+        precision,
+        surprisal,
+        tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
+        wanted,
+        control_wanted,
         tuple(tuple(texts[n_target + n * len(pairs) :][: len(pairs)]) for n in range(len(sources))) if generate else (),
         tuple(texts[t] for t in at) if generate else (),
-        {"source_position": str(source_position), "target_position": str(target_position), "map": "identity" if map is None else type(map).__name__,
-         "generate": generate, "k": k, "bos": bos, "chat": chat, "cost": reply.cost},
+        {
+            "source_position": str(source_position),
+            "target_position": str(target_position),
+            "map": "identity" if map is None else type(map).__name__,
+            "generate": generate,
+            "k": k,
+            "bos": bos,
+            "chat": chat,
+            "cost": reply.cost,
+        },
     )
 
 
 def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:
     """One prompt or several, as tokens."""
     one = isinstance(source, (str, Tokens, Tensor)) or (isinstance(source, (list, tuple)) and source and isinstance(source[0], (int, dict)))
-    listed = [source] if one else list(source)
+    listed: list[Any] = [source] if one else list(source)  # pyright: ignore[reportArgumentType]
     if not listed:
         raise TokenError("no source prompts", "there is nothing to read", "give at least one")
     return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
@@ -341,7 +389,9 @@ def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) 
 def _one_token(position: Position, coded: Tokens) -> int:
     found = resolve(position, coded)
     if len(found) != 1:
-        raise TokenError(f"the source position {position!r} is {len(found)} tokens", "one state is read from each prompt", "give one index, or a text's first or last token")
+        raise TokenError(
+            f"the source position {position!r} is {len(found)} tokens", "one state is read from each prompt", "give one index, or a text's first or last token"
+        )
     return found[0]
 
 
@@ -350,7 +400,9 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
     if isinstance(target_layers, str) and target_layers == "same":
         for site in reads:
             if site.layer >= target.n_layers:
-                raise SiteError(f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers")
+                raise SiteError(
+                    f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers"
+                )
         return [(site, site) for site in reads]
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target.n_layers)]
 

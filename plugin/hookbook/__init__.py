@@ -28,7 +28,7 @@ _HOME = {
     "patchscope": "recipes.patchscopes",
     "wrap": "loading",
 }
-_MODULES = ("adapters", "errors", "prompts", "recipes", "request", "sites", "testing", "tokens")
+_MODULES = ("adapters", "doctor", "errors", "packages", "prompts", "recipes", "request", "results", "sites", "testing", "tokens")
 
 __all__ = sorted([*_HOME, "errors", "prompts", "testing"])  # noqa: PLE0605
 

@@ -154,10 +154,14 @@ class Adapter(ABC):
             wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
             total = values.logsumexp(-1, keepdim=True) if k or wanted.numel() else values[:, :1]
             top = values.topk(min(k, values.shape[-1]), dim=-1)
-            parts.append(TokenReadout(
-                top.indices.cpu(), (top.values - total).cpu(), (values.gather(-1, wanted.to(values.device)) - total).cpu(),
-                values.cpu() if logits else None,
-            ))
+            parts.append(
+                TokenReadout(
+                    top.indices.cpu(),
+                    (top.values - total).cpu(),
+                    (values.gather(-1, wanted.to(values.device)) - total).cpu(),
+                    values.cpu() if logits else None,
+                )
+            )
         return TokenReadout.cat(parts)
 
     def _check_unembedding(self) -> None:

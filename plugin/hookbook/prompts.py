@@ -31,7 +31,8 @@ class Target:
         pieces = [tokens.strings[i] for i in found]
         if len(found) != 1 or pieces[0].strip() != self.placeholder.strip():
             raise TokenError(
-                f"the placeholder {self.placeholder!r} is {len(found)} tokens {pieces} here", "one token is patched, so it must be one token of its own",
+                f"the placeholder {self.placeholder!r} is {len(found)} tokens {pieces} here",
+                "one token is patched, so it must be one token of its own",
                 "choose another placeholder, such as 'x' or '?'",
             )
         return found[0]

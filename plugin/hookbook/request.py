@@ -57,25 +57,45 @@ class Edit:
         else:
             value = torch.as_tensor(self.value).detach()
             if not value.is_floating_point() or value.dim() not in (1, 2):
-                raise EditError(f"{self.op} at {self.site} with shape {list(value.shape)} and {value.dtype}", "a vector is [d_model] or [positions, d_model], in floating point", "check where the vector comes from")
+                raise EditError(
+                    f"{self.op} at {self.site} with shape {list(value.shape)} and {value.dtype}",
+                    "a vector is [d_model] or [positions, d_model], in floating point",
+                    "check where the vector comes from",
+                )
             finite = bool(torch.isfinite(value).all())
             if self.op in ("project_out", "clamp"):
                 if value.dim() != 1:
-                    raise EditError(f"{self.op} at {self.site} with shape {list(value.shape)}", "a direction is one vector", "give [d_model]; use several edits for several directions")
+                    raise EditError(
+                        f"{self.op} at {self.site} with shape {list(value.shape)}",
+                        "a direction is one vector",
+                        "give [d_model]; use several edits for several directions",
+                    )
                 if finite and not bool(value.any()):
                     raise EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length")
             object.__setattr__(self, "value", value)
         if not finite or not math.isfinite(self.to):
-            raise EditError(f"{self.op} at {self.site} with NaN or infinity", "it would spread to every later number", "look for the step that made it, often half precision")
+            raise EditError(
+                f"{self.op} at {self.site} with NaN or infinity",
+                "it would spread to every later number",
+                "look for the step that made it, often half precision",
+            )
 
     def check(self, d_model: int, n_layers: int, n_positions: int) -> None:
         """Raise unless this edit fits a model and the number of tokens its position names."""
         self.site.check(n_layers)
         if isinstance(self.value, Tensor):
             if self.value.shape[-1] != d_model:
-                raise EditError(f"a vector of width {self.value.shape[-1]} at {self.site}", f"this model's width is {d_model}", "use a vector of this model, or map it first")
+                raise EditError(
+                    f"a vector of width {self.value.shape[-1]} at {self.site}",
+                    f"this model's width is {d_model}",
+                    "use a vector of this model, or map it first",
+                )
             if self.value.dim() == 2 and self.value.shape[0] not in (1, n_positions):
-                raise EditError(f"{self.value.shape[0]} vectors for {n_positions} tokens at {self.site}", "a span takes one vector, or one for each token", "make the numbers agree")
+                raise EditError(
+                    f"{self.value.shape[0]} vectors for {n_positions} tokens at {self.site}",
+                    "a span takes one vector, or one for each token",
+                    "make the numbers agree",
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +183,10 @@ class TokenReadout:
         """Several readouts as one, row after row."""
         logits = [p.logits for p in parts if p.logits is not None]
         return TokenReadout(
-            torch.cat([p.topk_ids for p in parts]), torch.cat([p.topk_logprobs for p in parts]),
-            torch.cat([p.token_logprobs for p in parts]), torch.cat(logits) if logits else None,
+            torch.cat([p.topk_ids for p in parts]),
+            torch.cat([p.topk_logprobs for p in parts]),
+            torch.cat([p.token_logprobs for p in parts]),
+            torch.cat(logits) if logits else None,
         )
 
 

@@ -98,9 +98,7 @@ class Site:
     def check(self, n_layers: int) -> Site:
         """This site, or `SiteError` if a model of `n_layers` has none such."""
         if self.layer >= n_layers:
-            raise SiteError(
-                f"no site '{self}'", f"this model has layers 0 to {n_layers - 1}", f"use a layer of at most {n_layers - 1}"
-            )
+            raise SiteError(f"no site '{self}'", f"this model has layers 0 to {n_layers - 1}", f"use a layer of at most {n_layers - 1}")
         return self
 
     def __str__(self) -> str:
@@ -126,7 +124,7 @@ def layers_to_sites(layers: Any, n_layers: int, name: str = "resid_post") -> tup
             if item < -n_layers:
                 raise SiteError(f"no layer {item}", f"this model has layers 0 to {n_layers - 1}", "use one of them")
             item = Site(name, item + n_layers if item < 0 else item)
-        sites.append(Site.parse(item).check(n_layers))
+        sites.append(Site.parse(item).check(n_layers))  # pyright: ignore[reportArgumentType]  parse refuses what it cannot read
     if not sites:
         raise SiteError("no layers were given", "there is nothing to read or edit", "give 'all', a layer, or a list of layers")
     return tuple(sites)

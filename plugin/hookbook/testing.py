@@ -88,9 +88,21 @@ class ToyAdapter(Adapter):
         block: Any = model.blocks[0]
         n_ctx, d_model = model.position.weight.shape
         self.card = ModelCard(
-            backend="toy", model_id="toy", architecture="ToyModel", n_layers=len(model.blocks), d_model=d_model, n_heads=block.n_heads, d_head=block.d_head,
-            n_kv_heads=block.n_heads, d_mlp=block.mlp[0].out_features, d_vocab=model.unembed.out_features, n_ctx=n_ctx,
-            dtype=str(model.embed.weight.dtype).removeprefix("torch."), device="cpu", tokenizer=fingerprint(self.tokenizer), versions=versions(),
+            backend="toy",
+            model_id="toy",
+            architecture="ToyModel",
+            n_layers=len(model.blocks),
+            d_model=d_model,
+            n_heads=block.n_heads,
+            d_head=block.d_head,
+            n_kv_heads=block.n_heads,
+            d_mlp=block.mlp[0].out_features,
+            d_vocab=model.unembed.out_features,
+            n_ctx=n_ctx,
+            dtype=str(model.embed.weight.dtype).removeprefix("torch."),
+            device="cpu",
+            tokenizer=fingerprint(self.tokenizer),
+            versions=versions(),
         )
 
     @property

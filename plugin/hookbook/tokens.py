@@ -85,16 +85,18 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     else:
         raise TokenError(f"{type(prompt).__name__} is not a prompt", "", "give a text, token ids, or chat messages")
     if n_ctx is not None and len(tokens) > n_ctx:
-        raise TokenError(
-            f"the prompt {_short(tokens.text)} has {len(tokens)} tokens", f"this model reads at most {n_ctx}", "shorten it"
-        )
+        raise TokenError(f"the prompt {_short(tokens.text)} has {len(tokens)} tokens", f"this model reads at most {n_ctx}", "shorten it")
     return tokens
 
 
 def _from_ids(ids: Any, tokenizer: Any) -> Tokens:
     if isinstance(ids, torch.Tensor):
         if ids.dim() != 1 or ids.is_floating_point():
-            raise TokenError(f"token ids of shape {list(ids.shape)} and {ids.dtype}", "one prompt is one row of whole numbers", "pass a 1-D integer tensor, or a list of prompts")
+            raise TokenError(
+                f"token ids of shape {list(ids.shape)} and {ids.dtype}",
+                "one prompt is one row of whole numbers",
+                "pass a 1-D integer tensor, or a list of prompts",
+            )
         ids = ids.tolist()
     if not ids:
         raise TokenError("the prompt is empty", "there is no token to run the model on", "give at least one token")
@@ -105,7 +107,7 @@ def _from_ids(ids: Any, tokenizer: Any) -> Tokens:
 
 
 def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, chat: bool) -> Tokens:
-    text = prompt
+    text: Any = prompt
     if not isinstance(prompt, str) or chat:
         if not getattr(tokenizer, "chat_template", None):
             raise TokenError("a chat prompt was asked for", "this tokenizer has no chat template", "leave chat off, or set tokenizer.chat_template")
@@ -116,7 +118,9 @@ def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, c
     if not text:
         raise TokenError("the prompt is empty", "there is no token to run the model on", "give a text of at least one character")
     if not getattr(tokenizer, "is_fast", False):
-        raise TokenError("this tokenizer cannot say where a token's characters are", "it is not a fast tokenizer", "load it with use_fast=True, or pass token ids")
+        raise TokenError(
+            "this tokenizer cannot say where a token's characters are", "it is not a fast tokenizer", "load it with use_fast=True, or pass token ids"
+        )
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(coded.input_ids), [tuple(span) for span in coded.offset_mapping]
     bos_id = getattr(tokenizer, "bos_token_id", None)
@@ -169,7 +173,8 @@ def _find(at: At, tokens: Tokens) -> tuple[int, ...]:
         raise TokenError(f"{at.text!r} is not in the prompt {_short(tokens.text)}", "", "check the spelling, or give an index")
     if at.occurrence is None and len(starts) > 1:
         raise TokenError(
-            f"{at.text!r} is ambiguous", f"it occurs {len(starts)} times in the prompt {_short(tokens.text)}",
+            f"{at.text!r} is ambiguous",
+            f"it occurs {len(starts)} times in the prompt {_short(tokens.text)}",
             f"use At({at.text!r}, occurrence=0) for the first, -1 for the last, or an index",
         )
     try:
@@ -196,7 +201,8 @@ def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
         alone = list(tokenizer(prompt.text, add_special_tokens=False).input_ids)
         if whole[: len(alone)] != alone:
             raise TokenError(
-                f"the answer {answer!r} merges with the end of the prompt {_short(prompt.text)}", "the last token of the prompt changes",
+                f"the answer {answer!r} merges with the end of the prompt {_short(prompt.text)}",
+                "the last token of the prompt changes",
                 "move the space from the end of the prompt to the beginning of the answer, or pass token ids",
             )
         ids = whole[len(alone) :]

@@ -56,7 +56,9 @@ def test_edits_that_do_nothing_change_nothing(case, name):
     clean = run(adapter, reads=[Read(site)])
     own, unit = clean.readings[0].values[0], torch.ones(d, dtype=torch.float64) / d**0.5
     for edit in (
-        hb.Edit(site, own, "set"), hb.Edit(site, torch.zeros(d, dtype=torch.float64), "add"), hb.Edit(site, 1.0, "scale"),
+        hb.Edit(site, own, "set"),
+        hb.Edit(site, torch.zeros(d, dtype=torch.float64), "add"),
+        hb.Edit(site, 1.0, "scale"),
         hb.Edit(site, unit, "clamp", to=float(own @ unit)),
     ):
         assert (run(adapter, [edit]).readout.logits - clean.readout.logits).abs().max() < 1e-9, edit.op

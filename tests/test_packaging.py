@@ -1,0 +1,126 @@
+"""The package as others get it: names, what importing costs, what the wheel holds, and third-party adapters."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import hookbook as hb
+from hookbook import loading
+from hookbook.testing import ToyAdapter, ToyModel
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def modules() -> list[str]:
+    return sorted(m.name for m in pkgutil.walk_packages(hb.__path__, "hookbook."))
+
+
+def test_the_declared_packages_are_the_folders_on_disk():
+    folders = {"hookbook." + p.parent.name if p.parent.name != "hookbook" else "hookbook" for p in (ROOT / "plugin/hookbook").glob("**/__init__.py")}
+    folders |= {f"hookbook.{name}" for name in ("adapters", "recipes") if (ROOT / "plugin/hookbook" / name / "__init__.py").exists()}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
+    for name in ("adapters", "recipes"):
+        link = ROOT / "plugin/hookbook" / name
+        assert link.is_symlink() and link.resolve() == ROOT / name and not link.readlink().is_absolute()
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports_and_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__ or not Path(module.__file__).read_text().strip()
+
+
+def test_public_names_are_what_is_there():
+    for name in hb.__all__:
+        assert getattr(hb, name) is not None
+    assert set(hb.__all__) <= set(dir(hb))
+    assert hb.__version__ == PROJECT["project"]["version"]
+    # a submodule of the same name would replace a function as soon as it is imported
+    assert not {m.removeprefix("hookbook.") for m in modules()} & set(hb._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'patchscoop'"):
+        hb.patchscoop  # noqa: B018
+
+
+def test_importing_hookbook_loads_no_model_library():
+    code = "import sys, hookbook; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'transformer_lens', 'nnsight', 'sae_lens', 'pandas', 'matplotlib'}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_recipes_load_no_backend():
+    code = "import sys, hookbook; hookbook.patchscope, hookbook.load, hookbook.testing; print(sorted({m.split('.')[0] for m in sys.modules} & {'transformer_lens', 'nnsight', 'sae_lens'}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_recipes_do_not_import_adapters_and_plugin_only_where_it_wraps():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert "hookbook.adapters" not in path.read_text()
+    assert [p.name for p in (ROOT / "plugin/hookbook").glob("*.py") if "hookbook.adapters" in p.read_text()] == ["loading.py"]
+
+
+def test_a_third_party_adapter_is_found(monkeypatch):
+    class Other(ToyModel):
+        pass
+
+    class OtherAdapter(ToyAdapter):
+        @staticmethod
+        def accepts(model):
+            return isinstance(model, Other)
+
+    monkeypatch.setattr(sys.modules[__name__], "OtherAdapter", OtherAdapter, raising=False)
+    monkeypatch.setitem(sys.modules, "third_party", sys.modules[__name__])
+    point = EntryPoint("other", "third_party:OtherAdapter", "hookbook.adapters")
+    monkeypatch.setattr(loading, "entry_points", lambda group: [point] if group == "hookbook.adapters" else [])
+    adapter = hb.wrap(Other())
+    assert isinstance(adapter, OtherAdapter)
+    assert hb.patchscope(adapter.model, "ab", target="cd", k=1).token_ids.shape == (1, 3, 1)
+    with pytest.raises(hb.errors.ModelError):
+        hb.wrap(ToyModel())
+
+
+def test_the_wheel_from_the_sdist_holds_one_name_and_imports_in_a_clean_environment(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"hookbook", f"hookbook-{hb.__version__}.dist-info"}
+    assert {"hookbook/py.typed", "hookbook/adapters/bridge.py", "hookbook/recipes/patchscopes.py", "hookbook/climb.py"} <= set(names)
+    venv.create(tmp_path / "clean", with_pip=True)
+    python = tmp_path / "clean/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    said = subprocess.run(
+        [python, "-c", "import hookbook, hookbook.sites; print(hookbook.__version__, hookbook.Site.parse('mlp_out.3'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert said.stdout.strip() == f"{hb.__version__} mlp_out.3"
+    said = subprocess.run([tmp_path / "clean/bin/hookbook"], capture_output=True, text=True)
+    assert said.returncode == 1 and 'pip install "hookbook[cli]"' in said.stderr
+
+
+def test_generated_pages_are_up_to_date():
+    namespace: dict = {"__file__": str(ROOT / "docs/generate.py"), "__name__": "generate"}
+    exec((ROOT / "docs/generate.py").read_text(), namespace)
+    for name, make in namespace["PAGES"].items():
+        assert (ROOT / "docs/reference" / name).read_text() == make(), f"{name} is old: make docs"
+
+
+def test_the_readme_shows_the_two_commands_and_names_that_exist():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text and "make test" in text
+    import re
+
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]:
+        for name in re.findall(r"\bhb\.([A-Za-z_]+)", page.read_text()):
+            assert hasattr(hb, name), f"{page.name}: hb.{name}"

@@ -1,0 +1,415 @@
+"""Patchscopes against their definition: naive runs with torch's own hooks, in float64."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hookbook as hb
+from hookbook.errors import EditError, SiteError, TokenError
+from hookbook.prompts import Target
+from hookbook.sites import Site
+from hookbook.testing import ToyAdapter, toy, toy_tokenizer
+from tests.conftest import Case
+
+EXACT = 1e-10
+TOY = Case("toy", toy())
+WIDE = Case("toy", toy(seed=1, d_model=24))
+ALL = TOY.adapter.card.d_vocab
+SOURCES = ["The cat sat", "Hi, a rather longer one"]
+WORDS = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
+
+
+def state(case: Case, text: str, position: int, site: Site) -> Tensor:
+    """A state of a source prompt."""
+    return case.plain(case.adapter.encode(text).ids, (), (site,))[1][site][position]
+
+
+def edits(value: Tensor, position: int, site: Site) -> tuple:
+    return ((site, position, hb.Edit(site, value, "set")),)
+
+
+def spoken(case: Case, text: str, patch: tuple = ()) -> Tensor:
+    """Log-probabilities `[d_vocab]` of what follows a target prompt."""
+    return case.plain(case.adapter.encode(text).ids, patch)[0][-1].log_softmax(-1)
+
+
+def decoded(case: Case, text: str, steps: int, patch: tuple = ()) -> str:
+    """Greedy decoding that runs the whole sequence again for each token, with the patch in place."""
+    ids, out = list(case.adapter.encode(text).ids), []
+    for _ in range(steps):
+        out.append(int(case.plain(tuple(ids), patch)[0][-1].argmax()))
+        if out[-1] in case.adapter.eos_ids:
+            out.pop()
+            break
+        ids.append(out[-1])
+    return case.adapter.tokenizer.decode(out)
+
+
+def everything(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Log-probabilities in the order of the vocabulary, from all of it in the order of likelihood."""
+    assert ids.shape[-1] == ALL and bool((logprobs.diff(dim=-1) <= 0).all())
+    return torch.full_like(logprobs, float("nan")).scatter(-1, ids, logprobs)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() < EXACT)
+
+
+# the definition
+
+
+@pytest.mark.parametrize("position", [0, 2, -1, "cat"])
+@pytest.mark.parametrize("name", WORDS)
+def test_a_state_patched_where_it_came_from_changes_nothing(name, position):
+    sites = [Site(name, layer) for layer in range(3)]
+    text = "The cat sat"
+    out = hb.patchscope(TOY.adapter, text, target=text, source_layers=sites, source_position=position, target_position=position, k=ALL)
+    assert out.pairs == tuple((site, site) for site in sites) and out.source_positions == out.target_positions
+    control = everything(out.control_ids, out.control_logprobs)
+    assert close(everything(out.token_ids, out.logprobs), control[:, None].expand(1, 3, ALL)) and close(control[0], spoken(TOY, text))
+
+
+def test_every_pair_of_layers_equals_a_naive_loop():
+    """Sources of different lengths, positions given as text, a placeholder inside the target, and decoding."""
+    sources = ["The cat sat", "A longer one, of a cat"]
+    out = hb.patchscope(TOY.adapter, sources, target=Target("ab?cd", "?"), target_layers="all", source_position="cat", k=ALL, generate=4)
+    assert len(out.pairs) == 9 and out.token_ids.shape == (2, 9, ALL) and out.source_positions == (7, 22) and out.target_positions == (3,)
+    said = everything(out.token_ids, out.logprobs)
+    for n, source in enumerate(sources):
+        for p, (read, write) in enumerate(out.pairs):
+            patch = edits(state(TOY, source, out.source_positions[n], read), 3, write)
+            assert close(said[n, p], spoken(TOY, "ab?cd", patch)), (source, read, write)
+            assert out.texts[n][p] == decoded(TOY, "ab?cd", 4, patch)
+
+
+@pytest.mark.parametrize("position", [0, 2, -1, -2, "c", hb.At("on", "first", occurrence=-1), hb.At("on", occurrence=0)])
+def test_the_state_of_the_source_position_is_patched(position):
+    sources = ["on cat on", "a rather longer one on, or c"]
+    out = hb.patchscope(TOY.adapter, sources, target="cd?", source_position=position, k=ALL)
+    for n, source in enumerate(sources):
+        i = hb.tokens.resolve(position, TOY.adapter.encode(source))[0]
+        assert out.source_positions[n] == i
+        for p, (read, write) in enumerate(out.pairs):
+            assert close(everything(out.token_ids, out.logprobs)[n, p], spoken(TOY, "cd?", edits(state(TOY, source, i, read), 3, write)))
+
+
+@pytest.mark.parametrize("write", WORDS)
+@pytest.mark.parametrize("read", WORDS)
+def test_every_kind_of_site_is_read_and_written(read, write):
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", source_layers=[f"{read}.1", f"{read}.2"], target_layers=f"{write}.1", k=ALL)
+    assert out.pairs == ((Site(read, 1), Site(write, 1)), (Site(read, 2), Site(write, 1)))
+    said = everything(out.token_ids, out.logprobs)
+    for n, source in enumerate(SOURCES):
+        for p, (site, there) in enumerate(out.pairs):
+            assert close(said[n, p], spoken(TOY, "cd?", edits(state(TOY, source, -1, site), -1, there)))
+
+
+def test_a_site_goes_back_to_the_site_it_came_from():
+    out = hb.patchscope(TOY.adapter, "ab", target="cd?", source_layers=["mlp_out.1", 0, Site("attn_out", 2)])
+    assert [str(read) for read, _ in out.pairs] == [str(write) for _, write in out.pairs] == ["mlp_out.1", "resid_post.0", "attn_out.2"]
+    patch = edits(state(TOY, "ab", -1, Site("mlp_out", 1)), -1, Site("mlp_out", 1))
+    assert abs(float(out.logprobs[0, 0, 0] - spoken(TOY, "cd?", patch)[out.token_ids[0, 0, 0]])) < EXACT
+
+
+def test_each_source_can_have_its_own_target():
+    targets: list[Any] = [Target("ab?cd", "?"), "x, and something longer"]
+    out = hb.patchscope(TOY.adapter, SOURCES, target=targets, target_layers="all", k=ALL, generate=3, tokens=["x", 7])
+    assert [target.text for target in out.targets] == ["ab?cd", "x, and something longer"] and out.target_positions == (3, len(out.targets[1]) - 1)
+    said, control = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs)
+    for n, (source, target) in enumerate(zip(SOURCES, out.targets, strict=True)):
+        assert close(control[n], spoken(TOY, target.text)) and out.control_texts[n] == decoded(TOY, target.text, 3)
+        for p, (read, write) in enumerate(out.pairs):
+            patch = edits(state(TOY, source, -1, read), out.target_positions[n], write)
+            assert close(said[n, p], spoken(TOY, target.text, patch)) and out.texts[n][p] == decoded(TOY, target.text, 3, patch)
+
+
+def test_a_source_says_the_same_whatever_it_is_run_with():
+    together = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", k=ALL)
+    for n, source in enumerate(SOURCES):
+        alone = hb.patchscope(TOY.adapter, source, target="cd?", target_layers="all", k=ALL)
+        assert close(everything(together.token_ids, together.logprobs)[n], everything(alone.token_ids, alone.logprobs)[0])
+
+
+def test_the_control_is_the_target_unpatched():
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", k=ALL, generate=3, tokens=["x"])
+    control = everything(out.control_ids, out.control_logprobs)
+    for n in range(2):
+        assert close(control[n], spoken(TOY, "cd?")) and out.control_texts[n] == decoded(TOY, "cd?", 3)
+        assert torch.equal(out.control_wanted_logprobs[n, 0], control[n, TOY.adapter.tokenizer.convert_tokens_to_ids("x")])
+
+
+def test_the_placeholder_the_position_or_the_last_token_is_patched():
+    asked: list[tuple[Any, Any, int]] = [
+        (Target("a?b", "?"), None, 2), (Target("?a?b", "?"), None, 3), (Target("a?b", "?"), 0, 0), ("a?b", None, 3), ("a?b", "?", 2), ("a?b", hb.At("a?", "first"), 1), ("a?b", -2, 2),
+    ]  # fmt: skip
+    for target, position, want in asked:
+        out = hb.patchscope(TOY.adapter, "hi", target=target, target_position=position, source_layers=1, k=1)
+        assert out.target_positions == (want,)
+        patch = edits(state(TOY, "hi", -1, Site("resid_post", 1)), want, Site("resid_post", 1))
+        assert abs(float(out.logprobs[0, 0, 0] - spoken(TOY, "a?b" if "?a" not in out.targets[0].text else "?a?b", patch).max())) < EXACT
+
+
+def test_the_patch_of_an_early_token_reaches_the_last_one_only_through_the_blocks_above():
+    out = hb.patchscope(TOY.adapter, "hi", target=Target("?abc", "?"), target_layers="all", k=ALL)
+    said, control = everything(out.token_ids, out.logprobs)[0], everything(out.control_ids, out.control_logprobs)[0]
+    for p, (_, write) in enumerate(out.pairs):
+        assert close(said[p], control) == (write.layer == 2)
+
+
+# the logit lens
+
+
+def test_the_last_target_layer_is_the_logit_lens():
+    lens = hb.logit_lens(TOY.adapter, SOURCES, k=ALL)
+    want = everything(lens.token_ids, lens.logprobs)
+    for target in ("cd?", "another, longer target"):
+        out = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers=-1, k=ALL)
+        assert close(everything(out.token_ids, out.logprobs), want)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 2, "cat", hb.At("c", "first")])
+def test_the_logit_lens_is_the_unembedded_state(position):
+    lens: Any = hb.logit_lens(TOY.adapter, "The cat sat", position=position, k=ALL)
+    (i,) = hb.tokens.resolve(position, lens.sources[0])
+    said = everything(lens.token_ids, lens.logprobs)[0]
+    for p, (read, _) in enumerate(lens.pairs):
+        assert close(said[p], TOY.adapter.unembed(state(TOY, "The cat sat", i, read)).detach().log_softmax(-1)), read
+    own = TOY.adapter.plain_logits(torch.tensor([lens.sources[0].ids]))[0, i].log_softmax(-1)
+    assert close(said[-1], own) and bool(lens.precision[0, -1]) and int(lens.source_ids[0]) == int(own.argmax())
+
+
+def test_at_the_last_layers_the_source_says_its_own_next_token():
+    out: Any = hb.patchscope(TOY.adapter, SOURCES, target="cd?", source_layers=-1, target_layers=-1, k=ALL)
+    for n, source in enumerate(SOURCES):
+        assert close(everything(out.token_ids, out.logprobs)[n, 0], spoken(TOY, source))
+    assert bool(out.precision.all())
+    assert close(out.surprisal[:, 0], -out.logprobs[:, 0, 0])
+
+
+# the numbers
+
+
+def test_precision_and_surprisal_are_of_the_plain_source_run():
+    out: Any = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", source_position=hb.At("a", occurrence=0))
+    assert out.precision.shape == out.surprisal.shape == (2, 9)
+    for n, source in enumerate(out.sources):
+        own = TOY.plain(source.ids)[0][out.source_positions[n]].log_softmax(-1)
+        assert int(out.source_ids[n]) == int(own.argmax())
+        for p in range(9):
+            top = int(out.token_ids[n, p, 0])
+            assert bool(out.precision[n, p]) == (top == int(own.argmax()))
+            assert abs(float(out.surprisal[n, p] + own[top])) < EXACT
+    assert bool(out.precision.any()) and not bool(out.precision.all())
+
+
+def test_a_wanted_tokens_logprob_is_its_entry_of_the_log_softmax():
+    words = ["x", " ", 7, 0]
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", k=ALL, tokens=words)
+    convert = TOY.adapter.tokenizer.convert_tokens_to_ids
+    ids = [convert("x"), convert("Ġ"), 7, 0]
+    assert out.wanted == ("x", " ", TOY.adapter.tokenizer.decode([7]), "<s>") and out.wanted_logprobs.shape == (2, 9, 4)
+    assert torch.equal(out.wanted_logprobs, everything(out.token_ids, out.logprobs)[..., ids])
+    assert torch.equal(out.control_wanted_logprobs, everything(out.control_ids, out.control_logprobs)[..., ids])
+
+
+def test_logprobs_are_those_of_a_distribution_likeliest_first():
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", k=ALL)
+    assert close(out.logprobs.exp().sum(-1), torch.ones(2, 9, dtype=torch.float64))
+    few = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", k=3)
+    assert torch.equal(few.token_ids, out.token_ids[..., :3]) and torch.equal(few.logprobs, out.logprobs[..., :3])
+
+
+def test_without_generation_there_are_no_texts():
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", k=2)
+    assert out.texts == () and out.control_texts == () and out.wanted == () and out.wanted_logprobs.shape == (2, 3, 0)
+
+
+def test_generation_stops_at_the_end_token(monkeypatch):
+    plain = hb.patchscope(TOY.adapter, "hi", target="cd?", generate=4, source_layers=1)
+    first = int(plain.control_ids[0, 0])
+    monkeypatch.setattr(ToyAdapter, "eos_ids", frozenset({first}))
+    assert hb.patchscope(TOY.adapter, "hi", target="cd?", generate=4, source_layers=1).control_texts == ("",)
+
+
+# maps and other models
+
+
+def affine(d_target: int, d_source: int) -> hb.Affine:
+    make = torch.Generator().manual_seed(5)
+    return hb.Affine(torch.randn(d_target, d_source, generator=make, dtype=torch.float64), torch.randn(d_target, generator=make, dtype=torch.float64))
+
+
+def test_an_affine_map_is_applied_to_every_state():
+    f = affine(16, 16)
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", map=f, k=ALL, generate=3)
+    said = everything(out.token_ids, out.logprobs)
+    for n, source in enumerate(SOURCES):
+        for p, (read, write) in enumerate(out.pairs):
+            patch = edits(f.weight @ state(TOY, source, -1, read) + f.bias, 3, write)
+            assert close(said[n, p], spoken(TOY, "cd?", patch)) and out.texts[n][p] == decoded(TOY, "cd?", 3, patch)
+
+
+def test_the_identity_map_is_no_map():
+    unit = hb.Affine(torch.eye(16), torch.zeros(16))
+    one, other = (hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", map=f) for f in (None, unit))
+    assert torch.equal(one.token_ids, other.token_ids) and close(one.logprobs, other.logprobs)
+
+
+def test_fitting_recovers_a_planted_map():
+    f = affine(5, 7)
+    x = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fitted = hb.Affine.fit(x, x @ f.weight.T + f.bias)
+    assert close(fitted.weight, f.weight) and close(fitted.bias, f.bias)
+    site = Site("resid_post", 0)
+    assert close(fitted(x, site, site), x @ f.weight.T + f.bias)
+
+
+def test_fitting_is_in_float64_and_least_squares():
+    make = torch.Generator().manual_seed(1)
+    x, y = torch.randn(30, 3, generator=make), torch.randn(30, 2, generator=make)
+    fitted = hb.Affine.fit(x, y)
+    assert fitted.weight.dtype == fitted.bias.dtype == torch.float64 and fitted.weight.shape == (2, 3) and fitted.bias.shape == (2,)
+    site = Site("resid_post", 0)
+    rest = y.double() - fitted(x.double(), site, site)
+    assert close(rest.sum(0), torch.zeros(2, dtype=torch.float64)) and close(rest.T @ x.double(), torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_a_callable_map_gets_the_states_and_their_sites():
+    calls: list[tuple[Tensor, Site, Site]] = []
+
+    def f(x: Tensor, read: Site, write: Site) -> Tensor:
+        calls.append((x, read, write))
+        return x * (1 + read.layer) - write.layer
+
+    out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", source_layers=["mlp_out.1", 2], target_layers=[0, "attn_out.1"], map=f, k=ALL)
+    assert (
+        tuple((read, write) for _, read, write in calls)
+        == out.pairs
+        == tuple((Site.parse(r), Site.parse(w)) for r in ("mlp_out.1", "resid_post.2") for w in ("resid_post.0", "attn_out.1"))
+    )
+    said = everything(out.token_ids, out.logprobs)
+    for p, (x, read, write) in enumerate(calls):
+        assert x.shape == (2, 16)
+        for n, source in enumerate(SOURCES):
+            assert close(x[n], state(TOY, source, -1, read))
+            assert close(said[n, p], spoken(TOY, "cd?", edits(x[n] * (1 + read.layer) - write.layer, -1, write)))
+
+
+def test_states_go_to_another_model_through_a_map():
+    f = affine(24, 16)
+    out: Any = hb.patchscope(
+        TOY.adapter, SOURCES, target=Target("ab?cd", "?"), target_layers="all", target_model=WIDE.adapter, map=f, k=ALL, generate=3, tokens=["x"]
+    )
+    assert (out.source_card.d_model, out.target_card.d_model) == (16, 24)
+    said, control = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs)
+    for n, source in enumerate(SOURCES):
+        own = spoken(TOY, source)
+        assert close(control[n], spoken(WIDE, "ab?cd")) and out.control_texts[n] == decoded(WIDE, "ab?cd", 3) and int(out.source_ids[n]) == int(own.argmax())
+        for p, (read, write) in enumerate(out.pairs):
+            patch = edits(f.weight @ state(TOY, source, -1, read) + f.bias, 3, write)
+            assert close(said[n, p], spoken(WIDE, "ab?cd", patch)) and out.texts[n][p] == decoded(WIDE, "ab?cd", 3, patch)
+            assert abs(float(out.surprisal[n, p] + own[out.token_ids[n, p, 0]])) < EXACT
+
+
+def test_states_go_to_another_model_of_the_same_width_as_they_are():
+    other = Case("toy", toy(seed=3, n_layers=5))
+    out = hb.patchscope(TOY.adapter, "hi", target="cd?", target_layers=[0, 4], target_model=other.adapter, k=ALL)
+    for p, (read, write) in enumerate(out.pairs):
+        assert close(everything(out.token_ids, out.logprobs)[0, p], spoken(other, "cd?", edits(state(TOY, "hi", -1, read), -1, write)))
+
+
+def test_another_width_needs_a_map_that_fits():
+    for f, message in (
+        (None, "states of width 16 for a model of width 24"),
+        (affine(16, 24), r"a map of shape \[16, 24\]"),
+        (lambda x, read, write: x, "a vector of width 16"),
+    ):
+        with pytest.raises(EditError, match=message):
+            hb.patchscope(TOY.adapter, "hi", target="cd?", target_model=WIDE.adapter, map=f)
+
+
+def test_layers_are_those_of_the_model_they_are_in():
+    with pytest.raises(SiteError, match="in the target model: it has layers 0 to 1"):
+        hb.patchscope(TOY.adapter, "hi", target="cd?", target_model=toy(n_layers=2))
+    out = hb.patchscope(TOY.adapter, "hi", target="cd?", target_layers=-1, target_model=toy(n_layers=2))
+    assert {write for _, write in out.pairs} == {Site("resid_post", 1)}
+
+
+def reversed_toy() -> ToyAdapter:
+    """The toy with a tokenizer that numbers its bytes the other way round."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = json.loads(toy_tokenizer().backend_tokenizer.to_str())
+    vocab = plain["model"]["vocab"]
+    plain["model"]["vocab"] = {letter: i if i < 2 else 259 - i for letter, i in vocab.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)), bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return ToyAdapter(TOY.adapter.model, tokenizer)
+
+
+def test_precision_and_surprisal_need_one_vocabulary():
+    for other in (reversed_toy(), toy(d_vocab=300, seed=1)):
+        out = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_model=other)
+        assert out.precision is None and out.surprisal is None
+    assert hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_model=toy(seed=1)).precision is not None
+
+
+def test_tokens_of_two_vocabularies_keep_their_own_texts():
+    out: Any = hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_model=reversed_toy(), k=ALL)
+    read, write = TOY.adapter.tokenizer, reversed_toy().tokenizer
+    for row in out.to_frame().query("layer == 0 and rank < 9").itertuples():
+        n = SOURCES.index(row.prompt)
+        assert row.token == write.decode([int(out.token_ids[n, 0, row.rank])]) and row.control_token == write.decode([int(out.control_ids[n, row.rank])])
+        assert row.source_token == read.decode([int(out.source_ids[n])])
+
+
+# what is kept
+
+
+def test_a_patchscope_keeps_what_was_asked():
+    out = hb.patchscope(TOY.adapter, SOURCES, target=Target("ab?cd", "?"), source_position=1, bos=True, k=2, generate=1)
+    encode = TOY.adapter.encode
+    assert out.sources == tuple(encode(text) for text in SOURCES) and out.targets == (encode("ab?cd"),)
+    assert out.source_card == out.target_card == TOY.adapter.card and out.source_positions == (1, 1)
+    assert out.settings | {"cost": None} == {
+        "source_position": "1", "target_position": "None", "map": "identity", "generate": 1, "k": 2, "bos": True, "chat": False, "cost": None,
+    }  # fmt: skip
+    for i, text in out.vocab.items():
+        assert text == TOY.adapter.tokenizer.decode([i])
+    assert set(out.vocab) == {int(i) for t in (out.token_ids, out.control_ids, out.source_ids) for i in t.flatten()}
+
+
+def test_prompts_come_as_texts_ids_or_tokens():
+    tokens = TOY.adapter.encode("hi")
+    want = hb.patchscope(TOY.adapter, "hi", target="cd?", k=3)
+    for source in (["hi"], ("hi",), tokens, [tokens], list(tokens.ids), [list(tokens.ids)], torch.tensor(tokens.ids), [torch.tensor(tokens.ids)]):
+        out = hb.patchscope(TOY.adapter, source, target=TOY.adapter.encode("cd?"), k=3)
+        assert torch.equal(out.token_ids, want.token_ids) and torch.equal(out.logprobs, want.logprobs)
+
+
+def test_nothing_is_left_on_the_model():
+    before = spoken(TOY, "hi")
+    hb.patchscope(TOY.adapter, SOURCES, target="cd?", target_layers="all", generate=2)
+    assert torch.equal(spoken(TOY, "hi"), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in TOY.adapter.model.modules())
+
+
+def test_what_cannot_be_asked_is_refused_before_the_model_runs():
+    runs: list[int] = []
+    handle = TOY.adapter.model.register_forward_pre_hook(lambda *_: runs.append(1))
+    bad: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"source_layers": 3}, SiteError), ({"target_layers": "resid_pots.1"}, SiteError), ({"source_position": "zz"}, TokenError), ({"source_position": slice(0, 2)}, TokenError),
+        ({"target_position": 9}, TokenError), ({"target_position": [0, 1]}, TokenError), ({"target": []}, TokenError), ({"target": ["a", "b", "c"]}, TokenError),
+        ({"target": Target("éab", "é")}, TokenError), ({"tokens": ["xy"]}, TokenError), ({"tokens": [""]}, TokenError), ({"tokens": [258]}, TokenError), ({"tokens": [-1]}, TokenError),
+        ({"k": 0}, TokenError), ({"generate": -1}, TokenError), ({"generate": 99}, TokenError), ({"chat": True}, TokenError), ({"map": affine(24, 16)}, EditError),
+    ]  # fmt: skip
+    for more, error in bad:
+        with pytest.raises(error):
+            hb.patchscope(TOY.adapter, SOURCES, **{"target": "cd?", **more})
+    handle.remove()
+    assert runs == []
