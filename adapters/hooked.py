@@ -86,11 +86,12 @@ class HookedAdapter(Adapter):
                 self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
             except Stop:
                 pass
-        return [(entry.past_keys, entry.past_values) for entry in cache.entries[: climb.last]] if keep and cache is not None else None
+        entries: list[Any] = cache.entries if keep and cache is not None else []
+        return [(entry.past_keys, entry.past_values) for entry in entries[: climb.last]] if keep else None
 
     def _cache(self, tokens: Tensor, mask: Tensor | None, kept: Any) -> TransformerLensKeyValueCache:
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))
-        for layer, (keys, values) in enumerate(kept or ()):
+        for layer, (keys, values) in enumerate(kept or []):
             cache.entries[layer] = TransformerLensKeyValueCacheEntry(keys, values)
         n_kept = kept[0][0].shape[1] if kept else 0
         before = torch.ones(len(tokens), n_kept, dtype=torch.long) if mask is None else mask[:, :n_kept]

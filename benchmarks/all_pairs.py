@@ -82,7 +82,8 @@ def bench(name: str, repeats: int) -> None:
         f"one run per pair, TransformerLens hooks ({len(sample)} pairs, scaled)": lambda: run_per_pair(bridge, states, target, sample),
     }
     first = list(ways)[0]
-    climb(bridge, states, target), climb(nnsight, states, target)  # warm up
+    for adapter in (bridge, nnsight):  # warm up
+        climb(adapter, states, target)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     worst = dict.fromkeys(ways, 0.0)
     agree = dict.fromkeys(ways, 1.0)

@@ -57,6 +57,7 @@ def logit_lens(
         target_layers=-1,
         source_position=position,
         target_position=position,
+        readout_position=position,
         k=k,
         tokens=tokens,
     )

@@ -8,7 +8,7 @@ with states of other prompts, and with other target prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,8 @@ class Patchscope(Result):
     """`[n, k]`"""
     source_ids: Tensor
     """`[n]`: the likeliest next token of the source prompt at its position, unpatched."""
+    source_tokens: tuple[str, ...]
+    """`[n]`: the same as text."""
     precision: Tensor | None
     """`[n, p]`: whether the likeliest token is the source prompt's own (precision@1); None if the vocabularies differ."""
     surprisal: Tensor | None
@@ -119,7 +121,7 @@ class Patchscope(Result):
                         "logprob": float(self.logprobs[n, p, r]),
                         "control_token": self.vocab[int(self.control_ids[n, r])],
                         "control_logprob": float(self.control_logprobs[n, r]),
-                        "source_token": self.vocab[int(self.source_ids[n])],
+                        "source_token": self.source_tokens[n],
                         "precision": None if self.precision is None else bool(self.precision[n, p]),
                         "surprisal": None if self.surprisal is None else float(self.surprisal[n, p]),
                     }
@@ -170,7 +172,7 @@ class Patchscope(Result):
         limits: Any = {} if value == "surprisal" else {"vmin": 0, "vmax": 1}
         image = ax.imshow(values, aspect="auto", cmap="cividis", origin="lower" if self.is_grid else "upper", **limits)
         ax.set_xticks(range(len(columns)), columns)
-        ax.set_yticks(range(len(rows)), [show(row) for row in rows])
+        ax.set_yticks(range(len(rows)), [show(row) for row in rows], parse_math=False)
         ax.set_xlabel(column_name)
         ax.set_ylabel(row_name)
         bar = ax.figure.colorbar(image, ax=ax)
@@ -207,7 +209,7 @@ class Patchscope(Result):
             )
             values.append([[self.logprobs[n, p].exp().tolist(), *([[0.0]] if self.texts else [])] for n, p in line])
         picture = samples.topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns)
-        return View(picture.local_src)  # circuitsvis' own display asks the network first
+        return View.of(picture)
 
 
 def patchscope(
@@ -219,6 +221,7 @@ def patchscope(
     target_layers: Any = "same",
     source_position: Position = -1,
     target_position: Position | None = None,
+    readout_position: Position = -1,
     map: Map | Affine | None = None,
     target_model: Any = None,
     generate: int = 0,
@@ -242,6 +245,8 @@ def patchscope(
         target_layers: `l*`: `"same"` (each state goes back to the site it came from), `"all"` (every pair), or as above.
         source_position: `i`: `-1` the last token, an index, a text (its last token), or an `At`.
         target_position: `i*`: likewise; None: the target's placeholder, or the last token.
+        readout_position: The token of the target prompt after which the next token is read, as above; generation always
+            goes on from the last.
         map: `f`: None for the identity, an `Affine`, or a function of states `[n, d_source]`, the source and the target
             site that returns `[n, d_target]`.
         target_model: `M*`; None: the same model.
@@ -283,6 +288,10 @@ def patchscope(
         )
     writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
     reads_at = [_one_token(source_position, coded) for coded in sources]
+    says_at = [_one_token(readout_position, coded) for coded in targets]
+    for written, said_at in zip(writes_at, says_at, strict=True):
+        if said_at < written:
+            raise TokenError(f"a patch of token {written} cannot reach token {said_at}", "tokens see only those before them", "read a later token")
     pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
     if map is None and reader.card.d_model != writer.card.d_model:
         raise EditError(
@@ -306,7 +315,7 @@ def patchscope(
             f"this model reads at most {writer.card.n_ctx}",
             "shorten the target or decode less",
         )
-    wanted_ids = torch.tensor([[_wanted(writer, t, word) for word in tokens] for t in targets], dtype=torch.long)
+    wanted_ids = torch.tensor([[_wanted(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
     for adapter, side in ((reader, 0), (writer, 1)):
         for pair in pairs:
             adapter.require(pair[side])
@@ -325,8 +334,9 @@ def patchscope(
     rows = [Row(t) for t in range(n_target)] + [
         Row(at[n], (Edit(write, values[n, p], "set", writes_at[at[n]]),)) for n in range(len(sources)) for p, (_, write) in enumerate(pairs)
     ]
+    readout_at = Each(tuple(says_at[row.prompt] for row in rows))
     asked = torch.cat([wanted_ids, wanted_ids[at].repeat_interleave(len(pairs), 0)])
-    reply = writer.run(Request(targets, rows, (), Readout(k=k, tokens=asked), generate), progress=progress)
+    reply = writer.run(Request(targets, rows, (), Readout(readout_at, k, asked), generate), progress=progress)
     said = reply.readout
     assert said is not None
 
@@ -342,7 +352,7 @@ def patchscope(
         surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
     texts = [writer.tokenizer.decode(list(out)) for out in reply.generated]
     known = {int(i) for t in (ids, control_ids) for i in t.flatten()}
-    vocab = {i: writer.tokenizer.decode([i]) for i in known} | {int(i): reader.tokenizer.decode([int(i)]) for i in source_ids if int(i) not in known}
+    vocab = {i: writer.tokenizer.decode([i]) for i in sorted(known)}
     return Patchscope(
         reader.card,
         writer.card,
@@ -357,6 +367,7 @@ def patchscope(
         control_ids,
         control_logprobs,
         source_ids,
+        tuple(reader.tokenizer.decode([i]) for i in source_ids.tolist()),
         precision,
         surprisal,
         tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
@@ -367,6 +378,7 @@ def patchscope(
         {
             "source_position": str(source_position),
             "target_position": str(target_position),
+            "readout_position": str(readout_position),
             "map": "identity" if map is None else type(map).__name__,
             "generate": generate,
             "k": k,
@@ -407,9 +419,11 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target.n_layers)]
 
 
-def _wanted(writer: Adapter, target: Tokens, word: str | int) -> int:
+def _wanted(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:
     if isinstance(word, int):
         if not 0 <= word < writer.card.d_vocab:
             raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {writer.card.d_vocab - 1}", "use one of them")
         return word
+    if target.offsets is not None:  # the word follows the text up to the token after which it is read
+        target = replace(target, text=target.text[: target.offsets[said_at][1]] if said_at + 1 < len(target) else target.text)
     return check_one_token(answer_ids(target, word, writer.tokenizer), repr(word), writer.tokenizer)

@@ -44,6 +44,7 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "index out of range": (scope(source_position=9), TokenError, "has 3 tokens"),
     "position of no kind": (scope(source_position=1.5), TokenError, "is not a position"),
     "target position out of range": (scope(target_position=99), TokenError, "use -"),
+    "patch after what is read": (scope(target="abc", readout_position=0), TokenError, "cannot reach token 0"),
     "two-token placeholder": (scope(target=Target("say éé", "éé")), TokenError, "one token of its own"),
     "placeholder not in the target": (lambda: Target("say it", "x"), TokenError, "placeholder 'x' is not in the prompt"),
     "attribute template without a place": (lambda: hb.prompts.attribute("The currency of x"), TokenError, "exactly one {}"),

@@ -30,7 +30,7 @@ _HOME = {
 }
 _MODULES = ("adapters", "doctor", "errors", "packages", "prompts", "recipes", "request", "results", "sites", "testing", "tokens")
 
-__all__ = sorted([*_HOME, "errors", "prompts", "testing"])  # noqa: PLE0605
+__all__ = sorted([*_HOME, "errors", "prompts", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors

@@ -73,13 +73,16 @@ class Result:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise ResultError(f"{path} cannot be read", str(error), "give a file that a result's save() wrote") from error
-        if packed is None:
+        if not isinstance(packed, dict) or not {"format", "kind", "data"} <= packed.keys():
             raise ResultError(f"{path} is not a saved result", "it has no hookbook metadata", "give a file that a result's save() wrote")
         if packed["format"] > FORMAT:
             raise ResultError(f"{path} has format {packed['format']}", f"this version reads up to {FORMAT}", "upgrade hookbook")
         if packed["kind"] != cls.__name__:
             raise ResultError(f"{path} is a {packed['kind']}", f"not a {cls.__name__}", f"load it with {packed['kind']}.load")
-        return cls(**{name: _unpack(value, tensors) for name, value in packed["data"].items()})
+        try:
+            return cls(**{name: _unpack(value, tensors) for name, value in packed["data"].items()})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ResultError(f"{path} is damaged", f"{type(error).__name__}: {error}", "save the result again") from error
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -116,6 +119,13 @@ class View:
     """HTML that draws itself without a network, in a notebook or saved to a file."""
 
     html: str
+
+    @classmethod
+    def of(cls, picture: Any) -> View:
+        """A circuitsvis picture; its own display asks the network first, and lets a token end the script it stands in."""
+        head, call, rest = picture.local_src.rpartition("CircuitsVis.render(")
+        data, end, tail = rest.rpartition("</script>")
+        return cls(head + call + data.replace("</", "<\\/").replace("<!--", "<\\!--") + end + tail)
 
     def _repr_html_(self) -> str:
         return self.html

@@ -80,7 +80,7 @@ class Site:
     def from_hook_name(cls, name: str) -> Site:
         """The site TransformerLens calls `name`, such as `blocks.10.hook_resid_post`."""
         for spec in SITES.values():
-            match = re.fullmatch(re.escape(spec.hook_name).replace(r"\{layer\}", r"(\d+)"), name)
+            match = re.fullmatch(re.escape(spec.hook_name).replace(r"\{layer\}", "(0|[1-9][0-9]*)"), name)
             if match:
                 return cls(spec.name, int(match[1]))
         raise SiteError(f"{name!r} is not a hook name of a site", "", f"use one of {', '.join(s.hook_name for s in SITES.values())}")
@@ -108,7 +108,7 @@ class Site:
 def layers_to_sites(layers: Any, n_layers: int, name: str = "resid_post") -> tuple[Site, ...]:
     """Sites from `"all"`, a layer, a site, its text, or several of them; `name` is used for bare layers.
 
-    A negative layer counts from the end, as in a list.
+    A negative layer counts from the end, as in a list; what is named twice counts once.
 
     Example:
         >>> [str(site) for site in layers_to_sites([0, -1, "mlp_out.1"], 3)]
@@ -127,4 +127,4 @@ def layers_to_sites(layers: Any, n_layers: int, name: str = "resid_post") -> tup
         sites.append(Site.parse(item).check(n_layers))  # pyright: ignore[reportArgumentType]  parse refuses what it cannot read
     if not sites:
         raise SiteError("no layers were given", "there is nothing to read or edit", "give 'all', a layer, or a list of layers")
-    return tuple(sites)
+    return tuple(dict.fromkeys(sites))

@@ -148,7 +148,7 @@ def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
         found = list(range(n))[position]
     elif isinstance(position, int) and not isinstance(position, bool):
         found = [position]
-    elif isinstance(position, (list, tuple, range)) and all(isinstance(i, int) for i in position):
+    elif isinstance(position, (list, tuple, range)) and all(isinstance(i, int) and not isinstance(i, bool) for i in position):
         found = list(position)
     else:
         raise TokenError(f"{position!r} is not a position", "", "give an index, a text, an At, a slice, or a list of indices")

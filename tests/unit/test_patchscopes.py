@@ -118,14 +118,15 @@ def test_a_site_goes_back_to_the_site_it_came_from():
 
 def test_each_source_can_have_its_own_target():
     targets: list[Any] = [Target("ab?cd", "?"), "x, and something longer"]
-    out = hb.patchscope(TOY.adapter, SOURCES, target=targets, target_layers="all", k=ALL, generate=3, tokens=["x", 7])
+    out = hb.patchscope(TOY.adapter, SOURCES, target=targets, target_layers="all", k=ALL, generate=4, tokens=["x", 7])
     assert [target.text for target in out.targets] == ["ab?cd", "x, and something longer"] and out.target_positions == (3, len(out.targets[1]) - 1)
+    assert out.control_texts[0] != out.control_texts[1]
     said, control = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs)
     for n, (source, target) in enumerate(zip(SOURCES, out.targets, strict=True)):
-        assert close(control[n], spoken(TOY, target.text)) and out.control_texts[n] == decoded(TOY, target.text, 3)
+        assert close(control[n], spoken(TOY, target.text)) and out.control_texts[n] == decoded(TOY, target.text, 4)
         for p, (read, write) in enumerate(out.pairs):
             patch = edits(state(TOY, source, -1, read), out.target_positions[n], write)
-            assert close(said[n, p], spoken(TOY, target.text, patch)) and out.texts[n][p] == decoded(TOY, target.text, 3, patch)
+            assert close(said[n, p], spoken(TOY, target.text, patch)) and out.texts[n][p] == decoded(TOY, target.text, 4, patch)
 
 
 def test_a_source_says_the_same_whatever_it_is_run_with():
@@ -159,6 +160,21 @@ def test_the_patch_of_an_early_token_reaches_the_last_one_only_through_the_block
     said, control = everything(out.token_ids, out.logprobs)[0], everything(out.control_ids, out.control_logprobs)[0]
     for p, (_, write) in enumerate(out.pairs):
         assert close(said[p], control) == (write.layer == 2)
+
+
+@pytest.mark.parametrize("position", [0, 2, -1, -2, "?", hb.At("cd", "first")])
+def test_what_is_said_can_be_read_after_any_token_of_the_target(position):
+    target = Target("ab?cd", "?")
+    out = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers="all", readout_position=position, k=ALL, generate=2)
+    plain = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers="all", generate=2)
+    assert (out.texts, out.control_texts) == (plain.texts, plain.control_texts)  # which follow the whole target
+    said, control, ids = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs), out.targets[0].ids
+    (i,) = hb.tokens.resolve(position, out.targets[0])
+    for n, source in enumerate(SOURCES):
+        assert close(control[n], TOY.plain(ids)[0][i].log_softmax(-1))
+        for p, (read, write) in enumerate(out.pairs):
+            want = TOY.plain(ids, edits(state(TOY, source, -1, read), 3, write))[0][i].log_softmax(-1)
+            assert close(said[n, p], want)
 
 
 # the logit lens
@@ -376,9 +392,8 @@ def test_a_patchscope_keeps_what_was_asked():
     encode = TOY.adapter.encode
     assert out.sources == tuple(encode(text) for text in SOURCES) and out.targets == (encode("ab?cd"),)
     assert out.source_card == out.target_card == TOY.adapter.card and out.source_positions == (1, 1)
-    assert out.settings | {"cost": None} == {
-        "source_position": "1", "target_position": "None", "map": "identity", "generate": 1, "k": 2, "bos": True, "chat": False, "cost": None,
-    }  # fmt: skip
+    asked = {"source_position": "1", "target_position": "None", "readout_position": "-1", "map": "identity", "generate": 1, "k": 2, "bos": True, "chat": False}
+    assert {name: out.settings[name] for name in asked} == asked
     for i, text in out.vocab.items():
         assert text == TOY.adapter.tokenizer.decode([i])
     assert set(out.vocab) == {int(i) for t in (out.token_ids, out.control_ids, out.source_ids) for i in t.flatten()}

@@ -292,6 +292,11 @@ def test_layers_are_drawn_with_a_row_for_each_prompt(lens, plt):
     assert torch.allclose(torch.tensor(axes.images[0].get_array().data).double(), lens.logprobs[..., 0].exp(), atol=1e-6)
 
 
+def test_a_long_prompt_is_drawn_with_its_end_and_visible_line_breaks(plt):
+    (label,) = hb.logit_lens(toy(), "a" * 30 + "\nb\t").plot().get_yticklabels()
+    assert label.get_text() == "a" * 27 + "⏎b⇥"
+
+
 def test_pairs_that_are_no_grid_are_named_by_both_layers(plt):
     out = hb.patchscope(toy(), "ab", target="cd?", source_layers=[0, 2], target_layers=1)
     assert [t.get_text() for t in out.plot().get_xticklabels()] == ["0→1", "2→1"]
