@@ -144,14 +144,17 @@ class Patchscope(Result):
 
     def cells(self, prompt: int = 0) -> tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]:
         """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
+        if not -len(self.sources) <= prompt < len(self.sources):
+            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.sources) - 1}", "use one of them")
         if self.is_grid:
             reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
             where = {pair: p for p, pair in enumerate(self.pairs)}
             cells = [[(prompt, where[read, write]) for write in writes] for read in reads]
-            return [str(s.layer) for s in reads], [str(s.layer) for s in writes], "source layer", "target layer", cells
-        columns = [
-            str(read.layer) if read == write or write.layer == self.target_card.n_layers - 1 else f"{read.layer}→{write.layer}" for read, write in self.pairs
-        ]
+            return _labels(reads), _labels(writes), "source layer", "target layer", cells
+        reads, writes = zip(*self.pairs, strict=True)
+        columns = _labels(reads)
+        if reads != writes and set(writes) != {Site("resid_post", self.target_card.n_layers - 1)}:
+            columns = [f"{read}→{write}" for read, write in zip(columns, _labels(writes), strict=True)]
         cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
         return [source.text[-30:] for source in self.sources], columns, "prompt", "layer", cells
 
@@ -327,7 +330,13 @@ def patchscope(
     *states, own = (reading.values for reading in read_reply.readings)
     place = {site: i for i, site in enumerate(reads)}
     change: Map = map if map is not None else lambda x, read, write: x
-    values = torch.stack([change(states[place[read]], read, write) for read, write in pairs], 1)  # [n, pairs, d_target]
+    mapped = [change(states[place[read]], read, write) for read, write in pairs]
+    for x in mapped:
+        if x.shape != (len(sources), writer.card.d_model):
+            raise EditError(
+                f"the map gave shape {list(x.shape)}", f"for {len(sources)} states of a model whose width is {writer.card.d_model}", "return [n, d_target]"
+            )
+    values = torch.stack(mapped, 1)  # [n, pairs, d_target]
 
     n_target = len(targets)
     at = [0 if n_target == 1 else n for n in range(len(sources))]
@@ -387,6 +396,10 @@ def patchscope(
             "cost": reply.cost,
         },
     )
+
+
+def _labels(sites: Sequence[Site]) -> list[str]:
+    return [str(site.layer) if len({s.name for s in sites}) == 1 else str(site) for site in sites]
 
 
 def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:

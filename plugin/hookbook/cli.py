@@ -67,7 +67,7 @@ def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> N
     from hookbook import packages, report
     from hookbook.results import show
 
-    console, notes = Console(), Console(stderr=True)
+    notes = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING)
 
     @contextmanager
@@ -90,26 +90,18 @@ def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> N
         lens = hb.logit_lens(model, prompt)
 
     same = {read.layer: p for p, (read, write) in enumerate(grid.pairs) if read == write}
-    rows = []
-    for layer, p in same.items():
-        rows.append(
-            (
-                str(layer),
-                show(grid.token(0, p)),
-                f"{float(grid.logprobs[0, p, 0].exp()):.2f}",
-                show(lens.token(0, layer)),
-                f"{float(lens.logprobs[0, layer, 0].exp()):.2f}",
-                show(said.texts[0][layer].lstrip(": "))[:60],
-            )
-        )
+    console = Console()
+    room = max(20, console.width - 54)  # for the description, beside the other columns
     top = f"What {model_name} holds at the last token of {prompt!r}, and of {name!r}"
     table = Table(
         title=top, title_justify="left", caption=f"unpatched, the description target says: {show(said.control_texts[0])[:60]!r}", caption_justify="left"
     )
-    for head, width in (("layer", 5), ("patchscope", 10), ("p", 4), ("logit lens", 10), ("p", 4), (f"{name}", 20)):
-        table.add_column(head, justify="right" if head in ("layer", "p") else "left", no_wrap=True, overflow="ellipsis", min_width=width)
-    for row in rows:
-        table.add_row(*row)
+    for head in ("layer", "patchscope", "p", "logit lens", "p", name[:room]):
+        table.add_column(head, justify="right" if head in ("layer", "p") else "left", no_wrap=True)
+    for layer, p in same.items():
+        chances = [f"{float(result.logprobs[0, at, 0].exp()):.2f}" for result, at in ((grid, p), (lens, layer))]
+        text = show(said.texts[0][layer].lstrip(": "))
+        table.add_row(str(layer), show(grid.token(0, p))[:10], chances[0], show(lens.token(0, layer))[:10], chances[1], text[:room])
     console.print(table)
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers

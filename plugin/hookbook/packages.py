@@ -84,6 +84,8 @@ def find(name: str) -> Path | str:
     A package's model is converted the first time, which takes up to two minutes. The folder appears whole or not at all;
     one that is broken is made again.
     """
+    if not name:
+        raise ModelError("a model without a name", "", f"use one of {', '.join(PACKAGES)}, a local folder, or a hub name")
     package = PACKAGES.get(name.lower())
     if package is None:
         return Path(name) if Path(name).is_dir() else name
@@ -106,7 +108,7 @@ def _whole(folder: Path) -> bool:
             if stat.st_size != size or (stat.st_mtime_ns != time_ns and _sha256(folder / file) != sha256):
                 return False
         return bool(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -140,6 +142,8 @@ def _convert(name: str, package: Package, folder: Path) -> None:
         new = Path(scratch) / "new"
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(str(source.parent), **where).save_pretrained(new)
+        for file in new.iterdir():
+            file.chmod(0o644)  # a shared cache is for everyone
         files = {f.name: (f.stat().st_size, f.stat().st_mtime_ns, _sha256(f)) for f in sorted(new.iterdir())}
         (new / MANIFEST).write_text(json.dumps({"name": name, "source_sha256": package.sha256, "files": files}, indent=1))
         if folder.exists() and not _whole(folder):

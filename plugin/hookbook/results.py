@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -73,7 +74,7 @@ class Result:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise ResultError(f"{path} cannot be read", str(error), "give a file that a result's save() wrote") from error
-        if not isinstance(packed, dict) or not {"format", "kind", "data"} <= packed.keys():
+        if not isinstance(packed, dict) or not {"format", "kind", "data"} <= packed.keys() or not isinstance(packed["format"], int):
             raise ResultError(f"{path} is not a saved result", "it has no hookbook metadata", "give a file that a result's save() wrote")
         if packed["format"] > FORMAT:
             raise ResultError(f"{path} has format {packed['format']}", f"this version reads up to {FORMAT}", "upgrade hookbook")
@@ -87,7 +88,7 @@ class Result:
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[name] = value.contiguous()
+        tensors[name] = value.clone(memory_format=torch.contiguous_format)  # fields may share memory, which safetensors refuses
         return {"tensor": name}
     if is_dataclass(value) and type(value).__name__ in _PARTS:
         return {"type": type(value).__name__, "data": {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}}

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from hookbook.errors import SiteError
@@ -116,11 +117,12 @@ def layers_to_sites(layers: Any, n_layers: int, name: str = "resid_post") -> tup
     """
     if isinstance(layers, str) and layers == "all":
         layers = range(n_layers)
-    if isinstance(layers, (int, str, Site)) or not isinstance(layers, Iterable):
+    if isinstance(layers, (Integral, str, Site)) or not isinstance(layers, Iterable):
         layers = [layers]
     sites = []
     for item in layers:
-        if isinstance(item, int) and not isinstance(item, bool):
+        if isinstance(item, Integral) and not isinstance(item, bool):
+            item = int(item)
             if item < -n_layers:
                 raise SiteError(f"no layer {item}", f"this model has layers 0 to {n_layers - 1}", "use one of them")
             item = Site(name, item + n_layers if item < 0 else item)

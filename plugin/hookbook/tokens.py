@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,8 @@ class At:
     occurrence: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TokenError(f"{self.text!r} is not a text", "", "give a str, or an index without At")
         if self.part not in ("first", "last", "all"):
             raise TokenError(f"no part {self.part!r} of a text", "", "use 'first', 'last' or 'all'")
 
@@ -78,7 +81,9 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     """
     if isinstance(prompt, Tokens):
         tokens = prompt
-    elif isinstance(prompt, torch.Tensor) or (isinstance(prompt, (list, tuple)) and all(isinstance(i, int) for i in prompt)):
+    elif isinstance(prompt, torch.Tensor) or (isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)):
+        if chat:
+            raise TokenError("chat=True for token ids", "a chat template renders texts", "give a text, or leave chat off")
         tokens = _from_ids(prompt, tokenizer)
     elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)):
         tokens = _from_text(prompt, tokenizer, bos, chat)
@@ -112,7 +117,7 @@ def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, c
         if not getattr(tokenizer, "chat_template", None):
             raise TokenError("a chat prompt was asked for", "this tokenizer has no chat template", "leave chat off, or set tokenizer.chat_template")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not messages or any(not str(m.get("content", "")).strip() for m in messages):
+        if not messages or any(not str(m.get("content") or "").strip() for m in messages):
             raise TokenError("the prompt is empty", "a chat message has no content", "give it some")
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not text:
@@ -145,11 +150,14 @@ def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
     if isinstance(position, At):
         return _find(position, tokens)
     if isinstance(position, slice):
-        found = list(range(n))[position]
-    elif isinstance(position, int) and not isinstance(position, bool):
-        found = [position]
-    elif isinstance(position, (list, tuple, range)) and all(isinstance(i, int) and not isinstance(i, bool) for i in position):
-        found = list(position)
+        try:
+            found = list(range(n))[position]
+        except (TypeError, ValueError) as error:
+            raise TokenError(f"{position!r} is not a span", str(error), "use whole numbers, such as slice(0, 2)") from error
+    elif isinstance(position, Integral) and not isinstance(position, bool):
+        found = [int(position)]
+    elif isinstance(position, (list, tuple, range)) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in position):
+        found = [int(i) for i in position]
     else:
         raise TokenError(f"{position!r} is not a position", "", "give an index, a text, an At, a slice, or a list of indices")
     for i in found:

@@ -162,8 +162,8 @@ def test_the_patch_of_an_early_token_reaches_the_last_one_only_through_the_block
         assert close(said[p], control) == (write.layer == 2)
 
 
-@pytest.mark.parametrize("position", [0, 2, -1, -2, "?", hb.At("cd", "first")])
-def test_what_is_said_can_be_read_after_any_token_of_the_target(position):
+@pytest.mark.parametrize("position", [3, -1, -2, "?", hb.At("cd", "first")])
+def test_what_is_said_can_be_read_after_any_token_the_patch_reaches(position):
     target = Target("ab?cd", "?")
     out = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers="all", readout_position=position, k=ALL, generate=2)
     plain = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers="all", generate=2)
@@ -175,6 +175,12 @@ def test_what_is_said_can_be_read_after_any_token_of_the_target(position):
         for p, (read, write) in enumerate(out.pairs):
             want = TOY.plain(ids, edits(state(TOY, source, -1, read), 3, write))[0][i].log_softmax(-1)
             assert close(said[n, p], want)
+
+
+@pytest.mark.parametrize("position", [0, 2, -4, hb.At("ab", "last")])
+def test_a_token_before_the_patch_says_nothing_about_it(position):
+    with pytest.raises(TokenError, match="a patch of token 3 cannot reach token"):
+        hb.patchscope(TOY.adapter, SOURCES, target=Target("ab?cd", "?"), readout_position=position)
 
 
 # the logit lens
@@ -343,7 +349,7 @@ def test_another_width_needs_a_map_that_fits():
     for f, message in (
         (None, "states of width 16 for a model of width 24"),
         (affine(16, 24), r"a map of shape \[16, 24\]"),
-        (lambda x, read, write: x, "a vector of width 16"),
+        (lambda x, read, write: x, "whose width is 24"),
     ):
         with pytest.raises(EditError, match=message):
             hb.patchscope(TOY.adapter, "hi", target="cd?", target_model=WIDE.adapter, map=f)
