@@ -7,7 +7,7 @@ with states of other prompts, and with other target prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from hookbook import prompts
 from hookbook.adapter import Adapter, ModelCard
 from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.loading import wrap
+from hookbook.maps import Affine, Map
+from hookbook.plots import heat_map
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
 from hookbook.results import Result, View, need, show
 from hookbook.sites import Site, layers_to_sites
@@ -26,30 +28,6 @@ from hookbook.tokens import Position, Tokens, answer_ids, resolve
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-Map = Callable[[Tensor, Site, Site], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """The map `f(h) = h A^T + b` between the streams of two layers or two models.
-
-    `weight` is `[d_target, d_source]`, `bias` is `[d_target]`.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def fit(cls, x: Tensor, y: Tensor) -> Affine:
-        """Least squares from states `x` `[n, d_source]` to `y` `[n, d_target]`, with a bias, in float64."""
-        ones = torch.ones(len(x), 1, dtype=torch.float64)
-        solution = torch.linalg.lstsq(torch.cat([x.double().cpu(), ones], 1), y.double().cpu(), driver="gelsd").solution
-        return cls(solution[:-1].T.contiguous(), solution[-1].contiguous())
-
-    def __call__(self, x: Tensor, source: Site, target: Site) -> Tensor:
-        weight, bias = self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype)
-        return x @ weight.T + bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,31 +144,11 @@ class Patchscope(Result):
             prompt: Which source prompt, if every source layer meets every target layer.
             value: `probability` (of the likeliest token), `surprisal`, or one of the wanted tokens (its probability).
         """
-        plt = need("matplotlib.pyplot", "plot()")
         rows, columns, row_name, column_name, cells = self.cells(prompt)
         values = torch.tensor([[self._value(n, p, value) for n, p in line] for line in cells])
-        if ax is None:
-            _, ax = plt.subplots(figsize=(max(6, 0.62 * len(columns) + 2), max(2.5, 0.34 * len(rows) + 1.5)), layout="constrained")
-        assert ax is not None
-        limits: Any = {} if value == "surprisal" else {"vmin": 0, "vmax": 1}
-        image = ax.imshow(values, aspect="auto", cmap="cividis", origin="lower" if self.is_grid else "upper", **limits)
-        ax.set_xticks(range(len(columns)), columns)
-        ax.set_yticks(range(len(rows)), [show(row) for row in rows], parse_math=False)
-        ax.set_xlabel(column_name)
-        ax.set_ylabel(row_name)
-        bar = ax.figure.colorbar(image, ax=ax)
-        bar.set_label("surprisal (nats)" if value == "surprisal" else "probability")
-        ax.figure.canvas.draw()
-        box = ax.get_window_extent()
-        width = box.width / len(columns) / ax.figure.dpi * 72  # points
-        size = min(8.0, box.height / len(rows) / ax.figure.dpi * 72 * 0.7)
-        middle = float(values.min() + values.max()) / 2 if value == "surprisal" else 0.5
-        for y, line in enumerate(cells):
-            for x, (n, p) in enumerate(line):
-                text = show(self.token(n, p).strip() or self.token(n, p))
-                if size >= 4 and len(text) * size * 0.62 <= width:
-                    ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if values[y, x] < middle else "black", parse_math=False)
-        return ax
+        words = [[self.token(n, p) for n, p in line] for line in cells]
+        names = (row_name, column_name, "surprisal (nats)" if value == "surprisal" else "probability")
+        return heat_map(ax, values, words, rows, columns, names, upwards=self.is_grid, limits=None if value == "surprisal" else (0, 1))
 
     def _value(self, n: int, p: int, value: str) -> float:
         if value == "probability":
@@ -361,40 +319,31 @@ def patchscope(
         surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
     texts = [writer.tokenizer.decode(list(out)) for out in reply.generated]
     known = {int(i) for t in (ids, control_ids) for i in t.flatten()}
-    vocab = {i: writer.tokenizer.decode([i]) for i in sorted(known)}
+    settings = {"source_position": str(source_position), "target_position": str(target_position), "readout_position": str(readout_position)}
+    settings |= {"map": "identity" if map is None else type(map).__name__, "generate": generate, "k": k, "bos": bos, "chat": chat, "cost": reply.cost}
     return Patchscope(
-        reader.card,
-        writer.card,
-        tuple(sources),
-        tuple(reads_at),
-        tuple(targets),
-        tuple(writes_at),
-        tuple(pairs),
-        vocab,
-        ids,
-        logprobs,
-        control_ids,
-        control_logprobs,
-        source_ids,
-        tuple(reader.tokenizer.decode([i]) for i in source_ids.tolist()),
-        precision,
-        surprisal,
-        tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
-        wanted,
-        control_wanted,
-        tuple(tuple(texts[n_target + n * len(pairs) :][: len(pairs)]) for n in range(len(sources))) if generate else (),
-        tuple(texts[t] for t in at) if generate else (),
-        {
-            "source_position": str(source_position),
-            "target_position": str(target_position),
-            "readout_position": str(readout_position),
-            "map": "identity" if map is None else type(map).__name__,
-            "generate": generate,
-            "k": k,
-            "bos": bos,
-            "chat": chat,
-            "cost": reply.cost,
-        },
+        source_card=reader.card,
+        target_card=writer.card,
+        sources=tuple(sources),
+        source_positions=tuple(reads_at),
+        targets=tuple(targets),
+        target_positions=tuple(writes_at),
+        pairs=tuple(pairs),
+        vocab={i: writer.tokenizer.decode([i]) for i in sorted(known)},
+        token_ids=ids,
+        logprobs=logprobs,
+        control_ids=control_ids,
+        control_logprobs=control_logprobs,
+        source_ids=source_ids,
+        source_tokens=tuple(reader.tokenizer.decode([i]) for i in source_ids.tolist()),
+        precision=precision,
+        surprisal=surprisal,
+        wanted=tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
+        wanted_logprobs=wanted,
+        control_wanted_logprobs=control_wanted,
+        texts=tuple(tuple(texts[n_target + n * len(pairs) :][: len(pairs)]) for n in range(len(sources))) if generate else (),
+        control_texts=tuple(texts[t] for t in at) if generate else (),
+        settings=settings,
     )
 
 

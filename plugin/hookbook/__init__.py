@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapter",
-    "Affine": "recipes.patchscopes",
+    "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
     "HookbookError": "errors",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from hookbook.errors import HookbookError as HookbookError
     from hookbook.loading import load as load
     from hookbook.loading import wrap as wrap
+    from hookbook.maps import Affine as Affine
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
-    from hookbook.recipes.patchscopes import Affine as Affine
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
     from hookbook.request import Edit as Edit

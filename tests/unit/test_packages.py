@@ -99,14 +99,14 @@ def test_being_installed_needs_no_import(monkeypatch, tmp_path):
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/people/somebody")
     for name in ("HOOKBOOK_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert cache_folder() == Path("/home/somebody/.cache/hookbook")
+    assert cache_folder() == Path("/people/somebody/.cache/hookbook")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache_folder() == Path("/xdg/hookbook")
     monkeypatch.setenv("HOOKBOOK_CACHE", "~/mine")
-    assert cache_folder() == Path("/home/somebody/mine")
+    assert cache_folder() == Path("/people/somebody/mine")
 
 
 # converting

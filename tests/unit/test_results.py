@@ -332,6 +332,7 @@ def test_the_likeliest_token_is_written_where_it_fits(lens, plt):
 def test_awkward_tokens_are_drawn(odd, plt, tmp_path):
     for result in (odd, replace(odd, pairs=odd.pairs[:3], logprobs=odd.logprobs[:, :3], token_ids=odd.token_ids[:, :3])):
         result.plot().figure.savefig(tmp_path / "odd.png")
+        assert (tmp_path / "odd.png").stat().st_size > 5000
     result.plot(value="北\n").figure.savefig(tmp_path / "odd.png")
 
 
