@@ -181,6 +181,8 @@ class TokenReadout:
     @staticmethod
     def cat(parts: Sequence[TokenReadout]) -> TokenReadout:
         """Several readouts as one, row after row."""
+        if len(parts) == 1:
+            return parts[0]
         logits = [p.logits for p in parts if p.logits is not None]
         return TokenReadout(
             torch.cat([p.topk_ids for p in parts]),

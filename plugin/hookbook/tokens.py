@@ -145,6 +145,8 @@ def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
         TokenError: The text is not in the prompt or is there more than once; the index is outside; the span is empty.
     """
     n = len(tokens)
+    if type(position) is int and -n <= position < n:  # the usual case, thousands of times in a sweep
+        return (position % n,)
     if isinstance(position, str):
         position = At(position)
     if isinstance(position, At):
