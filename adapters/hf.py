@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +37,11 @@ def model_id(model: Any) -> str:
 def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The end tokens of the checkpoint and of the tokenizer; nothing else of the generation config is used."""
     found: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return frozenset(found)
 
@@ -51,15 +55,22 @@ def own_tokenizer(tokenizer: Any) -> Any:
         raise ModelError("the model has no tokenizer", "prompts cannot be read", "pass one: hb.wrap(model, tokenizer=...)")
     if tokenizer not in _own_tokenizers:
         try:
-            _own_tokenizers[tokenizer] = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+            own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         except (OSError, ValueError, TypeError):
             return tokenizer
-    return _own_tokenizers[tokenizer]
+        _own_tokenizers[tokenizer] = own
+    own = _own_tokenizers[tokenizer]
+    if own.get_vocab() != tokenizer.get_vocab():
+        return tokenizer  # the user's own, or with tokens of their own
+    own.chat_template = tokenizer.chat_template
+    return own
 
 
 def check_attention(config: Any) -> None:
     """Raise for blocks that keep something else than keys and values: their state cannot be forked yet."""
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    text = config.get_text_config()
+    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
+    other |= {"alibi"} if getattr(text, "alibi", False) else set()  # its biases come in a shape of batch times heads
     if other or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"a model with {', '.join(sorted(other)) or 'an encoder'} cannot be wrapped",
@@ -81,10 +92,11 @@ def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: Any) -> dict[
     return found
 
 
-def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> Any:
+def cache_from(kept: list[Any] | None) -> Any:
     """A cache that holds `kept`. Without a config every layer keeps all tokens; sliding windows are in the masks."""
     cache = DynamicCache()
-    for keys, values in kept or ():
+    for i, (keys, values) in enumerate(kept or ()):
+        kept[i] = None  # type: ignore[index]  taken over
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
@@ -94,6 +106,10 @@ def cache_from(kept: Sequence[tuple[Tensor, Tensor]] | None) -> Any:
 
 def kept(cache: Any, n_layers: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the first layers, as `cache_from` takes them."""
+    if len(cache.layers) < n_layers:
+        raise ModelError(
+            "a model whose blocks share or keep no keys and values", f"{n_layers} blocks kept {len(cache.layers)}", "use a model with attention in every block"
+        )
     return [(layer.keys, layer.values) for layer in cache.layers[:n_layers]]
 
 
@@ -105,7 +121,7 @@ def widener(cache: Any, climb: Climb, keep: bool) -> Callable[[int], None]:
             return
         if layer < len(cache.layers):
             entry = cache.layers[layer]
-            entry.keys, entry.values = climb.widen_kept(entry.keys), climb.widen_kept(entry.values)
+            entry.keys, entry.values = climb.widen(entry.keys), climb.widen(entry.values)
         if layer and not keep:
             below = cache.layers[layer - 1]
             below.keys, below.values = below.keys[:0], below.values[:0]

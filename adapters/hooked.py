@@ -15,8 +15,9 @@ from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
 from hookbook.adapters.bridge import Hooked
 from hookbook.climb import Climb
-from hookbook.errors import ModelError
+from hookbook.errors import ModelError, Refused
 from hookbook.route import Stop, routed
+from hookbook.sites import Site
 from hookbook.tokens import fingerprint
 
 
@@ -63,6 +64,13 @@ class HookedAdapter(Adapter):
         eos = self.tokenizer.eos_token_id
         return frozenset() if eos is None else frozenset({eos})
 
+    def refuses(self, site: Site) -> Refused | None:
+        if site.name in ("attn_out", "mlp_out") and f"blocks.{site.layer}.hook_{site.name}" not in self.model.hook_dict:
+            return Refused(f"{site} of {self.card.model_id}", "its blocks have no such part", "use resid_pre or resid_post")
+        if site.name == "mlp_out" and self.model.cfg.attn_only:
+            return Refused(f"{site} of {self.card.model_id}", "its blocks have attention only", "use attn_out, resid_pre or resid_post")
+        return None
+
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
         cache = self._cache(tokens, mask, kept) if kept is not None or keep else None
         # always a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
@@ -72,7 +80,7 @@ class HookedAdapter(Adapter):
             if cache is None:
                 return
             entry: Any = cache.entries[layer]
-            entry.past_keys, entry.past_values = climb.widen_kept(entry.past_keys), climb.widen_kept(entry.past_values)
+            entry.past_keys, entry.past_values = climb.widen(entry.past_keys), climb.widen(entry.past_values)
             if layer and not keep:
                 below: Any = cache.entries[layer - 1]
                 below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
@@ -92,8 +100,9 @@ class HookedAdapter(Adapter):
     def _cache(self, tokens: Tensor, mask: Tensor | None, kept: Any) -> TransformerLensKeyValueCache:
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))
         for layer, (keys, values) in enumerate(kept or []):
+            kept[layer] = None  # taken over
             cache.entries[layer] = TransformerLensKeyValueCacheEntry(keys, values)
-        n_kept = kept[0][0].shape[1] if kept else 0
+        n_kept = cache.entries[0].past_keys.shape[1]
         before = torch.ones(len(tokens), n_kept, dtype=torch.long) if mask is None else mask[:, :n_kept]
         cache.previous_attention_mask = before.to(self.card.device)
         return cache
@@ -104,4 +113,5 @@ class HookedAdapter(Adapter):
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens.to(self.card.device), prepend_bos=False)
+        # a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
+        return self.model(tokens.to(self.card.device), prepend_bos=False, attention_mask=torch.ones_like(tokens))

@@ -15,7 +15,7 @@ from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
-from hookbook.route import enter
+from hookbook.route import Stop, enter
 from hookbook.sites import Site
 from hookbook.tokens import fingerprint
 
@@ -107,9 +107,12 @@ class TracingAdapter(Adapter):
         cache = hf.cache_from(kept) if kept is not None or keep else None
         inputs = hf.inputs(self.module, tokens, mask, cache)
         widen = hf.widener(cache, climb, keep)
-        with self.model.trace(inputs.pop("input_ids"), **inputs) as tracer:
-            self._climb(climb, widen)
-            tracer.stop()
+        try:
+            with self.model.trace(inputs.pop("input_ids"), **inputs):
+                self._climb(climb, widen)
+                raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
+        except Stop:
+            pass
         return hf.kept(cache, climb.last) if keep else None
 
     def _climb(self, climb: Climb, widen: Any) -> None:

@@ -60,4 +60,6 @@ def logit_lens(
         readout_position=position,
         k=k,
         tokens=tokens,
+        bos=bos,
+        chat=chat,
     )

@@ -266,6 +266,8 @@ def patchscope(
             f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]",
             "transpose it, or fit it on these two models",
         )
+    if isinstance(tokens, str):
+        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
     if k < 1 or generate < 0:
         raise TokenError(
             f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more"

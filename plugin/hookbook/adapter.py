@@ -6,7 +6,6 @@ else (requests, forks, readouts, decoding) is written once, here and in `hookboo
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookbook import engine
+from hookbook import engine, selfcheck
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Reply, Request, TokenReadout
@@ -24,9 +23,6 @@ from hookbook.tokens import Tokens, encode
 
 LOGITS_BYTES = 256 << 20
 """How many bytes of logits are held at once when rows are reduced to their likeliest tokens."""
-
-_checked: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Models whose unembedding was compared with their own logits."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,8 @@ class Adapter(ABC):
             kept: Keys and values of the tokens before, as `keep` returned them: for each layer a pair of tensors whose
                 first dimension is the batch.
             keep: Return keys and values of all tokens, for each layer below `climb.last`.
+
+        `kept` is consumed: its list is emptied as its tensors are taken over, so that they are not held twice.
         """
 
     @abstractmethod
@@ -145,7 +143,7 @@ class Adapter(ABC):
             tokens: Token ids `[n, m]` whose log-probabilities are wanted.
             logits: Return all logits, too.
         """
-        self._check_unembedding()
+        selfcheck.check(self)
         rows = max(1, LOGITS_BYTES // (4 * self.card.d_vocab))
         parts = []
         for start in range(0, len(resid), rows):
@@ -164,26 +162,8 @@ class Adapter(ABC):
             )
         return TokenReadout.cat(parts)
 
-    def _check_unembedding(self) -> None:
-        """Once for each model: final norm and unembedding, taken from its parts, must be what the model itself does."""
-        if self.model in _checked:
-            return
-        tokens = torch.tensor([[self.pad_id + 1, self.pad_id + 2]])
-        layer = self.card.n_layers - 1
-        climb = Climb(1, {}, {}, {("resid_post", layer): [("last", torch.tensor([0]), torch.tensor([1]))]}, layer + 1)
-        self.forward(tokens, None, climb)
-        ours, theirs = self.unembed(climb.found["last"])[0].float(), self.plain_logits(tokens)[0, 1].float().to(climb.found["last"].device)
-        allowed = 1e-3 if self.card.itemsize >= 4 else 5e-2
-        if ours.shape != theirs.shape or not bool((ours - theirs).abs().max() <= allowed * (1 + theirs.abs().max())):
-            raise ModelError(
-                f"the logits of {self.card.model_id} are not its unembedding of its last block's output",
-                f"{self.card.architecture} does something to them that this adapter does not know",
-                "open an issue with the model's name; reading and editing sites below the logits works",
-            )
-        _checked.add(self.model)
-
 
 def check_eval(module: Any, name: str) -> None:
-    """Raise if a model is in training mode and has dropout, which would make every run another."""
-    if module.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules()):
+    """Raise if a model is in training mode, where dropout would make every run another."""
+    if module.training:
         raise ModelError(f"{name} is in training mode", "dropout would make every run another", "call model.eval() first")

@@ -37,6 +37,7 @@ class Climb:
         self.found = {}
         self.fired = 0
         self.token_layers = 0
+        self.shape = None
 
     def wants(self, name, layer):
         """Whether anything is read or edited at a site inside a block."""
@@ -49,9 +50,11 @@ class Climb:
             # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
             x = x.masked_fill(take(self.pads, self.index).to(x.device)[:, :, None], 0)
         x = self.join(x, after)
+        self.shape = x.shape
         if b > 0:
             x = self.visit("resid_post", b - 1, x)
         x = self.join(x, before)
+        self.shape = x.shape
         x = self.visit("resid_pre", b, x)
         if b < self.last:
             self.rows_at.append(x.shape[0])
@@ -60,6 +63,8 @@ class Climb:
 
     def visit(self, name, layer, x):
         """Edit and read the tensor of one site."""
+        shape = x.shape
+        x = x.reshape(self.shape)  # some families' MLPs see tokens without their rows
         groups = self.edits.get((name, layer), ())
         if groups:
             x = x.clone()
@@ -68,7 +73,7 @@ class Climb:
             self.fired += 1
         for slot, rows, cols in self.reads.get((name, layer), ()):
             self.found[slot] = x[rows.to(x.device), cols.to(x.device)].clone()
-        return x
+        return x.reshape(shape)
 
     def join(self, x, trunk_rows):
         """Let forks join: each starts as a copy of its trunk row."""
@@ -78,22 +83,16 @@ class Climb:
         return torch.cat([x, take(x, trunk_rows)])
 
     def widen(self, value):
-        """Whatever a block takes beside the stream (masks, rotations, kept keys), for the batch as it is now."""
+        """Whatever a block takes beside the stream (masks, rotations, kept keys and values), for the batch as it is now."""
         if self.n_trunk == len(self.index):
             return value
         if isinstance(value, torch.Tensor):
-            if value.dim() < 2 or value.shape[0] != self.n_trunk or self.n_trunk == 1:
+            if value.dim() < 2 or value.shape[0] != self.n_trunk:
                 return value
-            return take(value, self.index)
+            return value.expand(len(self.index), *value.shape[1:]) if self.n_trunk == 1 else take(value, self.index)
         if isinstance(value, tuple):
             return tuple(self.widen(item) for item in value)
         return value  # a list or an object is a cache, which the backend widens itself
-
-    def widen_kept(self, value):
-        """The same for kept keys or values, which do not broadcast."""
-        if self.n_trunk == 1 and value.shape[0] == 1:
-            return value.expand(len(self.index), *value.shape[1:])
-        return self.widen(value)
 
 
 def take(x, rows):
@@ -116,7 +115,8 @@ def apply_edit(x, group):
     elif op == "scale":
         new = old * value[:, None]
     else:
-        unit = value / value.norm(dim=-1, keepdim=True)
+        unit = value / value.abs().amax(-1, keepdim=True)  # so that no length overflows
+        unit = unit / unit.norm(dim=-1, keepdim=True)
         along = (old * unit).sum(-1, keepdim=True)
         to = group["to"].to(wide).to(x.device)[:, None] if op == "clamp" else 0.0
         new = old + (to - along) * unit

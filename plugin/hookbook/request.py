@@ -125,6 +125,9 @@ class Read:
     site: Site
     position: Position | Each = -1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", Site.parse(self.site))
+
 
 @dataclass(frozen=True, eq=False)
 class Readout:

@@ -116,7 +116,7 @@ class ToyAdapter(Adapter):
 
         def widen(layer: int) -> None:
             if cache[layer] is not None:
-                cache[layer] = tuple(climb.widen_kept(t) for t in cache[layer])
+                cache[layer] = tuple(climb.widen(t) for t in cache[layer])
 
         blocks: Any = list(self.model.blocks)
         with routed(blocks, climb, widen) as handles:

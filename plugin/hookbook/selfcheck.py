@@ -1,0 +1,82 @@
+"""What must be true of a model for the forked pass to be exact, checked once for each model on four short passes.
+
+Families differ in more than their module trees. Instead of a list of those that work, every model is asked: are its
+logits the unembedding of its last block's output; do later tokens leave earlier ones alone; do kept keys and values,
+padding and rows that join the batch give what whole separate passes give; do attention and MLP add up to the block?
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook.climb import Climb
+from hookbook.errors import ModelError, Refused
+from hookbook.sites import Site
+
+if TYPE_CHECKING:
+    from hookbook.adapter import Adapter
+
+_passed: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Models that passed, and whether their blocks add up."""
+
+
+def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ignore[assignment]
+    """Raise unless a model can be run exactly, and, if sublayers are asked for, unless they add up to their block.
+
+    Raises:
+        ModelError: The forked pass would not be exact on this model.
+        Refused: `attn_out` or `mlp_out` is asked for, and is not what this model's blocks add to the stream.
+    """
+    if adapter.model not in _passed:
+        with torch.no_grad():
+            _passed[adapter.model] = _check(adapter)
+    if not _passed[adapter.model] and any(site.name in ("attn_out", "mlp_out") for site in sites):
+        raise Refused(f"attn_out and mlp_out of {adapter.card.architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
+
+
+def _check(adapter: Adapter) -> bool:
+    card, n, last = adapter.card, torch.tensor, adapter.card.n_layers
+    pad, site = adapter.pad_id, ("resid_post", adapter.card.n_layers - 1)
+    tokens, mask = n([[pad + 1, pad + 2], [pad, pad + 3]]), n([[1, 1], [0, 1]])
+    pads = mask == 0
+    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if adapter.refuses(Site(name, 0)) is None), "resid_post"]
+    parts = {(name, 0): [(name, n([0]), n([1]))] for name in names}
+    alone = Climb(1, {}, {}, parts | {site: [*parts.get(site, []), ("x", n([0, 0]), n([0, 1]))]}, last)
+    whole = Climb(2, {}, {}, {site: [("x", n([0, 0, 1, 0, 1]), n([0, 1, 1, 1, 1]))]}, last, pads)
+    prefix = Climb(2, {}, {}, {site: [("x", n([0]), n([0]))]}, last, pads[:, :1])
+    rest = Climb(2, {1: (None, n([0, 1]))}, {}, {site: [("x", n([0, 1, 2, 3]), n([0, 0, 0, 0]))]}, last, pads[:, 1:])
+    short = Climb(1, {}, {}, {site: [("x", n([0]), n([0]))]}, last)
+    try:
+        adapter.forward(tokens[:1], None, alone)
+        adapter.forward(tokens, mask, whole)
+        kept = adapter.forward(tokens[:, :1], mask[:, :1], prefix, keep=True)
+        adapter.forward(tokens[:, 1:], mask, rest, kept=kept)
+        adapter.forward(tokens[1:, 1:], None, short)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{card.model_id} cannot be run as forks", f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}", _INSTEAD
+        ) from error
+    a, b = whole.found["x"], torch.cat([prefix.found["x"], rest.found["x"]])
+    c, d = torch.cat([a[:2], a[2:3]]), torch.cat([alone.found["x"], short.found["x"]])
+    if not _close(card.itemsize, a, b) or not _close(card.itemsize, c, d):
+        raise ModelError(
+            f"{card.model_id} cannot be run as forks", f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs", _INSTEAD,
+        )  # fmt: skip
+    if not _close(card.itemsize, adapter.unembed(alone.found["x"]), adapter.plain_logits(tokens[:1])[0]):
+        raise ModelError(
+            f"the logits of {card.model_id} are not the unembedding of its last block's output", f"{card.architecture} does something to them that this adapter does not know", _INSTEAD,
+        )  # fmt: skip
+    added = [alone.found[name] for name in names[1:-1]]
+    return len(added) < 2 or _close(card.itemsize, alone.found["resid_pre"] + sum(added), alone.found["resid_post"])
+
+
+_INSTEAD = "use a causal language model whose blocks keep keys and values of every token, or report this one"
+
+
+def _close(itemsize: int, a: Tensor, b: Tensor) -> bool:
+    a, b = a.float().cpu(), b.float().cpu()
+    return a.shape == b.shape and bool((a - b).abs().max() <= (1e-3 if itemsize >= 4 else 5e-2) * (1 + b.abs().max()))
