@@ -80,10 +80,15 @@ class BridgeAdapter(Adapter):
                 return found
         return None
 
+    @property
+    def packs(self) -> bool:
+        # a hook of the user's would see packed rows as tokens of a row
+        return not any(point.fwd_hooks for point in self.model.hook_dict.values())
+
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
         cache = hf.cache_from(kept) if kept is not None or keep else None
         inputs = hf.inputs(self.model.original_model, tokens, mask, cache)
-        with routed(self.blocks, climb, hf.widener(cache, climb, keep)) as handles:
+        with routed(self.blocks, climb, hf.widener(cache, climb, keep), hf.length(cache)) as handles:
             for layer in range(climb.last):
                 for name in ("attn_out", "mlp_out"):
                     if climb.wants(name, layer):

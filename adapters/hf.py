@@ -104,6 +104,11 @@ def cache_from(kept: list[Any] | None) -> Any:
     return cache
 
 
+def length(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    return cache.layers[0].keys.shape[-2] if cache is not None and cache.layers else 0
+
+
 def kept(cache: Any, n_layers: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the first layers, as `cache_from` takes them."""
     if len(cache.layers) < n_layers:

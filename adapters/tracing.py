@@ -103,22 +103,26 @@ class TracingAdapter(Adapter):
     def _site(self, name: str, layer: int) -> Any:
         return self._envoy(self.names.translate_transformer_lens_path(f"blocks.{layer}.{self.paths[name]}"))
 
+    @property
+    def packs(self) -> bool:
+        return not self.model._edits  # the user's edits would see packed rows as tokens of a row
+
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
         cache = hf.cache_from(kept) if kept is not None or keep else None
         inputs = hf.inputs(self.module, tokens, mask, cache)
-        widen = hf.widener(cache, climb, keep)
+        widen, n_kept = hf.widener(cache, climb, keep), hf.length(cache)
         try:
             with self.model.trace(inputs.pop("input_ids"), **inputs):
-                self._climb(climb, widen)
+                self._climb(climb, widen, n_kept)
                 raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
         except Stop:
             pass
         return hf.kept(cache, climb.last) if keep else None
 
-    def _climb(self, climb: Climb, widen: Any) -> None:
+    def _climb(self, climb: Climb, widen: Any, n_kept: int) -> None:
         """The body of a trace: what `hookbook.route` does with hooks, in the order of the pass."""
         for layer, block in enumerate(self.blocks[: climb.last + 1]):
-            args, kwargs = enter(climb, layer, *block.inputs)
+            args, kwargs = enter(climb, layer, *block.inputs, n_kept=n_kept)
             if layer == climb.last:
                 return
             widen(layer)

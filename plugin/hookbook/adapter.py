@@ -115,6 +115,11 @@ class Adapter(ABC):
             raise refusal
 
     @property
+    def packs(self) -> bool:
+        """Whether rows of one token may share a row of the batch (`Climb.pack`), if the model turns out to allow it."""
+        return False
+
+    @property
     def pad_id(self) -> int:
         """Any token; padding is masked."""
         return 0

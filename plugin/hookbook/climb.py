@@ -23,11 +23,14 @@ class Climb:
         reads: `{(site name, layer): [(slot, rows, cols)]}`.
         last: The boundary after which nothing is needed.
         pads: `[n_trunk, pos]`, True where a token is padding; None if none is.
+        pack: How many rows of one token share a row of the batch, each seeing only the prefix and itself, so that the
+            prefix's keys and values are copied once for all of them; only with one prompt.
     """
 
-    def __init__(self, n_trunk, forks, edits, reads, last, pads=None):
+    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1):
         self.n_trunk = n_trunk
         self.pads = pads
+        self.pack = pack
         self.forks = forks
         self.edits = edits
         self.reads = reads
@@ -46,19 +49,22 @@ class Climb:
     def boundary(self, b, x):
         """Called with the stream at each boundary up to `last`, in order."""
         after, before = self.forks.get(b, (None, None))
+        if self.pack > 1:
+            x = x.reshape(-1, 1, x.shape[-1])[: len(self.index)]
         if self.pads is not None:
             # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
             x = x.masked_fill(take(self.pads, self.index).to(x.device)[:, :, None], 0)
         x = self.join(x, after)
-        self.shape = x.shape
+        self.shape = (-1, *x.shape[1:])
         if b > 0:
             x = self.visit("resid_post", b - 1, x)
         x = self.join(x, before)
-        self.shape = x.shape
         x = self.visit("resid_pre", b, x)
         if b < self.last:
             self.rows_at.append(x.shape[0])
             self.token_layers += x.shape[0] * x.shape[1]
+        if self.pack > 1:
+            x = torch.nn.functional.pad(x[:, 0], (0, 0, 0, -len(x) % self.pack)).reshape(-1, self.pack, x.shape[-1])
         return x
 
     def visit(self, name, layer, x):
@@ -84,15 +90,28 @@ class Climb:
 
     def widen(self, value):
         """Whatever a block takes beside the stream (masks, rotations, kept keys and values), for the batch as it is now."""
-        if self.n_trunk == len(self.index):
+        if self.n_trunk == len(self.index) and self.pack == 1:
             return value
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] != self.n_trunk:
                 return value
-            return value.expand(len(self.index), *value.shape[1:]) if self.n_trunk == 1 else take(value, self.index)
+            if self.n_trunk > 1:
+                return take(value, self.index)
+            return value.expand(-(-len(self.index) // self.pack), *value.shape[1:])
         if isinstance(value, tuple):
             return tuple(self.widen(item) for item in value)
         return value  # a list or an object is a cache, which the backend widens itself
+
+    def widen_mask(self, mask, x, n_kept):
+        """The attention mask of packed rows: each token sees what the trunk's sees of the prefix, and itself."""
+        if self.pack == 1:
+            return self.widen(mask)
+        see, hide = (True, False) if mask is not None and mask.dtype == torch.bool else (0.0, torch.finfo(x.dtype).min)
+        kind = {"dtype": x.dtype if mask is None else mask.dtype, "device": x.device}
+        own = torch.full((1, 1, self.pack, self.pack), hide, **kind)
+        own.diagonal(dim1=2, dim2=3).fill_(see)
+        prefix = torch.full((1, 1, 1, n_kept), see, **kind) if mask is None else mask[..., :n_kept]
+        return torch.cat([prefix.expand(1, 1, self.pack, -1), own], -1).expand(len(x), -1, -1, -1)
 
 
 def take(x, rows):

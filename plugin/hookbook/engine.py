@@ -223,9 +223,13 @@ def _run_part(adapter: Adapter, request: Request, bar: Any) -> Reply:
     for place, prompt in zip(sorted(p for p in layout.joins if p != _NEVER), layout.trunk[n_prompts:].tolist(), strict=True):
         forks[place[0]][place[1]].append(prompt)
 
+    # rows of one token, of one prompt, share batch rows: about as many as the prefix is long keeps memory smallest
+    alone = split and n_prompts == 1 and layout.tokens.shape[1] - split == 1 and len(layout.trunk) > 1 and not request.generate
+    pack = min(max(split, 8), 64) if alone and adapter.packs and selfcheck.packs(adapter) else 1
+
     def climb(part: int, forks: dict, edits: dict) -> Climb:
         pads = None if layout.mask is None else layout.mask[:, split:] == 0 if part else layout.mask[:, :split] == 0
-        return Climb(n_prompts, forks, edits, {key: groups[part] for key, groups in reads.items() if groups[part]}, layout.last, pads)
+        return Climb(n_prompts, forks, edits, {key: groups[part] for key, groups in reads.items() if groups[part]}, layout.last, pads, pack if part else 1)
 
     kept, climbs = None, []
     if split:

@@ -15,22 +15,29 @@ class Stop(Exception):
     """Ends a forward pass above which nothing is needed. Raised and caught inside an adapter."""
 
 
-def enter(climb: Climb, layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A block's arguments, with the stream shown to the climb and everything else widened to the batch."""
+def enter(climb: Climb, layer: int, args: tuple, kwargs: dict, n_kept: int = 0) -> tuple[tuple, dict]:
+    """A block's arguments, with the stream shown to the climb and everything else widened to the batch.
+
+    `n_kept` is the number of earlier tokens, which is needed only for packed rows.
+    """
     x = climb.boundary(layer, args[0] if args else kwargs["hidden_states"])
+    beside = {key: climb.widen(value) for key, value in kwargs.items() if key not in ("hidden_states", "attention_mask")}
+    if "attention_mask" in kwargs:
+        beside["attention_mask"] = climb.widen_mask(kwargs["attention_mask"], x, n_kept)
     if args:
-        return (x, *climb.widen(args[1:])), {key: climb.widen(value) for key, value in kwargs.items()}
-    return args, {**{key: climb.widen(value) for key, value in kwargs.items() if key != "hidden_states"}, "hidden_states": x}
+        return (x, *climb.widen(args[1:])), beside
+    return args, {**beside, "hidden_states": x}
 
 
 @contextmanager
-def routed(blocks: Sequence[nn.Module], climb: Climb, kept_of: Callable[[int], None] = lambda layer: None) -> Iterator[list[Any]]:
+def routed(blocks: Sequence[nn.Module], climb: Climb, kept_of: Callable[[int], None] = lambda layer: None, n_kept: int = 0) -> Iterator[list[Any]]:
     """Hooks that take a climb through `blocks`; all are gone afterwards, also when the pass raised.
 
     Args:
         blocks: The stack. Each block takes the stream first, or as `hidden_states`, and returns it, alone or in a tuple.
         climb: What to do at each boundary. `Stop` is raised at the last one; the caller catches it.
         kept_of: Called before each block; widens what it keeps of earlier tokens.
+        n_kept: The number of these.
 
     Yields:
         A list for the caller's own handles, which are removed with the others.
@@ -38,7 +45,7 @@ def routed(blocks: Sequence[nn.Module], climb: Climb, kept_of: Callable[[int], N
 
     def before(layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            found = enter(climb, layer, args, kwargs)
+            found = enter(climb, layer, args, kwargs, n_kept)
             if layer == climb.last:
                 raise Stop
             kept_of(layer)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _passed: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that passed, and whether their blocks add up."""
 
+_packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Models that were asked whether rows may be packed, and whether they may."""
+
 
 def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ignore[assignment]
     """Raise unless a model can be run exactly, and, if sublayers are asked for, unless they add up to their block.
@@ -36,6 +39,31 @@ def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ig
             _passed[adapter.model] = _check(adapter)
     if not _passed[adapter.model] and any(site.name in ("attn_out", "mlp_out") for site in sites):
         raise Refused(f"attn_out and mlp_out of {adapter.card.architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
+
+
+def packs(adapter: Adapter) -> bool:
+    """Whether rows packed as tokens that do not see each other give what separate rows give; asked once for each model."""
+    if adapter.model not in _packs:
+        with torch.no_grad():
+            _packs[adapter.model] = _check_packs(adapter)
+    return _packs[adapter.model]
+
+
+def _check_packs(adapter: Adapter) -> bool:
+    n, last, d_model = torch.tensor, adapter.card.n_layers, adapter.card.d_model
+    tokens, found = n([[adapter.pad_id + 1, adapter.pad_id + 2]]), []
+    value = torch.linspace(-1, 1, 5 * d_model).reshape(5, d_model).roll(7, 1)
+    edit = {"rows": n([1, 2, 3, 4, 5]), "cols": n([0] * 5), "op": "add", "value": value, "to": n([0.0] * 5)}
+    reads = {("resid_post", last - 1): [("x", n([0, 1, 2, 3, 4, 5]), n([0] * 6))]}
+    for pack in (1, 4):
+        prefix = Climb(1, {}, {}, {}, last)
+        body = Climb(1, {0: (None, n([0] * 5))}, {("resid_pre", 0): [edit]}, reads, last, pack=pack)
+        try:
+            adapter.forward(tokens[:, 1:], None, body, kept=adapter.forward(tokens[:, :1], None, prefix, keep=True))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        found.append(body.found["x"])
+    return _close(adapter.card.itemsize, *found)
 
 
 def _check(adapter: Adapter) -> bool:

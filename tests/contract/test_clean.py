@@ -83,6 +83,26 @@ def test_a_hook_of_the_users_stays(hook_point_case):
         model.reset_hooks()
 
 
+def test_a_hook_of_the_users_acts_on_forks_too(hook_point_case):
+    """Rows are not packed then: the hook would take them for tokens of one row."""
+    adapter = hook_point_case.adapter
+    edits = [(hb.Edit(hb.Site("resid_post", 0), float(i), "scale"),) for i in range(12)]
+    request = Request([adapter.encode("The cat sat")], [Row(0, e) for e in edits], [], Readout(logits=True))
+    shift = torch.linspace(0, 1, adapter.card.d_model, dtype=torch.float64)
+
+    def hook(x, hook):
+        return x + shift if x.shape[1] == 1 else x  # the forks' token, not the prefix
+
+    adapter.model.add_hook("blocks.1.hook_mlp_out", hook)
+    try:
+        hooked = adapter.run(request).readout.logits
+    finally:
+        adapter.model.reset_hooks()
+    rows = [Row(0, (*e, hb.Edit(hb.Site("mlp_out", 1), shift))) for e in edits]
+    ours = adapter.run(Request(request.prompts, rows, [], Readout(logits=True))).readout.logits
+    assert (hooked - ours).abs().max() < 1e-9
+
+
 def test_what_comes_back_needs_no_gradient_and_the_mode_is_as_before(case):
     assert torch.is_grad_enabled()
     reply = case.adapter.run(request(case.adapter))

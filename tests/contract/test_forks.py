@@ -7,6 +7,7 @@ import random
 import torch
 
 import hookbook as hb
+from hookbook import selfcheck
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.tokens import resolve
 
@@ -64,6 +65,26 @@ def test_a_sweep_over_one_prompt_reuses_its_prefix(case):
         assert (reply.readout.logits[i] - logits[-1]).abs().max() < EXACT
     # prefix once, the last token of the trunk once, and of each fork above its layer
     assert reply.cost["token_layers"] == n_layers * n + sum(n_layers - layer - 1 for layer in range(n_layers))
+
+
+def test_many_rows_of_one_token_share_batch_rows(case):
+    """The packed pass: edits at every site of every layer of a prompt's last token, more rows than fit one batch row."""
+    adapter = case.adapter
+    # GPT-2's blocks take the mask by position, where it is not found, so its rows stay separate
+    assert (adapter.packs and selfcheck.packs(adapter)) == (case.name.split("-")[0] in ("bridge", "nnsight") and "gpt2" not in case.name)
+    tokens = adapter.encode("The cat sat on the mat.")
+    ops = ("set", "add", "project_out")
+    rows = [Row(0)]
+    for i, site in enumerate(adapter.sites):
+        rows += [Row(0, (hb.Edit(site, 4 * direction(3 * i + j, adapter.card.d_model), op),)) for j, op in enumerate(ops)]
+    rows += [Row(0, (rows[5].edits[0], rows[-1].edits[0]))]
+    reads = [Read(hb.Site(name, adapter.card.n_layers - 1)) for name in ("attn_out", "mlp_out", "resid_post")] + [Read("resid_post.1", 0)]
+    reply = adapter.run(Request([tokens], rows, reads, Readout(logits=True)))
+    for i, row in enumerate(rows):
+        logits, found = case.plain(tokens.ids, flat(row.edits, tokens), tuple(read.site for read in reads))
+        assert (reply.readout.logits[i] - logits[-1]).abs().max() < EXACT, row.edits
+        for read, reading in zip(reads, reply.readings, strict=True):
+            assert (reading.values[i] - found[read.site][read.position]).abs().max() < EXACT
 
 
 def test_nothing_above_the_last_read_is_computed(case):
