@@ -11,7 +11,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
-from hookbook.adapter import Adapter, ModelCard, check_eval, versions
+from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.adapters import hf
 from hookbook.adapters.bridge import Hooked
 from hookbook.climb import Climb
@@ -29,13 +29,12 @@ def accepts(model: Any) -> bool:
 class HookedAdapter(Adapter):
     """HookedTransformer through its own hook points.
 
-    Weights are used as they are. A model loaded with weight processing has another residual stream than the checkpoint
+    It has no dropout, so its mode does not matter. Weights are used as they are. A model loaded with weight processing has another residual stream than the checkpoint
     (centred, with norms folded in): load with `HookedTransformer.from_pretrained_no_processing` to share vectors with
     other backends.
     """
 
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
-        check_eval(model, "the HookedTransformer")
         self.model: Any = model
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         cfg = model.cfg

@@ -227,7 +227,7 @@ def tiny_hooked(arch: str, folder: Path) -> Any:
             model_name=f"tiny-{arch}",
             **own,  # type: ignore[arg-type]
         )
-        return HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder)).eval()
+        return HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture(scope="session")
