@@ -20,7 +20,7 @@ check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: unde
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright
-	$(RUN)/python -m pytest -q --adapters=toy --ignore=tests/real --ignore=tests/test_packaging.py --ignore=tests/unit/test_packages.py
+	$(RUN)/python -m pytest -q --adapters=toy --ignore=tests/real --ignore=tests/agreement --ignore=tests/test_packaging.py --ignore=tests/unit/test_packages.py
 
 dev: $(VENV)/.dev ## set up an environment to work in
 
