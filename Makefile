@@ -19,7 +19,7 @@ test: $(VENV)/.dev ## run the tests (sets everything up)
 check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/python -m pytest -q --adapters=toy --ignore=tests/real --ignore=tests/agreement --ignore=tests/test_packaging.py --ignore=tests/unit/test_packages.py
 
 dev: $(VENV)/.dev ## set up an environment to work in
