@@ -14,7 +14,7 @@ from hookbook.prompts import Target
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.testing import ToyAdapter, toy
 
-TOY, WIDE = toy(), toy(d_model=24)
+TOY, WIDE, HALF = toy(), toy(d_model=24), toy(dtype=torch.float16)
 GOOD = torch.ones(16, dtype=torch.float64)
 
 
@@ -67,6 +67,11 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "map that gives the wrong width": (scope(map=lambda x, source, target: x[:, :3]), EditError, "width is 16"),
     "NaN in a vector": (run(lambda: hb.Edit("resid_post.1", GOOD * float("nan"))), EditError, "NaN"),
     "infinite factor": (run(lambda: hb.Edit("resid_post.1", float("inf"), "scale")), EditError, "NaN or infinity"),
+    "overflow of half precision": (
+        lambda: HALF.run(Request([HALF.encode("abc")], [Row(0, (hb.Edit("resid_post.1", GOOD * 1e5),))], (), Readout(k=1))),
+        EditError,
+        "overflows float16",
+    ),
     "wrong width": (run(lambda: hb.Edit("resid_post.1", torch.ones(5))), EditError, "width is 16"),
     "whole numbers as a vector": (run(lambda: hb.Edit("resid_post.1", torch.ones(16, dtype=torch.long))), EditError, "floating point"),
     "unknown operation": (run(lambda: hb.Edit("resid_post.1", GOOD, "multiply")), EditError, "project_out"),

@@ -81,6 +81,10 @@ def _check(adapter: Adapter, request: Request) -> set[Site]:
         tokens = request.prompts[row.prompt]
         for edit in row.edits:
             edit.check(card.d_model, card.n_layers, len(resolve(edit.position, tokens)))
+            if card.itemsize < 4 and isinstance(edit.value, Tensor) and not bool(torch.isfinite(edit.value.to(getattr(torch, card.dtype))).all()):
+                raise EditError(
+                    f"a vector at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32"
+                )
             needed.add(edit.site)
             if edit.site.order > top:
                 raise EditError(
