@@ -195,7 +195,7 @@ _NEVER = (1 << 30, 0)
 
 
 def _join_place(site: Site) -> tuple[int, int]:
-    """Boundary, and 0 (before `resid_post` below is edited) or 1 (before `resid_pre` is), where a first edit makes a row leave."""
+    """Where a site is in the pass, and so where a row that is first edited there leaves: boundary, and 0 or 1 for before or after it is crossed."""
     return (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
 
 
@@ -303,9 +303,9 @@ def _read_groups(adapter: Adapter, request: Request, layout: _Layout) -> tuple[d
     for slot, site, position in wanted:
         parts: tuple[list, list] = ([], [])  # (batch row, column) of the prefix, of the rest
         place: list[list[tuple[int, int]]] = [[], []]  # (row, position) alike
+        here = _join_place(site)
         for i, row in enumerate(request.rows):
             # a row that has not left the trunk yet, or a token before its first edit, is the trunk's
-            here = (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
             batch_row = layout.batch_row[i] if layout.joins[i] <= here else row.prompt
             for p in resolve(position_of(position, i), request.prompts[row.prompt]):
                 column = layout.pads[row.prompt] + p
