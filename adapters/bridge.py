@@ -14,7 +14,7 @@ from hookbook.adapters import hf
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.route import Stop, routed
-from hookbook.sites import Site
+from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 
 
@@ -40,6 +40,7 @@ class BridgeAdapter(Adapter):
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         self.blocks = list(model.blocks)
         hf.check_attention(model.original_model.config)
+        self.names = hf.Names(model.adapter, model.original_model)
         cfg = model.cfg
         self.card = ModelCard(
             backend="transformer_lens.TransformerBridge",
@@ -64,14 +65,20 @@ class BridgeAdapter(Adapter):
         return hf.eos_ids(self.model.original_model, self.tokenizer)
 
     def refuses(self, site: Site) -> Refused | None:
-        if site.name in ("attn_out", "mlp_out") and self._hook_point(site.name, site.layer) is None:
+        if site.name in ("embed", *INNER) and self._hook_point(site.name, site.layer) is None:
             return Refused(f"{site} of {self.card.architecture}", "the bridge has no hook point there", "use resid_pre or resid_post")
         return None
 
-    def _hook_point(self, name: str, layer: int) -> HookPoint | None:
-        # an attribute of the block, or an alias that says where it is; `bridge.hooks` skips names it does not know
-        block = self.blocks[layer]
-        path = (block.hook_aliases or {}).get(f"hook_{name}", f"hook_{name}")
+    def writer(self, name: str, layer: int) -> Any:
+        return self.names.writer(name, layer)
+
+    def _hook_point(self, name: str, layer: int | None) -> HookPoint | None:
+        # an attribute of the part, or an alias that says where it is; `bridge.hooks` skips names it does not know
+        if layer is None:
+            return self.model.embed.hook_out
+        part, hook = {"head_z": ("attn", "hook_z"), "attn_pattern": ("attn", "hook_pattern"), "mlp_act": ("mlp", "hook_post")}.get(name, ("", f"hook_{name}"))
+        block = getattr(self.blocks[layer], part, None) if part else self.blocks[layer]
+        path = (getattr(block, "hook_aliases", None) or {}).get(hook, hook)
         for candidate in path if isinstance(path, list) else [path]:
             found: Any = block
             for part in candidate.split("."):
@@ -89,19 +96,18 @@ class BridgeAdapter(Adapter):
         cache = hf.cache_from(kept) if kept is not None or keep else None
         inputs = hf.inputs(self.model.original_model, tokens, mask, cache)
         with routed(self.blocks, climb, hf.widener(cache, climb, keep), hf.length(cache)) as handles:
-            for layer in range(climb.last):
-                for name in ("attn_out", "mlp_out"):
-                    if climb.wants(name, layer):
-                        handles.append(Hooked(self._hook_point(name, layer), name, layer, climb))
+            handles += [Hooked(self._hook_point(name, layer), name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(inputs.pop("input_ids"), return_type=None, **inputs)
             except Stop:
                 pass
         return hf.kept(cache, climb.last) if keep else None
 
-    def unembed(self, resid: Tensor) -> Tensor:
-        logits = self.model.unembed(self.model.ln_final(resid[:, None]))
-        return self.model.adapter.apply_output_logits_transform(logits)[:, 0]
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return self.model.ln_final(resid[:, None])[:, 0]
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        return self.model.adapter.apply_output_logits_transform(self.model.unembed(normed[:, None]))[:, 0]
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ class Hooked:
 
     LEVEL = 1 << 20  # TransformerLens removes hooks by context level; this one is nobody else's
 
-    def __init__(self, point: Any, name: str, layer: int, climb: Climb) -> None:
+    def __init__(self, point: Any, name: str, layer: int | None, climb: Climb) -> None:
         self.point = point
         point.add_hook(lambda x, hook: climb.visit(name, layer, x), level=self.LEVEL)
 

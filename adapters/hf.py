@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,50 @@ def own_tokenizer(tokenizer: Any) -> Any:
         return tokenizer  # the user's own, or with tokens of their own
     own.chat_template = tokenizer.chat_template
     return own
+
+
+class Names:
+    """Where sites live in a Hugging Face module tree, as TransformerLens' architecture adapter for the model says."""
+
+    def __init__(self, names: Any, module: Any) -> None:
+        self.names, self.module = names, module
+        aliases = names.component_mapping["blocks"].hook_aliases
+        self.outputs = {
+            name: target.removesuffix(".hook_out")
+            for name in ("attn_out", "mlp_out")
+            if isinstance(target := aliases.get(f"hook_{name}"), str) and target.endswith(".hook_out")
+        }
+
+    def path(self, name: str, layer: int | None) -> str | None:
+        """The module whose output `embed`, `attn_out` or `mlp_out` is, whose input `head_z` or `mlp_act` is, or which computes `attn_pattern`; None if there is none."""
+        inner = {"head_z": "attn.o", "mlp_act": "mlp.out", "attn_pattern": "attn"} | self.outputs
+        try:
+            found = self.names.translate_transformer_lens_path(name if layer is None else f"blocks.{layer}.{inner[name]}")
+            self.module.get_submodule(found)
+        except (KeyError, ValueError, AttributeError):
+            return None
+        return found
+
+    def writer(self, name: str, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        """See `hookbook.adapter.Adapter.writer`."""
+        part, out = ("attn", "attn_out") if name == "head_z" else ("mlp", "mlp_out")
+        norm = None if self.outputs.get(out) in (part, None) else self.path(out, layer)
+        return self.module.get_submodule(self.path(name, layer)), None if norm is None else self.module.get_submodule(norm)
+
+
+@contextmanager
+def eager(module: Any, wanted: bool) -> Iterator[None]:
+    """Attention that computes its pattern, for one pass; the model's own choice is put back."""
+    config = module.config
+    before = config._attn_implementation
+    if not wanted or before == "eager":
+        yield
+        return
+    try:
+        config._attn_implementation = "eager"
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def check_attention(config: Any) -> None:

@@ -17,7 +17,7 @@ from hookbook.adapters.bridge import Hooked
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.route import Stop, routed
-from hookbook.sites import Site
+from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 
 
@@ -64,11 +64,20 @@ class HookedAdapter(Adapter):
         return frozenset() if eos is None else frozenset({eos})
 
     def refuses(self, site: Site) -> Refused | None:
-        if site.name in ("attn_out", "mlp_out") and f"blocks.{site.layer}.hook_{site.name}" not in self.model.hook_dict:
-            return Refused(f"{site} of {self.card.model_id}", "its blocks have no such part", "use resid_pre or resid_post")
-        if site.name == "mlp_out" and self.model.cfg.attn_only:
+        if site.name in ("embed", *INNER) and site.hook_name not in self.model.hook_dict:
+            return Refused(f"{site} of {self.card.model_id}", "it has no such part", "use resid_pre or resid_post")
+        if site.name in ("mlp_act", "mlp_out") and self.model.cfg.attn_only:
             return Refused(f"{site} of {self.card.model_id}", "its blocks have attention only", "use attn_out, resid_pre or resid_post")
+        if site.name == "mlp_act" and self.model.cfg.num_experts:
+            return Refused(f"{site} of {self.card.model_id}", "its MLPs are several experts", "use mlp_out")
         return None
+
+    def writer(self, name: str, layer: int) -> Any:
+        block = self.model.blocks[layer]
+        norms = self.model.cfg.use_normalization_before_and_after
+        if name == "head_z":
+            return lambda z: z @ block.attn.W_O.flatten(0, 1) + block.attn.b_O, block.ln1_post if norms else None
+        return lambda x: x @ block.mlp.W_out + block.mlp.b_out, block.ln2_post if norms else None
 
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
         cache = self._cache(tokens, mask, kept) if kept is not None or keep else None
@@ -85,10 +94,7 @@ class HookedAdapter(Adapter):
                 below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
 
         with routed(self.model.blocks, climb, widen) as handles:
-            for layer in range(climb.last):
-                for name in ("attn_out", "mlp_out"):
-                    if climb.wants(name, layer):
-                        handles.append(Hooked(self.model.hook_dict[f"blocks.{layer}.hook_{name}"], name, layer, climb))
+            handles += [Hooked(self.model.hook_dict[Site(*site).hook_name], *site, climb) for site in climb.inside()]
             try:
                 self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
             except Stop:
@@ -106,8 +112,11 @@ class HookedAdapter(Adapter):
         cache.previous_attention_mask = before.to(self.card.device)
         return cache
 
-    def unembed(self, resid: Tensor) -> Tensor:
-        logits = self.model.unembed(self.model.ln_final(resid[:, None]))[:, 0]
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return self.model.ln_final(resid[:, None])[:, 0]
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        logits = self.model.unembed(normed[:, None])[:, 0]
         return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
 
     @torch.no_grad()

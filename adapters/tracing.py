@@ -16,8 +16,11 @@ from hookbook.adapters import hf
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.route import Stop, enter
-from hookbook.sites import Site
+from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
+
+PATTERN = "nn_functional_dropout_0"
+"""The operation of transformers' eager attention that gives the pattern."""
 
 
 def accepts(model: Any) -> bool:
@@ -57,11 +60,7 @@ class TracingAdapter(Adapter):
         path = self.names.translate_transformer_lens_path
         self.blocks = list(self._envoy(path("blocks")))
         self.norm, self.head = module.get_submodule(path("ln_final")), module.get_submodule(path("unembed"))
-        self.paths = {
-            name: target.removesuffix(".hook_out")
-            for name in ("attn_out", "mlp_out")
-            if isinstance(target := mapping["blocks"].hook_aliases.get(f"hook_{name}"), str) and target.endswith(".hook_out")
-        }
+        self.where = hf.Names(self.names, module)
         self.card = ModelCard(
             backend="nnsight",
             model_id=hf.model_id(module),
@@ -91,17 +90,14 @@ class TracingAdapter(Adapter):
         return hf.eos_ids(self.module, self.tokenizer)
 
     def refuses(self, site: Site) -> Refused | None:
-        if site.name in ("attn_out", "mlp_out"):
-            try:
-                self._site(site.name, site.layer)
-            except (KeyError, ValueError, AttributeError):
-                return Refused(
-                    f"{site} of {self.card.architecture}", "no single module's output is that tensor", "use resid_pre or resid_post, or a TransformerBridge"
-                )
+        if site.name in ("embed", *INNER) and self.where.path(site.name, site.layer) is None:
+            return Refused(
+                f"{site} of {self.card.architecture}", "no single module takes or gives that tensor", "use resid_pre or resid_post, or a TransformerBridge"
+            )
         return None
 
-    def _site(self, name: str, layer: int) -> Any:
-        return self._envoy(self.names.translate_transformer_lens_path(f"blocks.{layer}.{self.paths[name]}"))
+    def writer(self, name: str, layer: int) -> Any:
+        return self.where.writer(name, layer)
 
     @property
     def packs(self) -> bool:
@@ -112,34 +108,49 @@ class TracingAdapter(Adapter):
         inputs = hf.inputs(self.module, tokens, mask, cache)
         widen, n_kept = hf.widener(cache, climb, keep), hf.length(cache)
         try:
-            with self.model.trace(inputs.pop("input_ids"), **inputs):
-                self._climb(climb, widen, n_kept)
-                raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
+            with hf.eager(self.module, any(name == "attn_pattern" for name, _ in climb.inside())):
+                with self.model.trace(inputs.pop("input_ids"), **inputs):
+                    self._climb(climb, widen, n_kept)
+                    raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
         except Stop:
             pass
         return hf.kept(cache, climb.last) if keep else None
 
     def _climb(self, climb: Climb, widen: Any, n_kept: int) -> None:
         """The body of a trace: what `hookbook.route` does with hooks, in the order of the pass."""
+        if climb.wants("embed"):
+            self._visit(climb, "embed", None)
         for layer, block in enumerate(self.blocks[: climb.last + 1]):
             args, kwargs = enter(climb, layer, *block.inputs, n_kept=n_kept)
             if layer == climb.last:
                 return
             widen(layer)
             block.inputs = (args, kwargs)
-            for name in ("attn_out", "mlp_out"):
+            for name in INNER:
                 if climb.wants(name, layer):
-                    site = self._site(name, layer)
-                    output = site.output
-                    if isinstance(output, tuple):
-                        site.output = (climb.visit(name, layer, output[0]), *output[1:])
-                    else:
-                        site.output = climb.visit(name, layer, output)
+                    self._visit(climb, name, layer)
         output = self.blocks[-1].output
         climb.boundary(len(self.blocks), output[0] if isinstance(output, tuple) else output)
 
-    def unembed(self, resid: Tensor) -> Tensor:
-        return self.names.apply_output_logits_transform(self.head(self.norm(resid[:, None])))[:, 0]
+    def _visit(self, climb: Climb, name: str, layer: int | None) -> None:
+        site = self._envoy(self.where.path(name, layer))
+        if name == "attn_pattern":  # what eager attention computes, after softmax and dropout
+            source = site.source
+            while PATTERN not in source.names:  # through the interface, and what a TransformerBridge of this family puts around it
+                source = getattr(source, [op for op in source.names if "attention_" in op.lower()][-1]).source
+            site = getattr(source, PATTERN)
+        if name in ("head_z", "mlp_act"):
+            site.input = climb.visit(name, layer, site.input)
+        elif isinstance(output := site.output, tuple):
+            site.output = (climb.visit(name, layer, output[0]), *output[1:])
+        else:
+            site.output = climb.visit(name, layer, output)
+
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return self.norm(resid[:, None])[:, 0]
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        return self.names.apply_output_logits_transform(self.head(normed[:, None]))[:, 0]
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:

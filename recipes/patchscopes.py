@@ -372,7 +372,7 @@ def _one_token(position: Position, coded: Tokens) -> int:
 
 
 def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_layers: Any) -> list[tuple[Site, Site]]:
-    reads = layers_to_sites(source_layers, source.n_layers)
+    reads = layers_to_sites(source_layers, source)
     if isinstance(target_layers, str) and target_layers == "same":
         for site in reads:
             if site.layer >= target.n_layers:
@@ -380,7 +380,7 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
                     f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers"
                 )
         return [(site, site) for site in reads]
-    return [(read, write) for read in reads for write in layers_to_sites(target_layers, target.n_layers)]
+    return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
 
 
 def _wanted(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 
 import hookbook as hb
 from hookbook.testing import toy, toy_tokenizer
+from hookbook.tokens import resolve
 
 DTYPE = torch.float64
 ARCHITECTURES = ("gpt2", "llama", "gemma3")
@@ -56,55 +58,129 @@ class Case:
     name: str
     adapter: hb.Adapter
 
-    def plain(self, ids: tuple[int, ...], edits: tuple[tuple[Any, int, hb.Edit], ...] = (), reads: tuple[hb.Site, ...] = ()) -> tuple[torch.Tensor, dict]:
-        """Logits `[pos, d_vocab]` and what was read, `[pos, d_model]`; edits are (site, index, edit)."""
+    def plain(self, ids: tuple[int, ...], edits: tuple[Any, ...] = (), reads: tuple[hb.Site, ...] = ()) -> tuple[torch.Tensor, dict]:
+        """Logits `[pos, d_vocab]` and what was read, `[pos, width]` (of a pattern `[pos, head, key]`); edits are as `flat` gives them."""
         found: dict[hb.Site, torch.Tensor] = {}
 
         def at(site: hb.Site, x: torch.Tensor) -> torch.Tensor:
-            x = x.clone()
-            for where, index, edit in edits:
-                if where == site:
-                    x[0, index] = formula(x[0, index], edit)
+            shape, pattern = x.shape, site.name == "attn_pattern"
+            x = x[0].transpose(0, 1).clone() if pattern else x.reshape(len(ids), -1).clone()
+            for where, index, edit, keys in edits:
+                if where.whole == site:
+                    x[index] = pattern_formula(x[index], edit, keys) if pattern else unit_formula(x[index], edit, self.adapter.card)
             if site in reads:
-                found[site] = x[0].clone()
-            return x
+                found[site] = x.clone()
+            return x.transpose(0, 1)[None] if pattern else x.reshape(shape)
 
-        sites = {site for site, _, _ in edits} | set(reads)
+        sites = {site.whole for site, *_ in edits} | set(reads)
         tokens = torch.tensor([ids])
         with torch.no_grad():
             model: Any = self.adapter.model
+            norms = {site for site in sites if site.name == "final_norm"}
+            handles = [handle for site in norms for handle in self._hooks(site, at)]
             if self.name.startswith(("bridge", "hooked")):
-                hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites]
+                hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - norms]
                 logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
             else:
-                handles = [handle for site in sites for handle in self._hooks(site, at)]
-                logits = self.adapter.plain_logits(tokens)
-                for handle in handles:
-                    handle.remove()
+                patterns = {site for site in sites if site.name == "attn_pattern"} if self.name != "toy" else set()
+                handles += [handle for site in sites - norms - patterns for handle in self._hooks(site, at)]
+                with self._patterns(patterns, at):
+                    logits = self.adapter.plain_logits(tokens)
+            for handle in handles:
+                handle.remove()
         return logits[0], found
 
     def _hooks(self, site: hb.Site, at: Any) -> list[Any]:
-        module = self.adapter.model if self.name == "toy" else self.adapter.module  # type: ignore[attr-defined]
-        arch = self.name.split("-")[-1]
+        hooked = self.name.startswith(("bridge", "hooked"))
+        module = self.adapter.model if hooked or self.name == "toy" else self.adapter.module  # type: ignore[attr-defined]
+        arch = "toy" if self.name == "toy" else self.name.split("-")[-1]
+        root = {"toy": ("embed", "norm"), "gpt2": ("transformer.wte", "transformer.ln_f")}.get(arch, ("model.embed_tokens", "model.norm"))
         blocks = {"toy": "blocks", "gpt2": "transformer.h"}.get(arch, "model.layers")
+
+        def after(m: Any, args: Any, out: Any) -> Any:
+            return (at(site, out[0]), *out[1:]) if isinstance(out, tuple) else at(site, out)
+
+        if site.name == "final_norm":
+            return [(module.ln_final if hooked else module.get_submodule(root[1])).register_forward_hook(after)]
+        if site.name == "embed":
+            return [module.get_submodule(root[0]).register_forward_hook(after)]
         block = module.get_submodule(f"{blocks}.{site.layer}")
-        if site.name == "resid_pre":
-            return [block.register_forward_pre_hook(lambda m, args: (at(site, args[0]), *args[1:]))]
         inner = {
-            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out"},
-            "gpt2": {"attn_out": "attn", "mlp_out": "mlp"},
-            "llama": {"attn_out": "self_attn", "mlp_out": "mlp"},
-            "gemma3": {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
+            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out", "head_z": "o", "mlp_act": "mlp.2", "attn_pattern": "pattern"},
+            "gpt2": {"attn_out": "attn", "mlp_out": "mlp", "head_z": "attn.c_proj", "mlp_act": "mlp.c_proj"},
+            "llama": {"attn_out": "self_attn", "mlp_out": "mlp", "head_z": "self_attn.o_proj", "mlp_act": "mlp.down_proj"},
+            "gemma3": {
+                "attn_out": "post_attention_layernorm",
+                "mlp_out": "post_feedforward_layernorm",
+                "head_z": "self_attn.o_proj",
+                "mlp_act": "mlp.down_proj",
+            },
         }[arch]
-        target = block if site.name == "resid_post" else block.get_submodule(inner[site.name])
-        return [target.register_forward_hook(lambda m, args, out: (at(site, out[0]), *out[1:]) if isinstance(out, tuple) else at(site, out))]
+        target = block.get_submodule(inner[site.name]) if site.name in inner else block
+        if site.name in ("resid_pre", "head_z", "mlp_act"):
+            return [target.register_forward_pre_hook(lambda m, args: (at(site, args[0]), *args[1:]))]
+        return [target.register_forward_hook(after)]
+
+    @contextmanager
+    def _patterns(self, sites: set[hb.Site], at: Any) -> Iterator[None]:
+        """Hugging Face's eager attention calls dropout on its pattern, once in each block."""
+        layers, dropout = iter(range(self.adapter.card.n_layers)), torch.nn.functional.dropout
+
+        def patched(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            if x.dim() != 4:
+                return dropout(x, p, training, inplace)
+            site = hb.Site("attn_pattern", next(layers))
+            return at(site, x) if site in sites else x
+
+        with pytest.MonkeyPatch.context() as patch:
+            if sites:
+                patch.setattr(torch.nn.functional, "dropout", patched)
+            yield
+
+
+def flat(edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens, length: int | None = None) -> tuple[tuple[hb.Site, int, hb.Edit, list[int]], ...]:
+    """Edits of a row as (site, index, edit of one vector, keys), for a run of the prompt and generated tokens of together `length`."""
+    n = len(tokens)
+    found = []
+    for edit in edits:
+        where = list(resolve(edit.position, tokens)) if edit.scope in ("prompt", "all") else []
+        where += list(range(n, length or n)) if edit.scope in ("generated", "all") else []
+        where += [i for i in edit.scope if i < (length or n)] if isinstance(edit.scope, tuple) else []
+        for nth, index in enumerate(where):
+            value = edit.value[nth] if isinstance(edit.value, torch.Tensor) and edit.value.dim() == 2 and len(edit.value) > 1 else edit.value
+            value = value[0] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+            keys = range(index + 1) if edit.keys is None else [key for key in resolve(edit.keys, tokens) if key <= index]
+            found.append((edit.site, index, hb.Edit(edit.site, value, edit.op, to=edit.to), list(keys)))
+    return tuple(found)
+
+
+def unit_formula(x: torch.Tensor, edit: hb.Edit, card: hb.ModelCard) -> torch.Tensor:
+    """What an edit does to one head or neuron of a vector, or to all of it."""
+    if edit.site.unit is None:
+        return formula(x, edit)
+    width = card.d_head if edit.site.name == "head_z" else 1
+    x = x.clone()
+    part = slice(edit.site.unit * width, (edit.site.unit + 1) * width)
+    x[part] = formula(x[part], edit)
+    return x
+
+
+def pattern_formula(x: torch.Tensor, edit: hb.Edit, keys: list[int]) -> torch.Tensor:
+    """What an edit does to one token's attention, `[head, key]`."""
+    x = x.clone()
+    for head in range(len(x)) if edit.site.unit is None else [edit.site.unit]:
+        for key in keys:
+            x[head, key] = {"set": edit.value, "add": x[head, key] + edit.value, "scale": x[head, key] * edit.value, "knock_out": 0.0}[edit.op]
+        if edit.op == "knock_out" and x[head].sum() > 0:
+            x[head] /= x[head].sum()
+    return x
 
 
 def formula(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
     """What an edit does to one vector, written from its definition."""
     if edit.op == "scale":
         return x * edit.value
-    value = edit.value.to(x.dtype)  # type: ignore[union-attr]
+    value = torch.as_tensor(edit.value, dtype=x.dtype).expand_as(x)
     if edit.op == "set":
         return value
     if edit.op == "add":

@@ -7,6 +7,7 @@ else (requests, forks, readouts, decoding) is written once, here and in `hookboo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookbook import engine, selfcheck
+from hookbook import engine, planning, selfcheck
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
-
-LOGITS_BYTES = 256 << 20
-"""How many bytes of logits are held at once when rows are reduced to their likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,21 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def unembed(self, resid: Tensor) -> Tensor:
-        """Final norm, unembedding and whatever the model does to logits: `[n, d_model]` to `[n, d_vocab]`."""
+    def final_norm(self, resid: Tensor) -> Tensor:
+        """The final norm of the stream, `[n, d_model]`."""
+
+    @abstractmethod
+    def unembed(self, normed: Tensor) -> Tensor:
+        """The unembedding and whatever the model does to logits afterwards: `[n, d_model]` after the final norm to `[n, d_vocab]`."""
+
+    @abstractmethod
+    def writer(self, name: str, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+        """How a site writes to the stream: its output projection, and the norm after it if there is one.
+
+        Args:
+            name: `head_z` or `mlp_act`.
+            layer: The block.
+        """
 
     @abstractmethod
     def plain_logits(self, tokens: Tensor) -> Tensor:
@@ -104,13 +115,39 @@ class Adapter(ABC):
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a generation."""
 
+    def head_contributions(self, layer: int, z: Tensor) -> Tensor:
+        """What each head adds to the stream, `[n, n_heads, d_model]`, given `head_z` of one block `[n, n_heads * d_head]`.
+
+        Without a norm after attention this is the head's slice of the output projection times its `z`; biases are
+        nobody's. With one (Gemma 2 and 3), which is not linear, its scale is frozen at the value it has for this `z`,
+        all heads together: the sum over heads is then still what attention adds to the stream.
+
+        Raises:
+            Refused: The norm after attention does more than scale by the root mean square.
+        """
+        self.require(Site("head_z", layer))
+        project, norm = self.writer("head_z", layer)
+        apart = torch.eye(self.card.n_heads, dtype=z.dtype, device=z.device).repeat_interleave(self.card.d_head, -1)
+        with torch.no_grad():
+            bias, whole = project(torch.zeros_like(z[:1])), project(z)
+            parts = project((z[:, None] * apart).flatten(0, 1)).unflatten(0, (len(z), -1)) - bias
+            if norm is None:
+                return parts
+            eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
+            parts = torch.cat([parts, bias.expand(len(z), 1, -1)], 1)
+            parts = norm(parts) * _rms(parts, eps) / _rms(whole, eps)[:, None]
+            expected = norm(whole)
+        if (parts.sum(1) - expected).abs().max() > (1e-3 if self.card.itemsize >= 4 else 5e-2) * (1 + expected.abs().max()):
+            raise Refused(f"one head's contribution in {self.card.architecture}", "the norm after attention is not a root mean square", "use attn_out")
+        return parts[:, :-1]
+
     def refuses(self, site: Site) -> Refused | None:
         """Why this adapter cannot read and edit a site, or None if it can. Runs nothing."""
         return None
 
     def require(self, site: Site) -> None:
         """Raise `SiteError` or `Refused` unless a site can be read and edited."""
-        refusal = self.refuses(site.check(self.card.n_layers))
+        refusal = self.refuses(site.check(self.card))
         if refusal is not None:
             raise refusal
 
@@ -127,7 +164,7 @@ class Adapter(ABC):
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every site that can be read and edited, in the order of the pass."""
-        every = (Site(name, layer) for layer in range(self.card.n_layers) for name in SITES)
+        every = (Site(name, layer) for name, spec in SITES.items() for layer in (range(self.card.n_layers) if spec.layered else [None]))
         return tuple(sorted((s for s in every if self.refuses(s) is None), key=lambda s: s.order))
 
     def encode(self, prompt: Any, *, bos: bool | None = None, chat: bool = False) -> Tokens:
@@ -138,21 +175,27 @@ class Adapter(ABC):
         """Run a request; see `hookbook.engine`."""
         return engine.run(self, request, progress=progress)
 
-    @torch.no_grad()
-    def readout(self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False) -> TokenReadout:
+    def readout(self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False, normed: bool = False) -> TokenReadout:
         """What the stream before the final norm says about the next token.
 
         Args:
             resid: `[n, d_model]`.
+            normed: It went through the final norm already.
             k: How many of the likeliest tokens.
             tokens: Token ids `[n, m]` whose log-probabilities are wanted.
             logits: Return all logits, too.
         """
-        selfcheck.check(self)
-        rows = max(1, LOGITS_BYTES // (4 * self.card.d_vocab))
+        if not normed:
+            selfcheck.check(self)
+        rows = max(1, planning.LOGITS_BYTES // (4 * self.card.d_vocab))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
+            return self._readout(resid, rows, k, tokens, logits, normed)
+
+    def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
         parts = []
         for start in range(0, len(resid), rows):
-            values = self.unembed(resid[start : start + rows])
+            some = resid[start : start + rows]
+            values = self.unembed(some if normed else self.final_norm(some))
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
             total = values.logsumexp(-1, keepdim=True) if k or wanted.numel() else values[:, :1]
@@ -166,6 +209,11 @@ class Adapter(ABC):
                 )
             )
         return TokenReadout.cat(parts)
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
 
 
 def check_eval(module: Any, name: str) -> None:

@@ -15,103 +15,143 @@ class Climb:
     """One pass up the stack, with a batch that grows.
 
     Args:
-        n_trunk: Rows the pass starts with: one for each prompt, never edited.
+        n_trunk: Rows the pass starts with: the prompts.
         forks: `{boundary: (after, before)}`: the trunk rows of the forks that join there; `after` join before
             `resid_post` of the block below is edited and read, `before` join before `resid_pre` is.
-        edits: `{(site name, layer): [group]}`; a group is a dict of `rows`, `cols`, `op`, `value` and `to`, where rows
-            and columns index the batch and the tokens of this pass.
+        edits: `{(site name, layer): [group]}`; a group is a dict, see `apply_edit`, whose rows and columns index the
+            rows and the tokens of this pass.
         reads: `{(site name, layer): [(slot, rows, cols)]}`.
         last: The boundary after which nothing is needed.
         pads: `[n_trunk, pos]`, True where a token is padding; None if none is.
-        pack: How many rows of one token share a row of the batch, each seeing only the prefix and itself, so that the
-            prefix's keys and values are copied once for all of them; only with one prompt.
+        pack: How many rows of one token share a row of the batch, each seeing only what came before it and itself, so
+            that the prefix's keys and values are copied once for all of them.
+        place: Where each row is in a batch that is packed from the start: batch row times `pack` plus the slot.
+        steps: How many tokens each slot has kept before.
     """
 
-    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1):
+    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1, place=None, steps=0):
         self.n_trunk = n_trunk
-        self.pads = pads
-        self.pack = pack
         self.forks = forks
         self.edits = edits
         self.reads = reads
         self.last = last
-        self.index = torch.arange(n_trunk)
+        self.pads = pads if pack == 1 else None  # a packed token is a prompt's last, never padding
+        self.pack = pack
+        self.steps = steps
+        self.place = torch.arange(n_trunk) * pack if place is None else place
+        self.index = torch.arange(n_trunk) if place is None else place // pack
+        """The trunk row under each row."""
+        self.owner = torch.arange(n_trunk)
+        """The trunk row under each row of the batch."""
+        self.free = {t: t * pack + 1 for t in range(n_trunk)}
+        self.n_pos = None
         self.rows_at = []
         self.found = {}
         self.fired = 0
         self.token_layers = 0
-        self.shape = None
 
-    def wants(self, name, layer):
-        """Whether anything is read or edited at a site inside a block."""
-        return layer < self.last and ((name, layer) in self.edits or (name, layer) in self.reads)
+    def wants(self, name, layer=None):
+        """Whether anything is read or edited at a site other than the stream at boundaries."""
+        return (layer is None or layer < self.last) and ((name, layer) in self.edits or (name, layer) in self.reads)
+
+    def inside(self):
+        """The sites that something is read or edited at, other than the stream at boundaries."""
+        wanted = {*self.edits, *self.reads}
+        return [site for site in wanted if site[0] not in ("resid_pre", "resid_post") and (site[1] is None or site[1] < self.last)]
 
     def boundary(self, b, x):
         """Called with the stream at each boundary up to `last`, in order."""
         after, before = self.forks.get(b, (None, None))
-        if self.pack > 1:
-            x = x.reshape(-1, 1, x.shape[-1])[: len(self.index)]
+        if self.pack > x.shape[1]:
+            x = torch.nn.functional.pad(x, (0, 0, 0, self.pack - 1))
         if self.pads is not None:
             # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
-            x = x.masked_fill(take(self.pads, self.index).to(x.device)[:, :, None], 0)
+            x = x.masked_fill(take(self.pads, self.owner).to(x.device)[:, :, None], 0)
         x = self.join(x, after)
-        self.shape = (-1, *x.shape[1:])
+        self.n_pos = x.shape[1]
         if b > 0:
             x = self.visit("resid_post", b - 1, x)
         x = self.join(x, before)
         x = self.visit("resid_pre", b, x)
         if b < self.last:
-            self.rows_at.append(x.shape[0])
-            self.token_layers += x.shape[0] * x.shape[1]
-        if self.pack > 1:
-            x = torch.nn.functional.pad(x[:, 0], (0, 0, 0, -len(x) % self.pack)).reshape(-1, self.pack, x.shape[-1])
+            self.rows_at.append(len(self.index))
+            self.token_layers += len(self.index) * (x.shape[1] if self.pack == 1 else 1)
         return x
 
     def visit(self, name, layer, x):
         """Edit and read the tensor of one site."""
         shape = x.shape
-        x = x.reshape(self.shape)  # some families' MLPs see tokens without their rows
+        if name != "attn_pattern":  # some families' MLPs see tokens without their rows, and some split heads
+            x = x.reshape(len(self.owner), self.n_pos or x.shape[1], -1)
         groups = self.edits.get((name, layer), ())
         if groups:
             x = x.clone()
         for group in groups:
-            apply_edit(x, group)
+            apply_edit(x, {**group, **self.at(group["rows"], group["cols"])})
             self.fired += 1
         for slot, rows, cols in self.reads.get((name, layer), ()):
-            self.found[slot] = x[rows.to(x.device), cols.to(x.device)].clone()
+            at = self.at(rows, cols)
+            rows, cols = at["rows"].to(x.device), at["cols"].to(x.device)
+            self.found[slot] = (x[rows, :, cols] if name == "attn_pattern" else x[rows, cols]).clone()
         return x.reshape(shape)
+
+    def at(self, rows, cols):
+        """Where rows and columns are in the batch."""
+        if self.pack == 1:
+            return {"rows": rows, "cols": cols}
+        place = self.place[rows]
+        return {"rows": place // self.pack, "cols": place % self.pack}
 
     def join(self, x, trunk_rows):
         """Let forks join: each starts as a copy of its trunk row."""
         if trunk_rows is None or len(trunk_rows) == 0:
             return x
         self.index = torch.cat([self.index, trunk_rows])
-        return torch.cat([x, take(x, trunk_rows)])
+        if self.pack == 1:
+            self.owner = self.index
+            return torch.cat([x, take(x, trunk_rows)])
+        new, owners = [], []
+        for trunk_row in trunk_rows.tolist():
+            slot = self.free[trunk_row]
+            if slot % self.pack == 0:  # its row of the batch is full
+                slot = (len(self.owner) + len(owners)) * self.pack
+                owners.append(trunk_row)
+            new.append(slot)
+            self.free[trunk_row] = slot + 1
+        x = torch.cat([x, x.new_zeros(len(owners), *x.shape[1:])])
+        flat = x.view(-1, x.shape[-1])
+        flat[torch.tensor(new, device=x.device)] = take(flat, self.place[trunk_rows])
+        self.owner = torch.cat([self.owner, torch.tensor(owners, dtype=torch.long)])
+        self.place = torch.cat([self.place, torch.tensor(new)])
+        return x
 
     def widen(self, value):
         """Whatever a block takes beside the stream (masks, rotations, kept keys and values), for the batch as it is now."""
-        if self.n_trunk == len(self.index) and self.pack == 1:
+        if len(self.owner) == self.n_trunk:
             return value
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] != self.n_trunk:
                 return value
             if self.n_trunk > 1:
-                return take(value, self.index)
-            return value.expand(-(-len(self.index) // self.pack), *value.shape[1:])
+                return take(value, self.owner)
+            return value.expand(len(self.owner), *value.shape[1:])
         if isinstance(value, tuple):
             return tuple(self.widen(item) for item in value)
         return value  # a list or an object is a cache, which the backend widens itself
 
     def widen_mask(self, mask, x, n_kept):
-        """The attention mask of packed rows: each token sees what the trunk's sees of the prefix, and itself."""
+        """The attention mask. Packed rows see what a trunk row alone would see of the prefix, and what their own slot kept."""
         if self.pack == 1:
             return self.widen(mask)
-        see, hide = (True, False) if mask is not None and mask.dtype == torch.bool else (0.0, torch.finfo(x.dtype).min)
-        kind = {"dtype": x.dtype if mask is None else mask.dtype, "device": x.device}
-        own = torch.full((1, 1, self.pack, self.pack), hide, **kind)
-        own.diagonal(dim1=2, dim2=3).fill_(see)
-        prefix = torch.full((1, 1, 1, n_kept), see, **kind) if mask is None else mask[..., :n_kept]
-        return torch.cat([prefix.expand(1, 1, self.pack, -1), own], -1).expand(len(x), -1, -1, -1)
+        if mask is None:
+            mask = torch.zeros(1, 1, 1, n_kept + self.steps + 1, dtype=x.dtype, device=x.device)
+        hide = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = self.widen(mask[:, :, :1, : n_kept + self.steps + 1])
+        mask = mask.expand(len(self.owner), *mask.shape[1:])
+        own = mask[..., n_kept:, None].expand(-1, -1, self.pack, -1, self.pack)
+        apart = ~torch.eye(self.pack, dtype=torch.bool, device=x.device)[:, None]
+        own = own.masked_fill(apart, hide).flatten(3)
+        return torch.cat([mask[..., :n_kept].expand(-1, -1, self.pack, -1), own], -1)
 
 
 def take(x, rows):
@@ -120,15 +160,28 @@ def take(x, rows):
 
 
 def apply_edit(x, group):
-    """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is."""
-    rows, cols, op = group["rows"].to(x.device), group["cols"].to(x.device), group["op"]
+    """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is.
+
+    A group has `rows`, `cols`, `op`, `value` (`[n, width]`, or `[n]` of numbers for `scale`) and `to` `[n]`. With `units`
+    `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads` and `cols` name
+    lines, and `entries`, `keys` and `value` say what changes in which of these lines.
+    """
+    op = group["op"]
+    if "entries" in group:
+        _edit_pattern(x, group)
+        return
+    if "units" in group:
+        x = x.unflatten(-1, (group["n_units"], -1))
+        at = (group["rows"].to(x.device), group["cols"].to(x.device), group["units"].to(x.device))
+    else:
+        at = (group["rows"].to(x.device), group["cols"].to(x.device))
     # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
     wide = x.dtype if op == "set" else torch.promote_types(x.dtype, torch.float32)
     value = group["value"].to(wide).to(x.device)
     if op == "set":
-        x[rows, cols] = value
+        x[at] = value
         return
-    old = x[rows, cols].to(wide)
+    old = x[at].to(wide)
     if op == "add":
         new = old + value
     elif op == "scale":
@@ -139,4 +192,21 @@ def apply_edit(x, group):
         along = (old * unit).sum(-1, keepdim=True)
         to = group["to"].to(wide).to(x.device)[:, None] if op == "clamp" else 0.0
         new = old + (to - along) * unit
-    x[rows, cols] = new.to(x.dtype)
+    x[at] = new.to(x.dtype)
+
+
+def _edit_pattern(x, group):
+    rows, heads, cols = (part.to(x.device) for part in (group["rows"], group["heads"], group["cols"]))
+    entries, keys = group["entries"].to(x.device), group["keys"].to(x.device)
+    lines = x[rows, heads, cols]
+    value = group["value"].to(x.device, x.dtype)
+    if group["op"] == "set":
+        lines[entries, keys] = value
+    elif group["op"] == "add":
+        lines[entries, keys] += value
+    elif group["op"] == "scale":
+        lines[entries, keys] *= value
+    else:
+        lines[entries, keys] = 0
+        lines = lines / lines.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x[rows, heads, cols] = lines

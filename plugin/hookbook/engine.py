@@ -1,38 +1,28 @@
-"""Runs requests: plans what rows share, climbs, and decodes.
-
-What is computed once: each distinct prompt (the trunk), up to the boundary where a row's first edit is; the tokens
-before the first edited one (the prefix), of which only keys and values are kept. What is not computed: blocks above the
-last thing that is read, and logits nobody asked for.
-"""
+"""Runs requests: takes planned climbs through the model, collects what was asked for, and decodes."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hookbook import selfcheck
-from hookbook.climb import Climb, take
-from hookbook.errors import EditError, TokenError
-from hookbook.request import Each, Edit, Reading, Reply, Request, Row, TokenReadout, position_of
+from hookbook import planning, selfcheck
+from hookbook.climb import Climb, apply_edit, take
+from hookbook.errors import EditError
+from hookbook.planning import Part, join_place
+from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout
 from hookbook.sites import Site
-from hookbook.tokens import Position, resolve
+from hookbook.tokens import resolve
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
-BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", str(2 << 30)))
-"""About how much memory the forks of one climb may take; a longer sweep is cut into several climbs."""
 
-
-@torch.no_grad()
 def run(adapter: Adapter, request: Request, *, progress: bool | None = None) -> Reply:
     """Run a request. Every check that can be made before the first forward pass is made before it.
 
@@ -41,307 +31,273 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None) -> 
         request: What to run.
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
     """
-    sites = _check(adapter, request)
+    parts = planning.plan(adapter, request)
+    sites = {edit.site for row in request.rows for edit in row.edits} | {read.site for read in request.reads}
     selfcheck.check(adapter, sites)
-    parts = _split(adapter, request)
     steps = len(parts) * (1 + request.generate)
-    with tqdm(total=steps, desc="climb", leave=False, disable=not (steps > 8 if progress is None else progress)) as bar:
-        return _merge([_run_part(adapter, part, bar) for part in parts], request)
+    quiet = not (steps > 8 if progress is None else progress)
+    with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
+        return merge([(part, _run_part(adapter, part, bar)) for part in parts], request)
 
 
-def _check(adapter: Adapter, request: Request) -> set[Site]:
-    """Raise for what can be known to be wrong; return the sites that are read or edited."""
-    card = adapter.card
-    if not request.rows:
-        raise EditError("a request without rows", "there is nothing to run", "give at least one row")
-    ask = request.readout
-    if request.generate < 0 or (ask is not None and ask.k < 0):
-        raise TokenError(f"generate={request.generate}, k={0 if ask is None else ask.k}", "less than no tokens", "use 0 or more")
-    if ask is not None and ask.tokens is not None:
-        wanted = ask.tokens
-        if wanted.dim() != 2 or len(wanted) != len(request.rows) or wanted.is_floating_point():
-            raise TokenError(f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows", "each row has its own", "give [row, m] of token ids")
-        if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < card.d_vocab):
-            raise TokenError("a wanted token id outside the vocabulary", f"this model has ids 0 to {card.d_vocab - 1}", "use one of them")
-    for tokens in request.prompts:
-        if max(tokens.ids) >= card.d_vocab:
-            raise TokenError(f"token id {max(tokens.ids)}", f"this model has ids 0 to {card.d_vocab - 1}", "use a tokenizer of this model")
-        if card.n_ctx and len(tokens) + request.generate > card.n_ctx:
-            raise TokenError(
-                f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less"
-            )
-    for read in [*request.reads, *([request.readout] if request.readout is not None else [])]:
-        if isinstance(read.position, Each) and len(read.position.positions) != len(request.rows):
-            raise TokenError(f"{len(read.position.positions)} positions for {len(request.rows)} rows", "Each has one for every row", "make the numbers agree")
-    needed = {read.site for read in request.reads}
-    top = _top(request, card.n_layers)
-    for i, row in enumerate(request.rows):
-        if not 0 <= row.prompt < len(request.prompts):
-            raise EditError(f"a row of prompt {row.prompt}", f"the request has prompts 0 to {len(request.prompts) - 1}")
-        tokens = request.prompts[row.prompt]
-        for edit in row.edits:
-            edit.check(card.d_model, card.n_layers, len(resolve(edit.position, tokens)))
-            if card.itemsize < 4 and isinstance(edit.value, Tensor) and not bool(torch.isfinite(edit.value.to(getattr(torch, card.dtype))).all()):
-                raise EditError(
-                    f"a vector at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32"
-                )
-            needed.add(edit.site)
-            if edit.site.order > top:
-                raise EditError(
-                    f"the edit at {edit.site} would never fire",
-                    "it lies above everything that is read",
-                    "read a later site or the next token, or drop the edit",
-                )
-        seen = [max(resolve(position_of(read.position, i), tokens)) for read in request.reads]
-        if ask is not None:
-            said = resolve(position_of(ask.position, i), tokens)
-            if len(said) != 1:
-                raise TokenError("a readout after several tokens", "it is about the next token after one", "give one position")
-            seen += said
-        if row.edits and not request.generate and all(min(resolve(edit.position, tokens)) > max(seen) for edit in row.edits):
-            raise EditError(
-                "an edit that changes nothing", f"it is after token {max(seen)}, the last that is read", "read a later token, or edit an earlier one"
-            )
-    for site in needed:
-        adapter.require(site.check(card.n_layers))
-    return needed
-
-
-def _top(request: Request, n_layers: int) -> tuple[int, int]:
-    if request.readout is not None or request.generate:
-        return (n_layers, 0)
-    return max((read.site.order for read in request.reads), default=(-1, 0))
-
-
-def _split(adapter: Adapter, request: Request) -> list[Request]:
-    """Cut the rows into parts that fit the budget; rows of one prompt stay together where they can."""
-    card = adapter.card
-    longest = max(len(request.prompts[row.prompt]) for row in request.rows)
-    width = longest - min((min(resolve(e.position, request.prompts[r.prompt])) for r in request.rows for e in r.edits), default=0)
-    per_token = 6 * card.d_model + 3 * card.d_mlp + 2 * card.n_heads * longest + 4 * card.n_kv_heads * card.d_head
-    kept = 2 * card.n_kv_heads * card.d_head * (longest + request.generate)
-    per_row = (width * per_token + kept * (2 * card.n_layers if request.generate else 2)) * card.itemsize
-    per_prompt = (longest * per_token + 2 * card.n_kv_heads * card.d_head * longest * card.n_layers) * card.itemsize
-    cuts, used, taken = [0], set(), 0
-    for i, row in enumerate(request.rows):
-        cost = per_row + (0 if row.prompt in used else per_prompt)
-        if i > cuts[-1] and taken + cost > BUDGET_BYTES:
-            cuts.append(i)
-            used, taken, cost = set(), 0, per_row + per_prompt
-        used.add(row.prompt)
-        taken += cost
-    parts = []
-    for part in itertools.starmap(slice, itertools.pairwise([*cuts, len(request.rows)])):
-        used = sorted({row.prompt for row in request.rows[part]})
-        renumber = {prompt: i for i, prompt in enumerate(used)}
-        readout = request.readout
-        if readout is not None:
-            wanted = None if readout.tokens is None else readout.tokens[part]
-            readout = replace(readout, tokens=wanted, position=_cut(readout.position, part))
-        parts.append(
-            replace(
-                request,
-                prompts=[request.prompts[i] for i in used],
-                rows=[Row(renumber[row.prompt], row.edits) for row in request.rows[part]],
-                reads=[replace(read, position=_cut(read.position, part)) for read in request.reads],
-                readout=readout,
-            )
-        )
-    return parts
-
-
-def _cut(position: Position | Each, rows: slice) -> Position | Each:
-    return Each(position.positions[rows]) if isinstance(position, Each) else position
-
-
-def _merge(replies: list[Reply], request: Request) -> Reply:
-    if len(replies) == 1:
+def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
+    """The replies of the parts as one, rows in the request's order."""
+    replies = [reply for _, reply in done]
+    numbers = torch.tensor([row.number for part, _ in done for row in part.rows])
+    order = torch.argsort(numbers)
+    if len(replies) == 1 and torch.equal(numbers, torch.arange(len(numbers))):
         return replies[0]
-    starts = list(itertools.accumulate((r.cost["rows"] for r in replies), initial=0))[:-1]
-    readings = tuple(
-        Reading(
-            read.site,
-            torch.cat([r.readings[i].values for r in replies]),
-            torch.cat([r.readings[i].rows + start for r, start in zip(replies, starts, strict=True)]),
-            torch.cat([r.readings[i].positions for r in replies]),
-        )
-        for i, read in enumerate(request.reads)
+    starts = torch.tensor([0] + [len(part.rows) for part, _ in done]).cumsum(0).tolist()
+    readings = []
+    for i, read in enumerate(request.reads):
+        found = [reply.readings[i] for reply in replies]
+        rows = torch.cat([numbers[reading.rows + start] for reading, start in zip(found, starts, strict=False)])
+        back = torch.argsort(rows, stable=True)
+        longest = max(reading.values.shape[-1] for reading in found)  # of a pattern, the keys of the longest prompt
+        values = torch.cat([torch.nn.functional.pad(reading.values, (0, longest - reading.values.shape[-1])) for reading in found])
+        readings.append(Reading(read.site, take(values, back), rows[back], torch.cat([reading.positions for reading in found])[back]))
+    readouts = [reply.readout for reply in replies if reply.readout is not None]
+    generated = [ids for reply in replies for ids in reply.generated]
+    cost = {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost}
+    return Reply(
+        tuple(readings),
+        TokenReadout.cat(readouts)[order] if readouts else None,
+        tuple(generated[i] for i in order.tolist()) if generated else (),
+        cost,
     )
-    readouts = [r.readout for r in replies if r.readout is not None]
-    cost = {key: sum(r.cost[key] for r in replies) for key in replies[0].cost}
-    return Reply(readings, TokenReadout.cat(readouts) if readouts else None, sum((r.generated for r in replies), ()), cost)
 
 
-@dataclass
-class _Layout:
-    """Where rows are in the batch: prompts first, then forks in the order in which they join."""
-
-    tokens: Tensor
-    """`[prompt, pos]`, padded on the left."""
-    mask: Tensor | None
-    """`[prompt, pos]` of 0 and 1; None if nothing is padded."""
-    pads: list[int]
-    split: int
-    """Tokens before this column are the same in every row of a prompt."""
-    batch_row: list[int]
-    joins: list[tuple[int, int]]
-    """The place in the pass where each row leaves the trunk; rows without edits never do."""
-    trunk: Tensor
-    """The trunk row under each row of the full batch."""
-    last: int
-
-
-_NEVER = (1 << 30, 0)
-
-
-def _join_place(site: Site) -> tuple[int, int]:
-    """Where a site is in the pass, and so where a row that is first edited there leaves: boundary, and 0 or 1 for before or after it is crossed."""
-    return (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
-
-
-def _lay_out(adapter: Adapter, request: Request) -> _Layout:
-    n = max(len(tokens) for tokens in request.prompts)
-    pads = [n - len(tokens) for tokens in request.prompts]
-    ids = torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(pads, request.prompts, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (n - pad) for pad in pads]) if any(pads) else None
-    joins = [min((_join_place(edit.site) for edit in row.edits), default=_NEVER) for row in request.rows]
-    forks = sorted((i for i, place in enumerate(joins) if place != _NEVER), key=lambda i: joins[i])
-    batch_row = [row.prompt for row in request.rows]
-    for place, i in enumerate(forks):
-        batch_row[i] = len(pads) + place
-    columns = [pads[row.prompt] + i for row in request.rows for edit in row.edits for i in resolve(edit.position, request.prompts[row.prompt])]
-    trunk = torch.tensor([*range(len(pads)), *(request.rows[i].prompt for i in forks)])
-    if request.readout is not None or request.generate:
-        last = adapter.card.n_layers
-    else:
-        last = max((read.site.layer + (read.site.name != "resid_pre") for read in request.reads), default=0)
-    return _Layout(ids, mask, pads, min(columns, default=0) if last else 0, batch_row, joins, trunk, last)
-
-
-def _run_part(adapter: Adapter, request: Request, bar: Any) -> Reply:
-    layout = _lay_out(adapter, request)
-    edits, n_groups = _edit_groups(request, layout)
-    reads, places = _read_groups(adapter, request, layout)
-    n_prompts, split = len(layout.pads), layout.split
-    forks: dict[int, list[list[int]]] = defaultdict(lambda: [[], []])
-    for place, prompt in zip(sorted(p for p in layout.joins if p != _NEVER), layout.trunk[n_prompts:].tolist(), strict=True):
-        forks[place[0]][place[1]].append(prompt)
-
-    # rows of one token, of one prompt, share batch rows: about as many as the prefix is long keeps memory smallest
-    alone = split and n_prompts == 1 and layout.tokens.shape[1] - split == 1 and len(layout.trunk) > 1 and not request.generate
-    pack = min(max(split, 8), 64) if alone and adapter.packs and selfcheck.packs(adapter) else 1
-
-    def climb(part: int, forks: dict, edits: dict) -> Climb:
-        pads = None if layout.mask is None else layout.mask[:, split:] == 0 if part else layout.mask[:, :split] == 0
-        return Climb(n_prompts, forks, edits, {key: groups[part] for key, groups in reads.items() if groups[part]}, layout.last, pads, pack if part else 1)
+def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
+    request, n_prompts, split, top = part.request, len(part.prompts), part.split, adapter.card.n_layers - 1
+    items = [
+        (part.batch_row[i], [part.pads[part.trunk_of[i]] + p - split for p in positions], edit, part.pads[part.trunk_of[i]])
+        for i, row in enumerate(part.rows)
+        for edit, positions in row.edits
+    ]
+    edits = edit_groups(adapter, items, lambda item, column: _keys(part, part.trunk[item[0]], item[2], column + split))
+    collect = _Collector(part, top)
+    pack = part.pack if part.pack > 1 and selfcheck.packs(adapter) else 1
+    ids = torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
+    mask = part.mask
+    pads = None if mask is None else mask == 0
 
     kept, climbs = None, []
     if split:
-        prefix = climb(0, {}, {})
-        mask = None if layout.mask is None else layout.mask[:, :split]
-        kept = adapter.forward(layout.tokens[:, :split], mask, prefix, keep=True)
-        climbs.append(prefix)
-    body = climb(1, {b: tuple(torch.tensor(rows, dtype=torch.long) for rows in pair) for b, pair in forks.items()}, edits)
-    kept = adapter.forward(layout.tokens[:, split:], layout.mask, body, kept=kept, keep=request.generate > 0)
+        climb = Climb(n_prompts, {}, {}, collect.reads(0), part.last, None if pads is None else pads[:, :split])
+        with torch.no_grad():
+            kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=True)
+        climbs.append(climb)
+    forks = {b: tuple(torch.tensor(rows, dtype=torch.long) for rows in pair) for b, pair in part.forks.items()}
+    body = Climb(n_prompts, forks, edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
+    kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate > 0)
     climbs.append(body)
     bar.update()
+    n_groups = sum(map(len, edits.values()))
     if body.fired != n_groups:
         raise EditError(
             "an edit never fired", f"{n_groups - body.fired} of {n_groups} groups of edits were not reached", "report this: the adapter did not visit a site"
         )
 
-    found = {slot: value for c in climbs for slot, value in c.found.items()}
-    readings = tuple(_gather(read.site, i, places[i], found) for i, read in enumerate(request.reads))
-    cost = {"rows": len(request.rows), "passes": len(climbs), "token_layers": sum(c.token_layers for c in climbs), "unembedded": 0}
+    found = {slot: value for climb in climbs for slot, value in climb.found.items()}
+    del climbs
+    readings = tuple(_reading(adapter, part, collect, i, found) for i in range(len(request.reads)))
+    cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.token_layers, "unembedded": 0}
+    cost["token_layers"] -= len(part.rows) * max(0, request.generate - 1) * part.last
     readout, generated = None, ()
     if request.readout is not None:
         ask = request.readout
-        resid = _gather(Site("resid_post", adapter.card.n_layers - 1), "readout", places["readout"], found).values
-        readout = adapter.readout(resid, k=ask.k, tokens=ask.tokens, logits=ask.logits)
-        cost["unembedded"] += len(resid)
+        normed = _normed(adapter, part, collect.gather("readout", found))
+        wanted = None if ask.tokens is None else ask.tokens[[row.number for row in part.rows]]
+        readout = adapter.readout(normed.values, k=ask.k, tokens=wanted, logits=ask.logits, normed=True)
+        cost["unembedded"] += len(part.rows)
     if request.generate:
-        resid = _gather(Site("resid_post", adapter.card.n_layers - 1), "next", places["next"], found).values
-        generated = _decode(adapter, request, layout, body, kept, resid, bar, cost)
+        normed = _normed(adapter, part, collect.gather("next", found)).values
+        found.clear()
+        generated = _decode(adapter, part, body, kept, normed, bar, cost)
     return Reply(readings, readout, generated, cost)
 
 
-def _edit_groups(request: Request, layout: _Layout) -> tuple[dict, int]:
-    """Edits by site, and among those by operation, in an order that keeps each row's own."""
-    found: dict[tuple[str, int], dict[tuple[int, str], list]] = defaultdict(lambda: defaultdict(list))
-    for i, row in enumerate(request.rows):
-        nth: dict[Site, int] = defaultdict(int)
-        for edit in row.edits:
-            positions = resolve(edit.position, request.prompts[row.prompt])
-            columns = [layout.pads[row.prompt] + p - layout.split for p in positions]
-            found[edit.site.name, edit.site.layer][nth[edit.site], edit.op].append((layout.batch_row[i], columns, edit))
-            nth[edit.site] += 1
-    edits = {site: [_edit_group(op, items) for (_, op), items in sorted(groups.items())] for site, groups in found.items()}
-    return edits, sum(map(len, edits.values()))
+def edit_groups(adapter: Adapter, items: Iterable[tuple[int, list[int], Edit, int]], keys: Any) -> dict:
+    """Edits by site, and among those by operation, in an order that keeps each row's own.
+
+    Args:
+        adapter: The model.
+        items: Batch row, columns, edit and padding of the row.
+        keys: From an item and one of its columns to the columns of its keys, for `attn_pattern`.
+    """
+    found: dict[tuple, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))
+    nth: dict[tuple, int] = defaultdict(int)
+    for item in items:
+        row, _, edit, _ = item
+        site = edit.site
+        pattern = site.name == "attn_pattern"
+        found[site.name, site.layer][nth[row, site.whole], edit.op, site.unit is not None and not pattern].append(item)
+        nth[row, site.whole] += 1
+    return {
+        site: [
+            (_pattern_group(adapter, key[1], group, keys) if site[0] == "attn_pattern" else _group(adapter, key[1], group))
+            for key, group in sorted(groups.items())
+        ]
+        for site, groups in found.items()
+    }
 
 
-def _edit_group(op: str, items: Sequence[tuple[int, list[int], Edit]]) -> dict:
-    rows = torch.tensor([row for row, columns, _ in items for _ in columns])
-    cols = torch.tensor([column for _, columns, _ in items for column in columns])
-    to = torch.tensor([edit.to for _, columns, edit in items for _ in columns], dtype=torch.float64)
+def _group(adapter: Adapter, op: str, items: Sequence[tuple[int, list[int], Edit, int]]) -> dict:
+    edits = [edit for _, columns, edit, _ in items for _ in columns]
+    group: dict[str, Any] = {
+        "op": op,
+        "rows": torch.tensor([row for row, columns, *_ in items for _ in columns]),
+        "cols": torch.tensor([column for _, columns, *_ in items for column in columns]),
+    }
+    site = edits[0].site
+    if site.unit is not None:
+        group |= {"units": torch.tensor([edit.site.unit for edit in edits]), "n_units": site.units(adapter.card)[0]}
     if op == "scale":
-        value = torch.tensor([edit.value for _, columns, edit in items for _ in columns], dtype=torch.float64)
+        group["value"] = torch.tensor([edit.value for edit in edits], dtype=torch.float64)
     else:
-        value = torch.cat([edit.value.expand(len(columns), -1) for _, columns, edit in items])  # type: ignore[union-attr]
-    return {"rows": rows, "cols": cols, "op": op, "value": value, "to": to}
+        values = [edit.value if isinstance(edit.value, Tensor) else torch.tensor(edit.value, dtype=torch.float64) for _, _, edit, _ in items]
+        if all(value is values[0] for value in values) and values[0].dim() < 2:
+            group["value"] = values[0].expand(len(edits), site.width(adapter.card))
+        else:
+            width = site.width(adapter.card)
+            group["value"] = torch.cat([value.expand(len(columns), width) for value, (_, columns, *_) in zip(values, items, strict=True)])
+    if op == "clamp":
+        group["to"] = torch.tensor([edit.to for edit in edits], dtype=torch.float64)
+    return group
 
 
-def _read_groups(adapter: Adapter, request: Request, layout: _Layout) -> tuple[dict, dict]:
-    """Reads by site, split into those of the prefix and those of the rest, and where each value belongs."""
-    n_layers = adapter.card.n_layers
-    wanted: list[tuple[Any, Site, Any]] = [(i, read.site, read.position) for i, read in enumerate(request.reads)]
-    if request.readout is not None:
-        wanted.append(("readout", Site("resid_post", n_layers - 1), request.readout.position))
-    if request.generate:
-        wanted.append(("next", Site("resid_post", n_layers - 1), -1))
-    reads: dict[tuple[str, int], tuple[list, list]] = defaultdict(lambda: ([], []))
-    places: dict[Any, list[list[tuple[int, int]]]] = {}
-    for slot, site, position in wanted:
-        parts: tuple[list, list] = ([], [])  # (batch row, column) of the prefix, of the rest
-        place: list[list[tuple[int, int]]] = [[], []]  # (row, position) alike
-        here = _join_place(site)
-        for i, row in enumerate(request.rows):
-            # a row that has not left the trunk yet, or a token before its first edit, is the trunk's
-            batch_row = layout.batch_row[i] if layout.joins[i] <= here else row.prompt
-            for p in resolve(position_of(position, i), request.prompts[row.prompt]):
-                column = layout.pads[row.prompt] + p
-                late = column >= layout.split
-                parts[late].append((batch_row, column - layout.split) if late else (row.prompt, column))
-                place[late].append((i, p))
-        for late in (0, 1):
-            if parts[late]:
-                rows, cols = torch.tensor(parts[late]).unbind(1)
-                reads[site.name, site.layer][late].append(((slot, late), rows, cols))
-        places[slot] = place
-    return reads, places
+def _pattern_group(adapter: Adapter, op: str, items: Sequence[tuple[int, list[int], Edit, int]], keys: Any) -> dict:
+    lines, entries, columns_of_keys, values = [], [], [], []
+    for item in items:
+        row, columns, edit, _ = item
+        heads = range(adapter.card.n_heads) if edit.site.unit is None else [edit.site.unit]
+        for head, column in itertools.product(heads, columns):
+            chosen = keys(item, column)
+            entries += [len(lines)] * len(chosen)
+            columns_of_keys += chosen
+            values += [edit.value] * len(chosen)
+            lines.append((row, head, column))
+    rows, heads, cols = torch.tensor(lines).unbind(1)
+    return {
+        "op": op, "rows": rows, "heads": heads, "cols": cols,
+        "entries": torch.tensor(entries), "keys": torch.tensor(columns_of_keys), "value": torch.tensor(values, dtype=torch.float64),
+    }  # fmt: skip
 
 
-def _gather(site: Site, slot: Any, place: list[list[tuple[int, int]]], found: dict) -> Reading:
-    values = torch.cat([found[slot, late] for late in (0, 1) if place[late]])
-    rows, positions = torch.tensor(place[0] + place[1]).unbind(1)
-    if place[0] and place[1]:
-        order = torch.argsort(rows * (1 << 32) + positions)
-        values, rows, positions = take(values, order), rows[order], positions[order]
-    return Reading(site, values, rows, positions)
+def _keys(part: Part, trunk_row: int, edit: Edit, column: int) -> list[int]:
+    """The columns of the tokens to which the token in `column` attends under an edit: those that are not after it."""
+    pad = part.pads[trunk_row]
+    if edit.keys is None:
+        return list(range(pad, column + 1))
+    return [pad + key for key in resolve(edit.keys, part.prompts[trunk_row]) if pad + key <= column]
 
 
-def _decode(adapter: Adapter, request: Request, layout: _Layout, body: Climb, kept: Any, resid: Tensor, bar: Any, cost: dict) -> tuple:
-    """Greedy decoding of all rows together, each from its own keys and values."""
-    rows = torch.tensor(layout.batch_row)
+class _Collector:
+    """Which values of a climb are wanted, and where each belongs."""
+
+    def __init__(self, part: Part, top: int) -> None:
+        self.part = part
+        wanted: list[tuple[Any, Site, list[list[int]]]] = [(i, read.site, [row.reads[i] for row in part.rows]) for i, read in enumerate(part.request.reads)]
+        if part.request.readout is not None:
+            wanted.append(("readout", Site("final_norm"), [[row.says] for row in part.rows]))  # type: ignore[list-item]
+        if part.request.generate:
+            wanted.append(("next", Site("final_norm"), [[len(part.prompts[t]) - 1] for t in part.trunk_of]))
+        self.by_site: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
+        self.places: dict[Any, tuple[list, list]] = {}
+        for slot, site, positions in wanted:
+            source = Site("resid_post", top) if site.name == "final_norm" else site  # the norm is applied to what is wanted
+            here = join_place(source)
+            at: tuple[list, list] = ([], [])  # (row, column) of the prefix, of the rest
+            place: tuple[list, list] = ([], [])  # (row of the part, position) alike
+            for i, (row, chosen) in enumerate(zip(part.rows, positions, strict=True)):
+                trunk = part.trunk_of[i]
+                # a row that has not left the trunk yet, or a token before its first edit, is the trunk's
+                batch_row = part.batch_row[i] if row.join <= here else trunk
+                for p in chosen:
+                    column = part.pads[trunk] + p
+                    late = column >= part.split
+                    at[late].append((batch_row, column - part.split) if late else (trunk, column))
+                    place[late].append((i, p))
+            for late in (0, 1):
+                if at[late]:
+                    rows, cols = torch.tensor(at[late]).unbind(1)
+                    self.by_site[source.name, source.layer][late].append(((slot, late), rows, cols))
+            self.places[slot] = place
+
+    def reads(self, late: int) -> dict:
+        """The reads of the prefix, or of the rest, as a climb takes them."""
+        return {site: both[late] for site, both in self.by_site.items() if both[late]}
+
+    def gather(self, slot: Any, found: dict) -> Reading:
+        """What was found for one read, rows ascending, positions ascending in each."""
+        place = self.places[slot]
+        parts = [found.pop((slot, late)) for late in (0, 1) if place[late]]
+        longest = max(values.shape[-1] for values in parts)  # of a pattern, the prefix has fewer keys
+        values = torch.cat([torch.nn.functional.pad(v, (0, longest - v.shape[-1])) for v in parts]) if len(parts) > 1 else parts[0]
+        rows, positions = torch.tensor(place[0] + place[1]).unbind(1)
+        if place[0] and place[1]:
+            order = torch.argsort(rows * (1 << 32) + positions)
+            values, rows, positions = take(values, order), rows[order], positions[order]
+        return Reading(Site("final_norm"), values, rows, positions)
+
+
+def _reading(adapter: Adapter, part: Part, collect: _Collector, i: int, found: dict) -> Reading:
+    site, got = part.request.reads[i].site, collect.gather(i, found)
+    if site.name == "final_norm":
+        return _normed(adapter, part, got)
+    values = got.values
+    if site.name == "attn_pattern":
+        pads = torch.tensor([part.pads[part.trunk_of[row]] for row in got.rows.tolist()])
+        columns = pads[:, None] + torch.arange(values.shape[-1])
+        index = columns.clamp(max=values.shape[-1] - 1)[:, None].expand(-1, values.shape[1], -1).to(values.device)
+        values = values.gather(-1, index) * (columns < values.shape[-1])[:, None].to(values.device)
+        values = torch.nn.functional.pad(values, (0, part.n - values.shape[-1]))
+    if site.unit is not None:
+        units, width = site.units(adapter.card)
+        values = values[:, site.unit] if site.name == "attn_pattern" else values.unflatten(-1, (units, width))[:, site.unit]
+    return Reading(site, values, got.rows, got.positions)
+
+
+def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
+    """The final norm of what was read, under the edits there."""
+    values = adapter.final_norm(got.values)
+    items = []
+    for at, (i, position) in enumerate(zip(got.rows.tolist(), got.positions.tolist(), strict=True)):
+        for edit, positions in part.rows[i].finals:
+            if position in positions:
+                if isinstance(edit.value, Tensor) and edit.value.dim() == 2 and len(edit.value) > 1:
+                    edit = Edit(edit.site, edit.value[positions.index(position)], edit.op, to=edit.to)
+                items.append((at, [0], edit, 0))
+    return Reading(got.site, _apply(adapter, values, items), got.rows, got.positions)
+
+
+def _apply(adapter: Adapter, values: Tensor, items: list[tuple[int, list[int], Edit, int]]) -> Tensor:
+    if not items:
+        return values
+    values = values.clone()
+    for group in edit_groups(adapter, items, None)["final_norm", None]:
+        apply_edit(values[:, None], group)
+    return values
+
+
+def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple:
+    """Decoding of all rows together, each from its own keys and values."""
+    request, n_layers = part.request, adapter.card.n_layers
+    rows, trunk = torch.tensor(part.batch_row), torch.tensor(part.trunk)
     for layer, n in enumerate(body.rows_at):  # in place: a second copy of all keys and values would be the peak
-        kept[layer] = tuple(take(t, torch.where(rows < n, rows, layout.trunk[rows])) for t in kept[layer])
-    prompts = torch.tensor([row.prompt for row in request.rows])
-    mask = None if layout.mask is None else take(layout.mask, prompts)
-    out: list[list[int]] = [[] for _ in request.rows]
+        own = torch.where(rows < n, rows, trunk[rows])
+        if len(own) != n or not torch.equal(own, torch.arange(n)):
+            kept[layer] = tuple(take(t, own) for t in kept[layer])
+    mask = part.mask
+    mask = None if mask is None else take(mask, torch.tensor(part.trunk_of))
+    out: list[list[int]] = [[] for _ in part.rows]
     done = [False] * len(out)
-    n_layers = adapter.card.n_layers
+    choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows], len(request.rows))
+    everyone = torch.arange(len(out))
+    read = {("resid_post", n_layers - 1): [("next", everyone, torch.zeros_like(everyone))]}
     for step in range(request.generate):
-        cost["unembedded"] += len(resid)
-        chosen = adapter.readout(resid, k=1).topk_ids[:, 0]
+        cost["unembedded"] += len(normed)
+        chosen = choose(adapter, normed, step)
         for i, token in enumerate(chosen.tolist()):
             done[i] = done[i] or token in adapter.eos_ids
             if not done[i]:
@@ -352,11 +308,45 @@ def _decode(adapter: Adapter, request: Request, layout: _Layout, body: Climb, ke
             break
         if mask is not None:
             mask = torch.cat([mask, torch.ones(len(out), 1, dtype=mask.dtype)], 1)
-        everyone = torch.arange(len(out))
-        read = {("resid_post", n_layers - 1): [("next", everyone, torch.zeros_like(everyone))]}
-        climb = Climb(len(out), {}, {}, read, n_layers)
+        acting = [
+            (i, [0], edit, part.pads[part.trunk_of[i]])
+            for i, row in enumerate(part.rows)
+            for edit in row.late
+            if edit.acts_at(len(part.prompts[part.trunk_of[i]]) + step)
+        ]
+        inside = [item for item in acting if item[2].site.name != "final_norm"]
+        edits = edit_groups(adapter, inside, lambda item, _, column=part.n + step: _keys(part, part.trunk_of[item[0]], item[2], column))
+        climb = Climb(len(out), {}, edits, read, n_layers)
         kept = adapter.forward(chosen[:, None], mask, climb, kept=kept, keep=True)
-        resid = climb.found["next"]
+        normed = _apply(adapter, adapter.final_norm(climb.found["next"]), [item for item in acting if item[2].site.name == "final_norm"])
         cost["passes"] += 1
         cost["token_layers"] += climb.token_layers
     return tuple(tuple(ids) for ids in out)
+
+
+class _Chooser:
+    """The next token of every row: the likeliest, or drawn."""
+
+    def __init__(self, sampling: Sampling | None, steps: int, rows: list[int], n_rows: int) -> None:
+        self.sampling = sampling
+        if sampling is not None:  # one number for each row and step, whatever the parts
+            every = torch.rand(n_rows, steps, generator=torch.Generator().manual_seed(sampling.seed), dtype=torch.float64)
+            self.draws = every[rows]
+
+    def __call__(self, adapter: Adapter, normed: Tensor, step: int) -> Tensor:
+        ask = self.sampling
+        if ask is None:
+            return adapter.readout(normed, k=1, normed=True).topk_ids[:, 0]
+        chosen = []
+        rows = max(1, planning.LOGITS_BYTES // (16 * adapter.card.d_vocab))
+        for start in range(0, len(normed), rows):
+            logits = adapter.unembed(normed[start : start + rows]).double().cpu() / ask.temperature
+            values, ids = logits.sort(-1, descending=True) if not ask.top_k else logits.topk(min(ask.top_k, logits.shape[-1]), -1)
+            probabilities = values.softmax(-1)
+            total = probabilities.cumsum(-1)
+            allowed = (total - probabilities) < ask.top_p  # the first that reaches top_p is the last
+            total = (probabilities * allowed).cumsum(-1)
+            draw = self.draws[start : start + rows, step, None] * total[:, -1:]
+            place = torch.searchsorted(total, draw, right=True).clamp(max=total.shape[-1] - 1)
+            chosen.append(ids.gather(-1, place)[:, 0])
+        return torch.cat(chosen)

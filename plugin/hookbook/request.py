@@ -9,17 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from hookbook.errors import EditError, TokenError
 from hookbook.sites import Site
-from hookbook.tokens import Position, Tokens
+from hookbook.tokens import Position, Tokens, resolve
 
-Op = Literal["set", "add", "scale", "project_out", "clamp"]
-OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp")
+if TYPE_CHECKING:
+    from hookbook.adapter import ModelCard
+
+Op = Literal["set", "add", "scale", "project_out", "clamp", "knock_out"]
+OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "knock_out")
+PATTERN_OPS: tuple[str, ...] = ("set", "add", "scale", "knock_out")
+
+Scope = Literal["prompt", "generated", "all"] | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,36 +36,59 @@ class Edit:
 
     | op | result | value |
     |---|---|---|
-    | `set` | `value` | `[d_model]`, or `[positions, d_model]` |
-    | `add` | `x + value` | `[d_model]`, or `[positions, d_model]` |
+    | `set` | `value` | `[width]`, or `[positions, width]`, or one number for all |
+    | `add` | `x + value` | `[width]`, or `[positions, width]`, or one number for all |
     | `scale` | `x * value` | a number |
-    | `project_out` | `x - (x . u) u` | `[d_model]`, any length but 0 |
-    | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[d_model]`, any length but 0 |
+    | `project_out` | `x - (x . u) u` | `[width]`, any length but 0 |
+    | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[width]`, any length but 0 |
+    | `knock_out` | of `attn_pattern` alone: `keys` get no attention, the others share it as the softmax would without them | none |
 
-    A row's edits at the same site apply in the order given.
+    `width` is that of the site (`Site.width`): `d_model`, or the width of one head for `head_z.9.3`. A row's edits at the
+    same site apply in the order given.
+
+    `attn_pattern` takes numbers, at the tokens that attend (`position`) and, among those they see, the tokens attended to (`keys`; None: all), in every
+    head or in one (`attn_pattern.9.3`): `set` and `scale` do not renormalise, `knock_out` equals a score of minus
+    infinity before the softmax. Where nothing else is attended to, `knock_out` leaves zeros.
+
+    `scope` says when an edit acts while tokens are decoded: on the `prompt`'s tokens at `position`, as if nothing came
+    after; on every `generated` token, once it is fed back; on `all`: both; or on a tuple of absolute positions in the
+    row's own prompt and generated tokens. With `generated` and a tuple, `position` is not used and stays at its default.
     """
 
     site: Site
-    value: Tensor | float
+    value: Tensor | float = 0.0
     op: Op = "add"
     position: Position = -1
     to: float = 0.0
+    scope: Scope = "prompt"
+    keys: Position | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", Site.parse(self.site))
         if self.op not in OPS:
             raise EditError(f"no operation {self.op!r}", "", f"use one of {', '.join(OPS)}")
-        if self.op == "scale":
+        self._check_scope()
+        pattern = self.site.name == "attn_pattern"
+        if pattern and self.op not in PATTERN_OPS:
+            raise EditError(f"{self.op} at {self.site}", "a pattern has no directions", f"use one of {', '.join(PATTERN_OPS)}")
+        if not pattern and (self.op == "knock_out" or self.keys is not None):
+            raise EditError(
+                f"{self.op} with keys={self.keys!r} at {self.site}", "only attn_pattern has keys to knock out or choose", "name an attn_pattern site"
+            )
+        number = pattern or self.op == "scale" or not isinstance(self.value, Tensor)
+        if number and self.op not in ("project_out", "clamp"):
             if isinstance(self.value, Tensor) and self.value.numel() != 1:
-                raise EditError(f"scale at {self.site} by a tensor of shape {list(self.value.shape)}", "scale takes one number", "give a number")
+                raise EditError(f"{self.op} at {self.site} by a tensor of shape {list(self.value.shape)}", "this takes one number", "give a number")
             object.__setattr__(self, "value", float(self.value))
+            if self.op == "knock_out" and self.value:
+                raise EditError(f"knock_out at {self.site} with a value", "it sets attention to zero", "leave the value out, or use set")
             finite = math.isfinite(self.value)
         else:
-            value = torch.as_tensor(self.value).detach()
+            value = torch.as_tensor(self.value)
             if not value.is_floating_point() or value.dim() not in (1, 2):
                 raise EditError(
                     f"{self.op} at {self.site} with shape {list(value.shape)} and {value.dtype}",
-                    "a vector is [d_model] or [positions, d_model], in floating point",
+                    "a vector is [width] or [positions, width], in floating point",
                     "check where the vector comes from",
                 )
             finite = bool(torch.isfinite(value).all())
@@ -68,7 +97,7 @@ class Edit:
                     raise EditError(
                         f"{self.op} at {self.site} with shape {list(value.shape)}",
                         "a direction is one vector",
-                        "give [d_model]; use several edits for several directions",
+                        "give [width]; use several edits for several directions",
                     )
                 if finite and not bool(value.any()):
                     raise EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length")
@@ -80,20 +109,50 @@ class Edit:
                 "look for the step that made it, often half precision",
             )
 
-    def check(self, d_model: int, n_layers: int, n_positions: int) -> None:
+    def _check_scope(self) -> None:
+        scope = self.scope
+        if isinstance(scope, list):
+            scope = tuple(scope)
+            object.__setattr__(self, "scope", scope)
+        if isinstance(scope, tuple):
+            if not scope or not all(isinstance(p, int) and not isinstance(p, bool) and p >= 0 for p in scope):
+                raise EditError(f"scope={scope!r} at {self.site}", "absolute positions count a row's tokens from 0", "give whole numbers of 0 or more")
+        elif scope not in ("prompt", "generated", "all"):
+            raise EditError(f"scope={scope!r} at {self.site}", "", "use prompt, generated, all, or a tuple of absolute positions")
+        if scope not in ("prompt", "all") and not (isinstance(self.position, int) and self.position == -1):
+            raise EditError(
+                f"scope={scope!r} with position={self.position!r} at {self.site}",
+                "this scope names its tokens itself",
+                "leave position out, or use the scope 'prompt' or 'all'",
+            )
+
+    def positions(self, tokens: Tokens) -> list[int]:
+        """The tokens of a prompt on which this edit acts."""
+        if self.scope == "generated":
+            return []
+        if isinstance(self.scope, tuple):
+            return sorted({p for p in self.scope if p < len(tokens)})
+        return resolve(self.position, tokens)
+
+    def acts_at(self, position: int) -> bool:
+        """Whether this edit acts on a generated token, by its position in prompt and generated tokens."""
+        return position in self.scope if isinstance(self.scope, tuple) else self.scope != "prompt"
+
+    def check(self, card: ModelCard, n_positions: int) -> None:
         """Raise unless this edit fits a model and the number of tokens its position names."""
-        self.site.check(n_layers)
+        self.site.check(card)
         if isinstance(self.value, Tensor):
-            if self.value.shape[-1] != d_model:
+            width = self.site.width(card)
+            if self.value.shape[-1] != width:
                 raise EditError(
                     f"a vector of width {self.value.shape[-1]} at {self.site}",
-                    f"this model's width is {d_model}",
-                    "use a vector of this model, or map it first",
+                    f"this model's width there is {width}",
+                    "use a vector of this model and site, or map it first",
                 )
-            if self.value.dim() == 2 and self.value.shape[0] not in (1, n_positions):
+            if self.value.dim() == 2 and self.value.shape[0] != 1 and (self.scope != "prompt" or self.value.shape[0] != n_positions):
                 raise EditError(
-                    f"{self.value.shape[0]} vectors for {n_positions} tokens at {self.site}",
-                    "a span takes one vector, or one for each token",
+                    f"{self.value.shape[0]} vectors for {n_positions} tokens at {self.site} in the scope {self.scope!r}",
+                    "a span of the prompt takes one vector, or one for each token; other scopes take one",
                     "make the numbers agree",
                 )
 
@@ -143,6 +202,26 @@ class Readout:
     """Whether the logits themselves are wanted, `[row, d_vocab]`."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Drawing tokens from the model's distribution. A row's draws depend on the seed and its place in the request alone."""
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise TokenError(
+                f"sampling with temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}",
+                "",
+                "use a temperature above 0, top_k of 0 or more, and top_p above 0 and at most 1",
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Prompts, the rows to run on them, what to read, and what to say about the next token."""
@@ -152,7 +231,11 @@ class Request:
     reads: Sequence[Read] = ()
     readout: Readout | None = None
     generate: int = 0
-    """How many tokens each row decodes greedily after its prompt; it stops at its own end-of-sequence token."""
+    """How many tokens each row decodes after its prompt; it stops at its own end-of-sequence token."""
+    sampling: Sampling | None = None
+    """How tokens are drawn; None: the likeliest one. Nothing of the checkpoint's generation config is used."""
+    grad: bool = False
+    """Keep the graph, so that readings and logits can be differentiated with respect to the edits' values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +244,8 @@ class Reading:
 
     site: Site
     values: Tensor
-    """`[n, d_model]`, on the model's device."""
+    """`[n, width]`, on the model's device. Of `attn_pattern`: `[n, head, key]`, or `[n, key]` of one head, where keys are
+    the row's own tokens, filled up with zeros to the longest prompt."""
     rows: Tensor
     """`[n]` the row each value belongs to, ascending."""
     positions: Tensor
@@ -180,6 +264,11 @@ class TokenReadout:
     """`[row, m]` for the tokens asked for."""
     logits: Tensor | None = None
     """`[row, d_vocab]` if asked for."""
+
+    def __getitem__(self, rows: Tensor) -> TokenReadout:
+        """Rows of a readout."""
+        logits = None if self.logits is None else self.logits[rows]
+        return TokenReadout(self.topk_ids[rows], self.topk_logprobs[rows], self.token_logprobs[rows], logits)
 
     @staticmethod
     def cat(parts: Sequence[TokenReadout]) -> TokenReadout:

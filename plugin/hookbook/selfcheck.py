@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _passed: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that passed, and whether their blocks add up."""
 
+_inner: weakref.WeakKeyDictionary[Any, dict[str, Refused | None]] = weakref.WeakKeyDictionary()
+"""What models that were asked said about the sites inside attention and MLP."""
+
 _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that were asked whether rows may be packed, and whether they may."""
 
@@ -39,6 +42,51 @@ def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ig
             _passed[adapter.model] = _check(adapter)
     if not _passed[adapter.model] and any(site.name in ("attn_out", "mlp_out") for site in sites):
         raise Refused(f"attn_out and mlp_out of {adapter.card.architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
+    for name in sorted({site.name for site in sites} & {"head_z", "mlp_act", "attn_pattern"}):
+        known = _inner.setdefault(adapter.model, {})
+        if name not in known:
+            with torch.no_grad():
+                known[name] = _check_inner(adapter, name)
+        if known[name] is not None:
+            raise known[name]  # type: ignore[misc]
+
+
+def _check_inner(adapter: Adapter, name: str) -> Refused | None:
+    """Whether what is written at a site inside a block reaches what the block adds to the stream, and nothing else does."""
+    n, card = torch.tensor, adapter.card
+    source, out = ("mlp_act", "mlp_out") if name == "mlp_act" else ("head_z", "attn_out")
+    refused = Refused(f"{name} of {card.architecture}", "what is written there does not reach the stream as it should", f"use {out}")
+    if adapter.refuses(Site(source, 0)) is not None or adapter.refuses(Site(out, 0)) is not None:
+        return refused
+    width = Site(source, 0).width(card)
+    rows, cols = n([1]), n([1])
+    if name == "attn_pattern":
+        heads, lines = torch.arange(card.n_heads), torch.ones(card.n_heads, dtype=torch.long)
+        edit = {
+            "op": "scale",
+            "rows": lines,
+            "heads": heads,
+            "cols": lines,
+            "entries": heads.repeat(2),
+            "keys": n([0, 1]).repeat_interleave(len(heads)),
+            "value": torch.zeros(2 * len(heads)),
+        }
+    else:
+        edit = {"op": "add", "rows": rows, "cols": cols, "value": torch.linspace(-1, 1, width)[None]}
+    reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in (source, out)}
+    climb = Climb(1, {0: (None, n([0]))}, {(name, 0): [edit]}, reads, 1)
+    try:
+        adapter.forward(n([[adapter.pad_id + 1, adapter.pad_id + 2]]), None, climb)
+        project, norm = adapter.writer(source, 0)
+        inside, outside = climb.found[source], climb.found[out]
+        if inside.shape[-1] != width:
+            return refused
+        written = project(inside)
+        written = written if norm is None else norm(written)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError):
+        return refused
+    moved = (inside[1] == 0).all() if name == "attn_pattern" else _close(card.itemsize, inside[1] - inside[0], edit["value"][0])
+    return None if climb.fired == 1 and moved and _close(card.itemsize, written, outside) else refused
 
 
 def packs(adapter: Adapter) -> bool:
@@ -94,7 +142,7 @@ def _check(adapter: Adapter) -> bool:
         raise ModelError(
             f"{card.model_id} cannot be run as forks", f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs", _INSTEAD,
         )  # fmt: skip
-    if not _close(card.itemsize, adapter.unembed(alone.found["x"]), adapter.plain_logits(tokens[:1])[0]):
+    if not _close(card.itemsize, adapter.unembed(adapter.final_norm(alone.found["x"])), adapter.plain_logits(tokens[:1])[0]):
         raise ModelError(
             f"the logits of {card.model_id} are not the unembedding of its last block's output", f"{card.architecture} does something to them that this adapter does not know", _INSTEAD,
         )  # fmt: skip

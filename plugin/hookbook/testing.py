@@ -34,7 +34,7 @@ def toy_tokenizer() -> Any:
 
 
 class ToyBlock(nn.Module):
-    """Pre-norm attention and MLP. `attn_out` and `mlp_out` are where these sites can be hooked."""
+    """Pre-norm attention and MLP. `pattern`, `attn_out` and `mlp_out` are where these sites can be hooked."""
 
     def __init__(self, d_model: int, n_heads: int, d_head: int, d_mlp: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ToyBlock(nn.Module):
         self.ln1, self.ln2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.qkv, self.o = nn.Linear(d_model, 3 * n_heads * d_head), nn.Linear(n_heads * d_head, d_model)
         self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
-        self.attn_out, self.mlp_out = nn.Identity(), nn.Identity()
+        self.pattern, self.attn_out, self.mlp_out = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, allowed: Tensor, kept: list, layer: int) -> Tensor:
         heads = self.qkv(self.ln1(x)).unflatten(-1, (3, self.n_heads, self.d_head)).permute(2, 0, 3, 1, 4)
@@ -51,7 +51,7 @@ class ToyBlock(nn.Module):
             k, v = torch.cat([kept[layer][0], k], 2), torch.cat([kept[layer][1], v], 2)
         kept[layer] = (k, v)
         scores = (q @ k.mT * self.d_head**-0.5).masked_fill(~allowed, torch.finfo(x.dtype).min)
-        x = x + self.attn_out(self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        x = x + self.attn_out(self.o((self.pattern(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)))
         return x + self.mlp_out(self.mlp(self.ln2(x)))
 
 
@@ -118,28 +118,34 @@ class ToyAdapter(Adapter):
             if cache[layer] is not None:
                 cache[layer] = tuple(climb.widen(t) for t in cache[layer])
 
-        blocks: Any = list(self.model.blocks)
+        blocks: Any = self.model.blocks
         with routed(blocks, climb, widen) as handles:
-            for layer in range(climb.last):
-                for name in ("attn_out", "mlp_out"):
-                    if climb.wants(name, layer):
-                        handles.append(getattr(blocks[layer], name).register_forward_hook(_visit(climb, name, layer)))
+            for name, layer in climb.inside():
+                if name in ("head_z", "mlp_act"):
+                    target = self.writer(name, layer)[0]
+                    handles.append(target.register_forward_pre_hook(lambda module, args, site=(name, layer): climb.visit(*site, args[0])))
+                else:
+                    target = self.model.embed if layer is None else blocks[layer].get_submodule(name.replace("attn_pattern", "pattern"))
+                    handles.append(target.register_forward_hook(lambda module, args, output, site=(name, layer): climb.visit(*site, output)))
             try:
                 self.model(tokens, mask, cache)
             except Stop:
                 pass
         return cache[: climb.last] if keep else None
 
-    def unembed(self, resid: Tensor) -> Tensor:
-        return self.model.unembed(self.model.norm(resid))
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return self.model.norm(resid)
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        return self.model.unembed(normed)
+
+    def writer(self, name: str, layer: int) -> Any:
+        block: Any = self.model.blocks[layer]
+        return (block.o if name == "head_z" else block.mlp[2]), None
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
-
-
-def _visit(climb: Climb, name: str, layer: int) -> Any:
-    return lambda module, args, output: climb.visit(name, layer, output)
 
 
 def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> ToyAdapter:

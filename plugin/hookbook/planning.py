@@ -1,0 +1,362 @@
+"""What a request will do: checked, cut into climbs that fit a byte budget, and laid out, before anything runs.
+
+What is computed once: each distinct prompt (the trunk), up to the boundary where a row's first edit is; the tokens
+before the first edited one (the prefix), of which only keys and values are kept. What is not computed: blocks above the
+last thing that is read, logits nobody asked for, and a clean run that nobody reads: then the last row to leave a trunk
+goes on in its place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook.errors import EditError, TokenError
+from hookbook.request import Each, Edit, Request, position_of
+from hookbook.sites import Site
+from hookbook.tokens import Position, Tokens, resolve
+
+if TYPE_CHECKING:
+    from hookbook.adapter import Adapter, ModelCard
+
+BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", str(2 << 30)))
+"""How much memory a climb may take beside the model; a longer sweep is cut into several climbs."""
+
+LOGITS_BYTES = 256 << 20
+"""How many bytes of logits are held at once when rows are reduced to their likeliest tokens."""
+
+PASS_TOKENS = 64
+"""A pass costs about as much time as this many more tokens in a pass that is there anyway, whatever the model's size."""
+
+Place = tuple[int, int]
+NEVER: Place = (1 << 30, 0)
+
+
+def join_place(site: Site) -> Place:
+    """Where a site is in the pass, and so where a row that is first edited there leaves: boundary, and 0 or 1 for before or after it is crossed."""
+    if site.layer is None:
+        return (-1, 0)
+    return (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
+
+
+@dataclass
+class PlannedRow:
+    """A row with its positions resolved to the row's own tokens."""
+
+    number: int
+    """Its place in the request."""
+    prompt: int
+    edits: list[tuple[Edit, list[int]]]
+    """What acts on the prompt's tokens below the final norm."""
+    finals: list[tuple[Edit, list[int]]]
+    """What acts on them after the final norm."""
+    late: list[Edit]
+    """What acts on generated tokens."""
+    reads: list[list[int]]
+    """Positions of each of the request's reads."""
+    says: int | None
+    """The token after which the readout is."""
+
+    @cached_property
+    def join(self) -> Place:
+        """Where it leaves the trunk."""
+        return min((join_place(edit.site) for edit, _ in self.edits), default=NEVER)
+
+    @cached_property
+    def first(self) -> int | None:
+        """The first token that is edited."""
+        return min((p for _, positions in self.edits for p in positions), default=None)
+
+
+@dataclass
+class Part:
+    """One climb: where rows are in its batch, prompts first, then forks in the order in which they join."""
+
+    request: Request
+    card: ModelCard
+    rows: list[PlannedRow]
+    packs: bool
+    """Whether the model lets rows of one token share a row of the batch."""
+    prompts: list[Tokens] = field(default_factory=list)
+    """Of each trunk row."""
+    trunk_of: list[int] = field(default_factory=list)
+    """The trunk row of each row."""
+
+    def __post_init__(self) -> None:
+        rows_of: dict[int, list[int]] = defaultdict(list)
+        for i, row in enumerate(self.rows):
+            rows_of[row.prompt].append(i)
+        self.trunk_of = [0] * len(self.rows)
+        self.batch_row = [-1] * len(self.rows)
+        for prompt, members in rows_of.items():
+            # what is edited at the embedding shares nothing but the prompt's text
+            apart = [i for i in members if self.rows[i].join[0] < 0]
+            together = [i for i in members if self.rows[i].join[0] >= 0]
+            for group in ([together] if together else []) + [[i] for i in apart]:
+                for i in group:
+                    self.trunk_of[i] = len(self.prompts)
+                if all(self.rows[i].join != NEVER for i in group):  # nobody wants the trunk clean: the last to leave stays
+                    self.batch_row[max(group, key=lambda i: (self.rows[i].join, i))] = len(self.prompts)
+                self.prompts.append(self.request.prompts[prompt])
+        forks = [i for i, row in enumerate(self.rows) if self.batch_row[i] < 0 and row.join != NEVER]
+        forks.sort(key=lambda i: self.rows[i].join)
+        self.forks: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for place, i in enumerate(forks):
+            self.batch_row[i] = len(self.prompts) + place
+            boundary, after = self.rows[i].join
+            self.forks[boundary][after].append(self.trunk_of[i])
+        self.batch_row = [self.trunk_of[i] if row < 0 else row for i, row in enumerate(self.batch_row)]
+        self.trunk = [*range(len(self.prompts)), *(self.trunk_of[i] for i in forks)]
+        self.n = max(map(len, self.prompts))
+        self.pads = [self.n - len(tokens) for tokens in self.prompts]
+        self.last = last_boundary(self.request, self.card.n_layers)
+        self.rows_at = [len(self.prompts)] * self.last
+        for boundary, (after, before) in self.forks.items():
+            for layer in range(boundary, self.last):
+                self.rows_at[layer] += len(after) + len(before)
+        self.split = self._split()
+        self.pack = self._pack()
+
+    def _split(self) -> int:
+        """Tokens before this column run once for each prompt, if that is worth a pass of its own."""
+        firsts = [self.pads[self.trunk_of[i]] + row.first for i, row in enumerate(self.rows) if row.first is not None]
+        split = min(firsts, default=0) if self.last else 0
+        saved = sum(rows - len(self.prompts) for rows in self.rows_at) * split
+        return split if saved > PASS_TOKENS * self.last else 0
+
+    def _pack(self) -> int:
+        """How many rows of one token share a row of the batch: many save copies of the prefix, few leave fewer slots empty."""
+        if not (self.packs and self.split and self.n - self.split == 1) or self.request.generate:
+            return 1
+        rows = sum(self.rows_at) / len(self.rows_at) / len(self.prompts)
+        return max(1, min(64, round((0.06 * rows * self.split) ** 0.5)))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`[trunk row, pos]` of 0 and 1; None if nothing is padded."""
+        return torch.tensor([[0] * pad + [1] * (self.n - pad) for pad in self.pads]) if any(self.pads) else None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes, of which each token decoded is one."""
+        return 1 + (self.split > 0) + max(0, self.request.generate - 1)
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens times blocks, if no row ends early."""
+        steps = max(0, self.request.generate - 1)
+        return len(self.prompts) * self.split * self.last + sum(self.rows_at) * (self.n - self.split) + len(self.rows) * steps * self.last
+
+    @property
+    def unembedded(self) -> int:
+        """Rows through the unembedding, if no row ends early."""
+        return len(self.rows) * ((self.request.readout is not None) + self.request.generate)
+
+    @property
+    def peak_bytes(self) -> int:
+        """About the most memory this climb takes beside the model."""
+        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.trunk), self.n, self.split, self.pack)
+
+
+def last_boundary(request: Request, n_layers: int) -> int:
+    """The boundary above which nothing is needed."""
+    if request.readout is not None or request.generate:
+        return n_layers
+    places = [
+        n_layers if read.site.name == "final_norm" else 0 if read.site.name == "embed" else read.site.layer + (read.site.name != "resid_pre")
+        for read in request.reads
+    ]
+    return max(places, default=0)
+
+
+def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, pack: int = 1) -> int:
+    """About the most memory a climb takes beside the model: keys and values, what one block holds, and what is asked for.
+
+    Args:
+        request: What is asked for.
+        card: The model.
+        rows: Rows of the climb.
+        trunk: Its prompts.
+        batch: Prompts and forks.
+        n: Tokens of the longest prompt.
+        split: Tokens of the prefix.
+        pack: Rows in a row of the batch.
+    """
+    kv, heads, size = card.n_kv_heads * card.d_head, card.n_heads * card.d_head, card.itemsize
+
+    def block(tokens: int, batch_rows: float, width: int, keys: int) -> float:
+        attention = tokens * (3 * card.d_model + 3 * (heads + 2 * kv)) + batch_rows * (keys * (4 * kv + 2 * heads) + 3 * card.n_heads * width * keys)
+        return max(attention, tokens * (4 * card.d_model + 4 * card.d_mlp) + batch_rows * keys * 2 * kv)
+
+    width, per_key = n - split, 2 * kv
+    prefix = trunk * split * per_key * card.n_layers
+    asked = rows * (sum(read.site.width(card) for read in request.reads) + 2 * card.d_model)
+    peak = max(prefix + block(trunk * split, trunk, split, split), prefix + asked + block(batch * width, batch / pack, width * pack, split + width * pack))
+    if request.grad:
+        peak += batch * width * (8 * card.d_model + 6 * heads + 4 * kv + 6 * card.d_mlp) * card.n_layers
+    if request.generate:
+        keys = n + request.generate
+        kept = rows * keys * per_key * card.n_layers
+        peak = max(peak + batch * width * per_key * card.n_layers, asked + kept + block(rows, rows, 1, keys))
+    total = peak * size
+    if request.readout is not None or request.generate:
+        every = rows * card.d_vocab * 4
+        kept_logits = 2 * every if request.readout is not None and request.readout.logits else 0
+        total = max(total, (asked + (kept if request.generate else 0)) * size + kept_logits + 2 * min(every, LOGITS_BYTES))
+    return int(total)
+
+
+def plan(adapter: Adapter, request: Request) -> list[Part]:
+    """Check a request and cut it into climbs. Runs nothing.
+
+    Raises:
+        HookbookError: Something asked for is not in the model or a prompt, cannot be done, or would change nothing.
+    """
+    rows = check(adapter, request)
+    lengths = [len(request.prompts[row.prompt]) for row in rows]
+    if max(lengths) != min(lengths):
+        rows.sort(key=lambda row: (len(request.prompts[row.prompt]), row.prompt))  # neighbours need little padding
+    parts: list[list[PlannedRow]] = []
+    used: dict[int, int] = {}  # prompts of the part, and their lengths
+    width = 0  # tokens from the first edited one to the end
+    for row in rows:
+        n = len(request.prompts[row.prompt])
+        here = 0 if row.first is None else n - row.first
+        trunk, wide = {**used, row.prompt: n}, max(width, here)
+        if parts:
+            more = len(parts[-1]) + 1
+            need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0)
+            padding = sum(n - m for m in trunk.values())
+        if not parts or need > BUDGET_BYTES or padding > PASS_TOKENS + sum(trunk.values()) / 4:
+            parts.append([])
+            trunk, wide = {row.prompt: n}, here
+        parts[-1].append(row)
+        used, width = trunk, wide
+    packs = _may_pack(adapter, request)
+    return [Part(request, adapter.card, part, packs) for part in parts]
+
+
+def _may_pack(adapter: Adapter, request: Request) -> bool:
+    sites = [read.site for read in request.reads] + [edit.site for row in request.rows for edit in row.edits]
+    return adapter.packs and not request.grad and not any(site.name == "attn_pattern" for site in sites)
+
+
+def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
+    """Raise for what can be known to be wrong; return the rows with their positions resolved."""
+    card, ask = adapter.card, request.readout
+    if not request.rows:
+        raise EditError("a request without rows", "there is nothing to run", "give at least one row")
+    if request.generate < 0 or (ask is not None and ask.k < 0):
+        raise TokenError(f"generate={request.generate}, k={0 if ask is None else ask.k}", "less than no tokens", "use 0 or more")
+    if request.sampling is not None and not request.generate:
+        raise TokenError("sampling without generate", "nothing is drawn", "say how many tokens to generate")
+    if request.grad and request.generate:
+        raise EditError("gradients through generated tokens", "a chosen token has no derivative", "give the tokens as part of the prompt")
+    _check_wanted(request, card)
+    for tokens in request.prompts:
+        if max(tokens.ids) >= card.d_vocab:
+            raise TokenError(f"token id {max(tokens.ids)}", f"this model has ids 0 to {card.d_vocab - 1}", "use a tokenizer of this model")
+        if card.n_ctx and len(tokens) + request.generate > card.n_ctx:
+            raise TokenError(
+                f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less"
+            )
+    for read in [*request.reads, *([ask] if ask is not None else [])]:
+        if isinstance(read.position, Each) and len(read.position.positions) != len(request.rows):
+            raise TokenError(f"{len(read.position.positions)} positions for {len(request.rows)} rows", "Each has one for every row", "make the numbers agree")
+    sites = {read.site for read in request.reads}
+    top = (float("inf"), 0) if ask is not None or request.generate else max((site.order for site in sites), default=(-2, 0))
+    resolved = _resolver(request.prompts)
+    rows = []
+    for i, row in enumerate(request.rows):
+        if not 0 <= row.prompt < len(request.prompts):
+            raise EditError(f"a row of prompt {row.prompt}", f"the request has prompts 0 to {len(request.prompts) - 1}")
+        n = len(request.prompts[row.prompt])
+        planned = PlannedRow(i, row.prompt, [], [], [], [resolved(row.prompt, position_of(read.position, i)) for read in request.reads], None)
+        if ask is not None:
+            said = resolved(row.prompt, position_of(ask.position, i))
+            if len(said) != 1:
+                raise TokenError("a readout after several tokens", "it is about the next token after one", "give one position")
+            planned.says = said[0]
+        for edit in row.edits:
+            sites.add(edit.site)
+            _plan_edit(edit, planned, request, card, n, resolved, top)
+        _check_acts(planned, request, n)
+        rows.append(planned)
+    for site in sites:
+        adapter.require(site.check(card))
+    return rows
+
+
+def _resolver(prompts: Sequence[Tokens]) -> Any:
+    """Positions as indices, each looked up once for each prompt."""
+    known: dict[Any, list[int]] = {}
+
+    def resolved(prompt: int, position: Position) -> list[int]:
+        if type(position) is int and -len(prompts[prompt]) <= position < len(prompts[prompt]):
+            return [position % len(prompts[prompt])]
+        key = (prompt, repr(position))
+        if key not in known:
+            known[key] = list(resolve(position, prompts[prompt]))
+        return known[key]
+
+    return resolved
+
+
+def _check_wanted(request: Request, card: ModelCard) -> None:
+    if request.readout is None or request.readout.tokens is None:
+        return
+    wanted = request.readout.tokens
+    if wanted.dim() != 2 or len(wanted) != len(request.rows) or wanted.is_floating_point():
+        raise TokenError(f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows", "each row has its own", "give [row, m] of token ids")
+    if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < card.d_vocab):
+        raise TokenError("a wanted token id outside the vocabulary", f"this model has ids 0 to {card.d_vocab - 1}", "use one of them")
+
+
+def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n: int, resolved: Any, top: tuple[float, int]) -> None:
+    positions = resolved(row.prompt, edit.position) if edit.scope == "prompt" else edit.positions(request.prompts[row.prompt])
+    edit.check(card, len(positions))
+    if isinstance(edit.value, Tensor):
+        if card.itemsize < 4 and not bool(torch.isfinite(edit.value.to(getattr(torch, card.dtype))).all()):
+            raise EditError(f"a vector at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
+        if edit.value.requires_grad and not request.grad:
+            raise EditError(f"a vector at {edit.site} that requires gradients", "this request keeps no graph", "detach it, or ask with grad=True")
+    if edit.keys is not None and min(resolved(row.prompt, edit.keys)) > max(positions, default=n):
+        raise EditError(f"attention to later tokens at {edit.site}", "a token sees itself and those before it", "give keys that are not after the position")
+    if edit.site.order > top:
+        raise EditError(
+            f"the edit at {edit.site} would never fire",
+            "it lies above everything that is read",
+            "read a later site or the next token, or drop the edit",
+        )
+    late = edit.scope != "prompt" and any(edit.acts_at(p) for p in range(n, n + request.generate - 1))
+    if not positions and not late:
+        raise EditError(
+            f"the edit at {edit.site} with the scope {edit.scope!r} would never fire",
+            f"the prompt has {n} tokens, and {max(0, request.generate - 1)} generated ones are fed back",
+            "generate more tokens, or choose another scope",
+        )
+    if positions:
+        (row.finals if edit.site.name == "final_norm" else row.edits).append((edit, positions))
+    if late:
+        row.late.append(edit)
+
+
+def _check_acts(row: PlannedRow, request: Request, n: int) -> None:
+    """Raise if everything that a row edits is after what it reads."""
+    if row.late or not (row.edits or row.finals):
+        return
+    said = {*(() if row.says is None else (row.says,)), *((n - 1,) if request.generate else ())}
+    seen = said.union(*row.reads)
+    normed = said.union(*(positions for read, positions in zip(request.reads, row.reads, strict=True) if read.site.name == "final_norm"))
+    acts = any(min(positions) <= max(seen) for _, positions in row.edits) or any(normed.intersection(positions) for _, positions in row.finals)
+    if not acts:
+        raise EditError(
+            "an edit that changes nothing", f"it is not before or at token {max(seen)}, the last that is read", "read a later token, or edit an earlier one"
+        )
