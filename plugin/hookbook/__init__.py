@@ -19,10 +19,15 @@ _HOME = {
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
+    "Generation": "recipes.generation",
     "HookbookError": "errors",
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
+    "Plan": "planning",
+    "Sampling": "request",
     "Site": "sites",
+    "generate": "recipes.generation",
+    "jacobian": "gradients",
     "load": "loading",
     "logit_lens": "recipes.logit_lens",
     "patchscope": "recipes.patchscopes",
@@ -39,13 +44,18 @@ if TYPE_CHECKING:
     from hookbook.adapter import Adapter as Adapter
     from hookbook.adapter import ModelCard as ModelCard
     from hookbook.errors import HookbookError as HookbookError
+    from hookbook.gradients import jacobian as jacobian
     from hookbook.loading import load as load
     from hookbook.loading import wrap as wrap
     from hookbook.maps import Affine as Affine
+    from hookbook.planning import Plan as Plan
+    from hookbook.recipes.generation import Generation as Generation
+    from hookbook.recipes.generation import generate as generate
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
     from hookbook.request import Edit as Edit
+    from hookbook.request import Sampling as Sampling
     from hookbook.sites import Site as Site
     from hookbook.tokens import At as At
 

@@ -6,64 +6,22 @@ else (requests, forks, readouts, decoding) is written once, here and in `hookboo
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookbook import engine, planning, selfcheck
+from hookbook.card import ModelCard as ModelCard
+from hookbook.card import versions as versions
 from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What a model is; every result carries one."""
-
-    backend: str
-    model_id: str
-    architecture: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_head: int
-    n_kv_heads: int
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    dtype: str
-    device: str
-    tokenizer: str
-    """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
-    remote: bool = False
-    versions: dict[str, str] = field(default_factory=dict, compare=False)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return getattr(torch, self.dtype).itemsize
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of `packages` and of what every backend uses."""
-    found = {}
-    for package in ("hookbook", "torch", "transformers", *packages):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class Adapter(ABC):
@@ -171,9 +129,9 @@ class Adapter(ABC):
         """A prompt as this model sees it; see `hookbook.tokens.encode`."""
         return encode(prompt, self.tokenizer, bos=bos, chat=chat, n_ctx=self.card.n_ctx)
 
-    def run(self, request: Request, *, progress: bool | None = None) -> Reply:
-        """Run a request; see `hookbook.engine`."""
-        return engine.run(self, request, progress=progress)
+    def run(self, request: Request, *, progress: bool | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Reply:
+        """Run a request; see `hookbook.engine.run`."""
+        return engine.run(self, request, progress=progress, checkpoint=checkpoint)
 
     def readout(self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False, normed: bool = False) -> TokenReadout:
         """What the stream before the final norm says about the next token.
@@ -185,6 +143,9 @@ class Adapter(ABC):
             tokens: Token ids `[n, m]` whose log-probabilities are wanted.
             logits: Return all logits, too.
         """
+        if (account := planning.account()) is not None:
+            account.add([], unembedded=len(resid))
+            return engine.blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], self.card.d_vocab if logits else 0)
         if not normed:
             selfcheck.check(self)
         rows = max(1, planning.LOGITS_BYTES // (4 * self.card.d_vocab))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook import planning, selfcheck
+from hookbook.checkpoint import Checkpoint
 from hookbook.climb import Climb, apply_edit, take
 from hookbook.errors import EditError
 from hookbook.planning import Part, join_place
@@ -23,21 +25,68 @@ if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
 
-def run(adapter: Adapter, request: Request, *, progress: bool | None = None) -> Reply:
+def run(adapter: Adapter, request: Request, *, progress: bool | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Reply:
     """Run a request. Every check that can be made before the first forward pass is made before it.
 
     Args:
         adapter: The model.
         request: What to run.
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
+        checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
     parts = planning.plan(adapter, request)
+    if checkpoint is not None and request.grad:
+        raise EditError("a checkpoint of a request with gradients", "a file keeps values, not their graph", "leave one of them out")
+    if (account := planning.account()) is not None:
+        account.add(parts)
+        return _blank(request, parts)
     sites = {edit.site for row in request.rows for edit in row.edits} | {read.site for read in request.reads}
     selfcheck.check(adapter, sites)
     steps = len(parts) * (1 + request.generate)
     quiet = not (steps > 8 if progress is None else progress)
     with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
-        return merge([(part, _run_part(adapter, part, bar)) for part in parts], request)
+        store = None if checkpoint is None else Checkpoint(checkpoint, adapter)
+        done = []
+        for part in parts:
+            reply = None if store is None else store.load(part)
+            if reply is None:
+                reply = _run_part(adapter, part, bar)
+                if store is not None:
+                    store.save(part, reply)
+            else:
+                bar.update(1 + request.generate)
+            done.append((part, reply))
+        return merge(done, request)
+
+
+def _blank(request: Request, parts: Sequence[Part]) -> Reply:
+    """A reply of zeros, in the shapes of the real one."""
+    card, ask, n = parts[0].card, request.readout, len(request.rows)
+    rows = sorted((row for part in parts for row in part.rows), key=lambda row: row.number)
+    longest = max(part.n for part in parts)
+    readings = []
+    for i, read in enumerate(request.reads):
+        at = torch.tensor([(row.number, p) for row in rows for p in row.reads[i]])
+        pattern = read.site.name == "attn_pattern"
+        shape = ([] if read.site.unit is not None else [card.n_heads]) + [longest] if pattern else [read.site.width(card)]
+        readings.append(Reading(read.site, torch.zeros(len(at), *shape, dtype=getattr(torch, card.dtype)), at[:, 0], at[:, 1]))
+    readout = None
+    if ask is not None:
+        m = 0 if ask.tokens is None else ask.tokens.shape[1]
+        readout = blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
+    return Reply(
+        tuple(readings),
+        readout,
+        ((),) * n if request.generate else (),
+        ((),) * n if request.generate else (),
+        {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 0},
+    )
+
+
+def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
+    """A readout of zeros."""
+    zero = torch.zeros(())
+    return TokenReadout(torch.zeros(n, k, dtype=torch.long), torch.zeros(n, k), torch.zeros(n, m), zero.expand(n, d_vocab) if d_vocab else None)
 
 
 def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
@@ -57,12 +106,14 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
         values = torch.cat([torch.nn.functional.pad(reading.values, (0, longest - reading.values.shape[-1])) for reading in found])
         readings.append(Reading(read.site, take(values, back), rows[back], torch.cat([reading.positions for reading in found])[back]))
     readouts = [reply.readout for reply in replies if reply.readout is not None]
-    generated = [ids for reply in replies for ids in reply.generated]
+    generated = [pair for reply in replies for pair in zip(reply.generated, reply.logprobs, strict=True)]
+    generated = [generated[i] for i in order.tolist()] if generated else []
     cost = {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost}
     return Reply(
         tuple(readings),
         TokenReadout.cat(readouts)[order] if readouts else None,
-        tuple(generated[i] for i in order.tolist()) if generated else (),
+        tuple(ids for ids, _ in generated),
+        tuple(logprobs for _, logprobs in generated),
         cost,
     )
 
@@ -103,7 +154,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     readings = tuple(_reading(adapter, part, collect, i, found) for i in range(len(request.reads)))
     cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.token_layers, "unembedded": 0}
     cost["token_layers"] -= len(part.rows) * max(0, request.generate - 1) * part.last
-    readout, generated = None, ()
+    readout, generated, logprobs = None, (), ()
     if request.readout is not None:
         ask = request.readout
         normed = _normed(adapter, part, collect.gather("readout", found))
@@ -113,8 +164,8 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     if request.generate:
         normed = _normed(adapter, part, collect.gather("next", found)).values
         found.clear()
-        generated = _decode(adapter, part, body, kept, normed, bar, cost)
-    return Reply(readings, readout, generated, cost)
+        generated, logprobs = _decode(adapter, part, body, kept, normed, bar, cost)
+    return Reply(readings, readout, generated, logprobs, cost)
 
 
 def edit_groups(adapter: Adapter, items: Iterable[tuple[int, list[int], Edit, int]], keys: Any) -> dict:
@@ -280,7 +331,7 @@ def _apply(adapter: Adapter, values: Tensor, items: list[tuple[int, list[int], E
     return values
 
 
-def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple:
+def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple[tuple, tuple]:
     """Decoding of all rows together, each from its own keys and values."""
     request, n_layers = part.request, adapter.card.n_layers
     rows, trunk = torch.tensor(part.batch_row), torch.tensor(part.trunk)
@@ -291,17 +342,19 @@ def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor
     mask = part.mask
     mask = None if mask is None else take(mask, torch.tensor(part.trunk_of))
     out: list[list[int]] = [[] for _ in part.rows]
+    said: list[list[float]] = [[] for _ in part.rows]
     done = [False] * len(out)
     choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows], len(request.rows))
     everyone = torch.arange(len(out))
     read = {("resid_post", n_layers - 1): [("next", everyone, torch.zeros_like(everyone))]}
     for step in range(request.generate):
         cost["unembedded"] += len(normed)
-        chosen = choose(adapter, normed, step)
-        for i, token in enumerate(chosen.tolist()):
+        chosen, logprobs = choose(adapter, normed, step)
+        for i, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs.tolist(), strict=True)):
             done[i] = done[i] or token in adapter.eos_ids
             if not done[i]:
                 out[i].append(token)
+                said[i].append(logprob)
         bar.update()
         if step + 1 == request.generate or all(done):
             bar.update(request.generate - step - 1)
@@ -321,7 +374,7 @@ def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor
         normed = _apply(adapter, adapter.final_norm(climb.found["next"]), [item for item in acting if item[2].site.name == "final_norm"])
         cost["passes"] += 1
         cost["token_layers"] += climb.token_layers
-    return tuple(tuple(ids) for ids in out)
+    return tuple(map(tuple, out)), tuple(map(tuple, said))
 
 
 class _Chooser:
@@ -333,20 +386,22 @@ class _Chooser:
             every = torch.rand(n_rows, steps, generator=torch.Generator().manual_seed(sampling.seed), dtype=torch.float64)
             self.draws = every[rows]
 
-    def __call__(self, adapter: Adapter, normed: Tensor, step: int) -> Tensor:
+    def __call__(self, adapter: Adapter, normed: Tensor, step: int) -> tuple[Tensor, Tensor]:
         ask = self.sampling
         if ask is None:
-            return adapter.readout(normed, k=1, normed=True).topk_ids[:, 0]
-        chosen = []
+            said = adapter.readout(normed, k=1, normed=True)
+            return said.topk_ids[:, 0], said.topk_logprobs[:, 0]
+        chosen, logprobs = [], []
         rows = max(1, planning.LOGITS_BYTES // (16 * adapter.card.d_vocab))
         for start in range(0, len(normed), rows):
-            logits = adapter.unembed(normed[start : start + rows]).double().cpu() / ask.temperature
+            logits = adapter.unembed(normed[start : start + rows]).double().cpu()
             values, ids = logits.sort(-1, descending=True) if not ask.top_k else logits.topk(min(ask.top_k, logits.shape[-1]), -1)
-            probabilities = values.softmax(-1)
+            probabilities = (values / ask.temperature).softmax(-1)
             total = probabilities.cumsum(-1)
             allowed = (total - probabilities) < ask.top_p  # the first that reaches top_p is the last
             total = (probabilities * allowed).cumsum(-1)
             draw = self.draws[start : start + rows, step, None] * total[:, -1:]
             place = torch.searchsorted(total, draw, right=True).clamp(max=total.shape[-1] - 1)
             chosen.append(ids.gather(-1, place)[:, 0])
-        return torch.cat(chosen)
+            logprobs.append((values.gather(-1, place) - logits.logsumexp(-1, keepdim=True))[:, 0])
+        return torch.cat(chosen), torch.cat(logprobs)

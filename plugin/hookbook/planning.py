@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,8 @@ from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 
 if TYPE_CHECKING:
-    from hookbook.adapter import Adapter, ModelCard
+    from hookbook.adapter import Adapter
+    from hookbook.card import ModelCard
 
 BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", str(2 << 30)))
 """How much memory a climb may take beside the model; a longer sweep is cut into several climbs."""
@@ -44,6 +47,77 @@ def join_place(site: Site) -> Place:
     if site.layer is None:
         return (-1, 0)
     return (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call costs, counted before it runs; rows that end early cost less."""
+
+    climbs: int
+    """Forked forward passes, with what follows from them."""
+    passes: int
+    """Forward passes: of each climb its prefix, its body, and one for each token that is decoded."""
+    token_layers: int
+    """Tokens times blocks."""
+    unembedded: int
+    """Rows through the unembedding."""
+    vjps: int
+    """Vector-Jacobian products."""
+    peak_bytes: int
+    """About the most memory that is held at once beside the model."""
+    jobs: int
+    """Jobs on a remote service; 0 where the model is on this machine."""
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.climbs} climb{'s' * (self.climbs != 1)}",
+            f"{self.passes} passes",
+            f"{self.token_layers:,} token-layers",
+            f"{self.unembedded:,} rows unembedded",
+        ]
+        parts += (
+            [f"{self.vjps:,} vector-Jacobian products"] * (self.vjps > 0) + [f"{self.peak_bytes / 2**20:,.0f} MiB"] + [f"{self.jobs} jobs"] * (self.jobs > 0)
+        )
+        return ", ".join(parts)
+
+
+class Account:
+    """Adds up what would run."""
+
+    def __init__(self) -> None:
+        self.plan = Plan(0, 0, 0, 0, 0, 0, 0)
+
+    def add(self, parts: Sequence[Part], *, unembedded: int = 0, vjps: int = 0, peak_bytes: int = 0) -> None:
+        """Count climbs, and what comes beside them."""
+        old = self.plan
+        self.plan = Plan(
+            climbs=old.climbs + len(parts),
+            passes=old.passes + sum(part.passes for part in parts),
+            token_layers=old.token_layers + sum(part.token_layers for part in parts),
+            unembedded=old.unembedded + unembedded + sum(part.unembedded for part in parts),
+            vjps=old.vjps + vjps,
+            peak_bytes=max([old.peak_bytes, peak_bytes, *(part.peak_bytes for part in parts)]),
+            jobs=old.jobs,
+        )
+
+
+_account: ContextVar[Account | None] = ContextVar("account", default=None)
+
+
+@contextmanager
+def accounting() -> Iterator[Account]:
+    """Inside, requests are checked and counted but not run, and answered with zeros."""
+    account = Account()
+    token = _account.set(account)
+    try:
+        yield account
+    finally:
+        _account.reset(token)
+
+
+def account() -> Account | None:
+    """Who counts, if nothing is to run."""
+    return _account.get()
 
 
 @dataclass
@@ -129,7 +203,7 @@ class Part:
         firsts = [self.pads[self.trunk_of[i]] + row.first for i, row in enumerate(self.rows) if row.first is not None]
         split = min(firsts, default=0) if self.last else 0
         saved = sum(rows - len(self.prompts) for rows in self.rows_at) * split
-        return split if saved > PASS_TOKENS * self.last else 0
+        return split if saved > PASS_TOKENS * self.last or self.request.grad else 0  # no graph is kept of a prefix
 
     def _pack(self) -> int:
         """How many rows of one token share a row of the batch: many save copies of the prefix, few leave fewer slots empty."""

@@ -19,7 +19,7 @@ from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 
 if TYPE_CHECKING:
-    from hookbook.adapter import ModelCard
+    from hookbook.card import ModelCard
 
 Op = Literal["set", "add", "scale", "project_out", "clamp", "knock_out"]
 OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "knock_out")
@@ -125,6 +125,13 @@ class Edit:
                 "this scope names its tokens itself",
                 "leave position out, or use the scope 'prompt' or 'all'",
             )
+
+    def __str__(self) -> str:
+        value = f"[{'x'.join(map(str, self.value.shape))}] of norm {float(self.value.norm()):.4g}" if isinstance(self.value, Tensor) else f"{self.value:g}"
+        where = f"tokens {self.position}" if self.scope in ("prompt", "all") else ""
+        keys = "" if self.keys is None else f"keys {self.keys}"
+        words = [self.op, "" if self.op == "knock_out" else value, f"to {self.to:g}" if self.op == "clamp" else "", "at", str(self.site), where, keys]
+        return " ".join([word for word in words if word] + ([f"scope {self.scope}"] if self.scope != "prompt" else []))
 
     def positions(self, tokens: Tokens) -> list[int]:
         """The tokens of a prompt on which this edit acts."""
@@ -292,8 +299,10 @@ class Reply:
     readout: TokenReadout | None = None
     generated: tuple[tuple[int, ...], ...] = ()
     """The decoded token ids of each row, without the prompt, up to and without its end token."""
+    logprobs: tuple[tuple[float, ...], ...] = ()
+    """The log-probability in nats that the model gave to each of these, whatever the sampling."""
     cost: dict[str, int] = field(default_factory=dict)
-    """What was computed: `passes`, `token_layers`, `unembedded`."""
+    """What was computed: `climbs`, `passes`, `token_layers`, `unembedded`."""
 
 
 def check_one_token(ids: Sequence[int], what: str, tokenizer: object) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hookbook.errors import SiteError
 
 if TYPE_CHECKING:
-    from hookbook.adapter import ModelCard
+    from hookbook.card import ModelCard
 
 
 @dataclass(frozen=True, slots=True)

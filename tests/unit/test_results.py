@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import hookbook as hb
 from hookbook.errors import ResultError, TokenError
-from hookbook.results import FORMAT, Result, View, show
+from hookbook.results import Result, View, show
+from hookbook.storage import FORMAT
 from hookbook.testing import toy
 from tests.conftest import require
 
@@ -163,7 +164,7 @@ def test_another_kind_is_not_loaded(grid, tmp_path):
 
 def test_a_newer_format_is_not_loaded(grid, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("hookbook.results.FORMAT", FORMAT + 1)
+        patch.setattr("hookbook.storage.FORMAT", FORMAT + 1)
         path = grid.save(tmp_path / "grid")
     with pytest.raises(ResultError, match=f"has format {FORMAT + 1}: this version reads up to {FORMAT}. Instead: upgrade"):
         hb.Patchscope.load(path)
@@ -181,7 +182,7 @@ def test_a_save_that_fails_leaves_what_was_there(grid, lens, tmp_path, monkeypat
         raise OSError("disk full, on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hookbook.results.save_file", broken)
+        patch.setattr("hookbook.storage.save_file", broken)
         with pytest.raises(OSError, match="on purpose"):
             grid.save(path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == old
