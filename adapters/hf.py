@@ -20,8 +20,9 @@ _own_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary
 
 
 def device(model: Any) -> torch.device:
-    """Where the embedding is, so where tokens go."""
-    return model.get_input_embeddings().weight.device
+    """Where the embedding is, so where tokens go; the hooks of one whose weights wait elsewhere move its input themselves."""
+    where = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if where.type == "meta" else where
 
 
 def dtype_name(model: Any) -> str:

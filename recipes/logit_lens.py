@@ -6,14 +6,17 @@ block above it. It shows which tokens a state is already close to, not what late
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from hookbook.loading import wrap
+from hookbook.recipe import recipe
 from hookbook.recipes.patchscopes import Patchscope, encode_prompts, patchscope
 from hookbook.tokens import Position
 
 
+@recipe
 def logit_lens(
     model: Any,
     prompts: Any,
@@ -24,6 +27,8 @@ def logit_lens(
     tokens: Sequence[str | int] = (),
     bos: bool | None = None,
     chat: bool = False,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Patchscope:
     """Read states through the final norm and the unembedding.
 
@@ -35,6 +40,7 @@ def logit_lens(
         k: How many of the likeliest tokens to keep.
         tokens: Tokens whose probability is wanted; see `hookbook.patchscope`.
         bos, chat: See `hookbook.tokens.encode`.
+        progress, checkpoint: See `hookbook.patchscope`.
 
     Returns:
         A `Patchscope` with one pair for each layer; at the last layer its numbers are the model's own.
@@ -62,4 +68,6 @@ def logit_lens(
         tokens=tokens,
         bos=bos,
         chat=chat,
+        progress=progress,
+        checkpoint=checkpoint,
     )

@@ -7,6 +7,7 @@ with states of other prompts, and with other target prompts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.loading import wrap
 from hookbook.maps import Affine, Map
 from hookbook.plots import heat_map
+from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
 from hookbook.results import Result, View, need, show
 from hookbook.sites import Site, layers_to_sites
@@ -173,6 +175,7 @@ class Patchscope(Result):
         return View.of(picture)
 
 
+@recipe
 def patchscope(
     model: Any,
     source: Any,
@@ -191,6 +194,7 @@ def patchscope(
     bos: bool | None = None,
     chat: bool = False,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Patchscope:
     """Patch states of source prompts into a target prompt, at any pairs of layers, and read what the model says next.
 
@@ -218,6 +222,7 @@ def patchscope(
         bos: See `hookbook.tokens.encode`.
         chat: Render the source prompts through the chat template.
         progress: Show a progress bar; None: for long work only.
+        checkpoint: A folder that keeps what is finished; the same call goes on from there after a crash.
 
     Returns:
         A `Patchscope` with `token_ids` and `logprobs` `[n, pairs, k]` in nats, the unpatched target as control,
@@ -286,7 +291,7 @@ def patchscope(
     reads = list(dict.fromkeys(read for read, _ in pairs))
     final = Site("resid_post", reader.card.n_layers - 1)
     each = Each(tuple(reads_at))
-    read_reply = reader.run(Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress)
+    read_reply = reader.run(Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress, checkpoint=checkpoint)
     *states, own = (reading.values for reading in read_reply.readings)
     place = {site: i for i, site in enumerate(reads)}
     change: Map = map if map is not None else lambda x, read, write: x
@@ -305,7 +310,7 @@ def patchscope(
     ]
     readout_at = Each(tuple(says_at[row.prompt] for row in rows))
     asked = torch.cat([wanted_ids, wanted_ids[at].repeat_interleave(len(pairs), 0)])
-    reply = writer.run(Request(targets, rows, (), Readout(readout_at, k, asked), generate), progress=progress)
+    reply = writer.run(Request(targets, rows, (), Readout(readout_at, k, asked), generate), progress=progress, checkpoint=checkpoint)
     said = reply.readout
     assert said is not None
 

@@ -156,8 +156,6 @@ class Part:
     request: Request
     card: ModelCard
     rows: list[PlannedRow]
-    packs: bool
-    """Whether the model lets rows of one token share a row of the batch."""
     prompts: list[Tokens] = field(default_factory=list)
     """Of each trunk row."""
     trunk_of: list[int] = field(default_factory=list)
@@ -207,7 +205,8 @@ class Part:
 
     def _pack(self) -> int:
         """How many rows of one token share a row of the batch: many save copies of the prefix, few leave fewer slots empty."""
-        if not (self.packs and self.split and self.n - self.split == 1) or self.request.generate:
+        sites = [read.site for read in self.request.reads] + [edit.site for row in self.rows for edit, _ in row.edits]
+        if not self.split or self.n - self.split > 1 or self.request.grad or self.request.generate or any(site.name == "attn_pattern" for site in sites):
             return 1
         rows = sum(self.rows_at) / len(self.rows_at) / len(self.prompts)
         return max(1, min(64, round((0.06 * rows * self.split) ** 0.5)))
@@ -313,13 +312,11 @@ def plan(adapter: Adapter, request: Request) -> list[Part]:
             trunk, wide = {row.prompt: n}, here
         parts[-1].append(row)
         used, width = trunk, wide
-    packs = _may_pack(adapter, request)
-    return [Part(request, adapter.card, part, packs) for part in parts]
-
-
-def _may_pack(adapter: Adapter, request: Request) -> bool:
-    sites = [read.site for read in request.reads] + [edit.site for row in request.rows for edit in row.edits]
-    return adapter.packs and not request.grad and not any(site.name == "attn_pattern" for site in sites)
+    laid_out = [Part(request, adapter.card, part) for part in parts]
+    if any(part.pack > 1 for part in laid_out) and not adapter.packs:
+        for part in laid_out:
+            part.pack = 1
+    return laid_out
 
 
 def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
