@@ -80,7 +80,10 @@ class HookedAdapter(Adapter):
         return lambda x: x @ block.mlp.W_out + block.mlp.b_out, block.ln2_post if norms else None
 
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        cache = self._cache(tokens, mask, kept) if kept is not None or keep else None
+        pairs = list(kept or [])
+        if kept:
+            kept.clear()  # taken over
+        cache = self._cache(tokens, mask, pairs) if pairs or keep else None
         # always a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
         new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
 
@@ -88,7 +91,11 @@ class HookedAdapter(Adapter):
             if cache is None:
                 return
             entry: Any = cache.entries[layer]
-            entry.past_keys, entry.past_values = climb.widen(entry.past_keys), climb.widen(entry.past_values)
+            if pairs:
+                entry.past_keys, entry.past_values = map(climb.widen, pairs[layer])
+                pairs[layer] = ()
+            else:  # nothing yet, for as many rows as there are now
+                entry.past_keys, entry.past_values = climb.widen(entry.past_keys), climb.widen(entry.past_values)
             if layer and not keep:
                 below: Any = cache.entries[layer - 1]
                 below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
@@ -102,11 +109,12 @@ class HookedAdapter(Adapter):
         entries: list[Any] = cache.entries if keep and cache is not None else []
         return [(entry.past_keys, entry.past_values) for entry in entries[: climb.last]] if keep else None
 
-    def _cache(self, tokens: Tensor, mask: Tensor | None, kept: Any) -> TransformerLensKeyValueCache:
+    def _cache(self, tokens: Tensor, mask: Tensor | None, pairs: list) -> TransformerLensKeyValueCache:
+        """A cache of what is kept. TransformerLens looks at the batch of the first entry before the first block, where rows may join."""
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))
-        for layer, (keys, values) in enumerate(kept or []):
-            kept[layer] = None  # taken over
-            cache.entries[layer] = TransformerLensKeyValueCacheEntry(keys, values)
+        if pairs:
+            keys, values = pairs[0]
+            cache.entries[0] = TransformerLensKeyValueCacheEntry(keys[: len(tokens)], values[: len(tokens)])
         n_kept = cache.entries[0].past_keys.shape[1]
         before = torch.ones(len(tokens), n_kept, dtype=torch.long) if mask is None else mask[:, :n_kept]
         cache.previous_attention_mask = before.to(self.card.device)

@@ -16,7 +16,7 @@ from hookbook import planning, selfcheck
 from hookbook.checkpoint import Checkpoint
 from hookbook.climb import Climb, apply_edit, take
 from hookbook.errors import EditError
-from hookbook.planning import Part, join_place
+from hookbook.planning import Layout, Part, join_place
 from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout
 from hookbook.sites import Site
 from hookbook.tokens import resolve
@@ -121,11 +121,11 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
 def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     request, n_prompts, split, top = part.request, len(part.prompts), part.split, adapter.card.n_layers - 1
     items = [
-        (part.batch_row[i], [part.pads[part.trunk_of[i]] + p - split for p in positions], edit, part.pads[part.trunk_of[i]])
+        (part.layout.batch_row[i], [part.pads[part.trunk_of[i]] + p - split for p in positions], edit, part.pads[part.trunk_of[i]])
         for i, row in enumerate(part.rows)
         for edit, positions in row.edits
     ]
-    edits = edit_groups(adapter, items, lambda item, column: _keys(part, part.trunk[item[0]], item[2], column + split))
+    edits = edit_groups(adapter, items, lambda item, column: _keys(part, part.layout.trunk[item[0]], item[2], column + split))
     collect = _Collector(part, top)
     pack = part.pack if part.pack > 1 and selfcheck.packs(adapter) else 1
     ids = torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
@@ -138,8 +138,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
         with torch.no_grad():
             kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=True)
         climbs.append(climb)
-    forks = {b: tuple(torch.tensor(rows, dtype=torch.long) for rows in pair) for b, pair in part.forks.items()}
-    body = Climb(n_prompts, forks, edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
+    body = Climb(n_prompts, _forks(part.layout), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
     kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate > 0)
     climbs.append(body)
     bar.update()
@@ -152,8 +151,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     found = {slot: value for climb in climbs for slot, value in climb.found.items()}
     del climbs
     readings = tuple(_reading(adapter, part, collect, i, found) for i in range(len(request.reads)))
-    cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.token_layers, "unembedded": 0}
-    cost["token_layers"] -= len(part.rows) * max(0, request.generate - 1) * part.last
+    cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": 0}
     readout, generated, logprobs = None, (), ()
     if request.readout is not None:
         ask = request.readout
@@ -164,7 +162,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     if request.generate:
         normed = _normed(adapter, part, collect.gather("next", found)).values
         found.clear()
-        generated, logprobs = _decode(adapter, part, body, kept, normed, bar, cost)
+        generated, logprobs = _decode(adapter, part, kept, normed, bar, cost)
     return Reply(readings, readout, generated, logprobs, cost)
 
 
@@ -263,7 +261,7 @@ class _Collector:
             for i, (row, chosen) in enumerate(zip(part.rows, positions, strict=True)):
                 trunk = part.trunk_of[i]
                 # a row that has not left the trunk yet, or a token before its first edit, is the trunk's
-                batch_row = part.batch_row[i] if row.join <= here else trunk
+                batch_row = part.layout.batch_row[i] if row.join <= here else trunk
                 for p in chosen:
                     column = part.pads[trunk] + p
                     late = column >= part.split
@@ -331,50 +329,65 @@ def _apply(adapter: Adapter, values: Tensor, items: list[tuple[int, list[int], E
     return values
 
 
-def _decode(adapter: Adapter, part: Part, body: Climb, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple[tuple, tuple]:
-    """Decoding of all rows together, each from its own keys and values."""
-    request, n_layers = part.request, adapter.card.n_layers
-    rows, trunk = torch.tensor(part.batch_row), torch.tensor(part.trunk)
-    for layer, n in enumerate(body.rows_at):  # in place: a second copy of all keys and values would be the peak
-        own = torch.where(rows < n, rows, trunk[rows])
-        if len(own) != n or not torch.equal(own, torch.arange(n)):
-            kept[layer] = tuple(take(t, own) for t in kept[layer])
-    mask = part.mask
-    mask = None if mask is None else take(mask, torch.tensor(part.trunk_of))
+def _decode(adapter: Adapter, part: Part, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple[tuple, tuple]:
+    """Decoding of all rows together, each from its own keys and values.
+
+    Each step is a climb that forks: rows of one prompt that said the same so far share a trunk, which they leave where
+    they left it in the prompt, or where they were first edited since. Rows that ended are left out.
+    """
+    request, last = part.request, adapter.card.n_layers
     out: list[list[int]] = [[] for _ in part.rows]
     said: list[list[float]] = [[] for _ in part.rows]
-    done = [False] * len(out)
+    alive, layout = list(range(len(part.rows))), part.layout
+    joins = {i: row.join for i, row in enumerate(part.rows)}
     choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows], len(request.rows))
-    everyone = torch.arange(len(out))
-    read = {("resid_post", n_layers - 1): [("next", everyone, torch.zeros_like(everyone))]}
     for step in range(request.generate):
-        cost["unembedded"] += len(normed)
-        chosen, logprobs = choose(adapter, normed, step)
-        for i, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs.tolist(), strict=True)):
-            done[i] = done[i] or token in adapter.eos_ids
-            if not done[i]:
-                out[i].append(token)
+        cost["unembedded"] += len(alive)
+        chosen, logprobs = choose(adapter, normed, step, alive)
+        new = dict(zip(alive, chosen.tolist(), strict=True))
+        for i, logprob in zip(alive, logprobs.tolist(), strict=True):
+            if new[i] not in adapter.eos_ids:
+                out[i].append(new[i])
                 said[i].append(logprob)
+        alive = [i for i in alive if new[i] not in adapter.eos_ids]
         bar.update()
-        if step + 1 == request.generate or all(done):
+        if step + 1 == request.generate or not alive:
             bar.update(request.generate - step - 1)
             break
+        acting = [(i, edit) for i in alive for edit in part.rows[i].late if edit.acts_at(len(part.prompts[part.trunk_of[i]]) + step)]
+        for i, edit in acting:
+            if edit.site.name != "final_norm":
+                joins[i] = min(joins[i], join_place(edit.site))
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i in alive:
+            groups[part.trunk_of[i], i if joins[i][0] < 0 else tuple(out[i])].append(i)
+        before, layout = layout, Layout(list(groups.values()), joins, last)
+        for layer in range(last):  # in place: a second copy of all keys and values would be the peak
+            rows = [before.at(layer, i) for i in layout.first[: layout.rows_at[layer]]]
+            if rows != list(range(before.rows_at[layer])):
+                kept[layer] = tuple(take(t, torch.tensor(rows)) for t in kept[layer])
+        first = layout.first[: layout.n_trunk]
+        mask = part.mask
         if mask is not None:
-            mask = torch.cat([mask, torch.ones(len(out), 1, dtype=mask.dtype)], 1)
-        acting = [
-            (i, [0], edit, part.pads[part.trunk_of[i]])
-            for i, row in enumerate(part.rows)
-            for edit in row.late
-            if edit.acts_at(len(part.prompts[part.trunk_of[i]]) + step)
-        ]
-        inside = [item for item in acting if item[2].site.name != "final_norm"]
-        edits = edit_groups(adapter, inside, lambda item, _, column=part.n + step: _keys(part, part.trunk_of[item[0]], item[2], column))
-        climb = Climb(len(out), {}, edits, read, n_layers)
-        kept = adapter.forward(chosen[:, None], mask, climb, kept=kept, keep=True)
-        normed = _apply(adapter, adapter.final_norm(climb.found["next"]), [item for item in acting if item[2].site.name == "final_norm"])
+            mask = torch.cat([mask[[part.trunk_of[i] for i in first]], torch.ones(len(first), step + 1, dtype=mask.dtype)], 1)
+
+        place = {i: k for k, i in enumerate(alive)}
+        inside = [(layout.batch_row[i], [0], edit, part.pads[part.trunk_of[i]]) for i, edit in acting if edit.site.name != "final_norm"]
+        above = [(place[i], [0], edit, 0) for i, edit in acting if edit.site.name == "final_norm"]
+        under = {row: part.trunk_of[i] for i, row in layout.batch_row.items()}
+        edits = edit_groups(adapter, inside, lambda item, _, under=under, column=part.n + step: _keys(part, under[item[0]], item[2], column))
+        rows = torch.tensor([layout.batch_row[i] for i in alive])
+        reads = {("resid_post", last - 1): [("next", rows, torch.zeros_like(rows))]}
+        climb = Climb(layout.n_trunk, _forks(layout), edits, reads, last)
+        kept = adapter.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=True)
+        normed = _apply(adapter, adapter.final_norm(climb.found["next"]), above)
         cost["passes"] += 1
         cost["token_layers"] += climb.token_layers
     return tuple(map(tuple, out)), tuple(map(tuple, said))
+
+
+def _forks(layout: Layout) -> dict[int, tuple[Tensor, ...]]:
+    return {boundary: tuple(torch.tensor(rows, dtype=torch.long) for rows in pair) for boundary, pair in layout.forks.items()}
 
 
 class _Chooser:
@@ -386,21 +399,21 @@ class _Chooser:
             every = torch.rand(n_rows, steps, generator=torch.Generator().manual_seed(sampling.seed), dtype=torch.float64)
             self.draws = every[rows]
 
-    def __call__(self, adapter: Adapter, normed: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, adapter: Adapter, normed: Tensor, step: int, rows: list[int]) -> tuple[Tensor, Tensor]:
         ask = self.sampling
         if ask is None:
             said = adapter.readout(normed, k=1, normed=True)
             return said.topk_ids[:, 0], said.topk_logprobs[:, 0]
         chosen, logprobs = [], []
-        rows = max(1, planning.LOGITS_BYTES // (16 * adapter.card.d_vocab))
-        for start in range(0, len(normed), rows):
-            logits = adapter.unembed(normed[start : start + rows]).double().cpu()
+        draws, some = self.draws[rows, step, None], max(1, planning.LOGITS_BYTES // (16 * adapter.card.d_vocab))
+        for start in range(0, len(normed), some):
+            logits = adapter.unembed(normed[start : start + some]).double().cpu()
             values, ids = logits.sort(-1, descending=True) if not ask.top_k else logits.topk(min(ask.top_k, logits.shape[-1]), -1)
             probabilities = (values / ask.temperature).softmax(-1)
             total = probabilities.cumsum(-1)
             allowed = (total - probabilities) < ask.top_p  # the first that reaches top_p is the last
             total = (probabilities * allowed).cumsum(-1)
-            draw = self.draws[start : start + rows, step, None] * total[:, -1:]
+            draw = draws[start : start + some] * total[:, -1:]
             place = torch.searchsorted(total, draw, right=True).clamp(max=total.shape[-1] - 1)
             chosen.append(ids.gather(-1, place)[:, 0])
             logprobs.append((values.gather(-1, place) - logits.logsumexp(-1, keepdim=True))[:, 0])

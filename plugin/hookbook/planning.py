@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ def join_place(site: Site) -> Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call costs, counted before it runs; rows that end early cost less."""
+    """What a call costs, counted before it runs; generated rows that end early or say the same as others cost less."""
 
     climbs: int
     """Forked forward passes, with what follows from them."""
@@ -149,50 +150,68 @@ class PlannedRow:
         return min((p for _, positions in self.edits for p in positions), default=None)
 
 
+class Layout:
+    """Where rows are in a batch that grows: first one row for each group, its trunk, then forks in the order in which they join.
+
+    Args:
+        groups: Rows that are the same until they join the batch apart; a row is named by any number.
+        joins: Where each row leaves its trunk; `NEVER` if it is the trunk.
+        last: How many blocks the pass goes through.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], joins: Mapping[int, Place], last: int) -> None:
+        self.n_trunk = len(groups)
+        self.trunk_of = {row: trunk for trunk, group in enumerate(groups) for row in group}
+        self.first = []
+        """A row that is in each row of the batch from the trunk on; it says what the batch's row holds."""
+        for group in groups:
+            clean = [row for row in group if joins[row] == NEVER]
+            # if nobody wants the trunk clean, the last to leave stays in it
+            self.first.append(clean[0] if clean else max(group, key=lambda row: (joins[row], row)))
+        stay = set(self.first)
+        forks = sorted((row for row in self.trunk_of if row not in stay and joins[row] != NEVER), key=lambda row: (joins[row], row))
+        self.batch_row = dict(self.trunk_of) | {row: self.n_trunk + place for place, row in enumerate(forks)}
+        self.first += forks
+        self.trunk = [self.trunk_of[row] for row in self.first]
+        """The trunk row under each row of the batch."""
+        self.forks: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for row in forks:
+            boundary, after = joins[row]
+            self.forks[boundary][after].append(self.trunk_of[row])
+        joined = [0] * (last + 1)
+        for boundary, (after, before) in self.forks.items():
+            if boundary < last:
+                joined[boundary] += len(after) + len(before)
+        self.rows_at = [self.n_trunk + n for n in accumulate(joined[:last])]
+        """How many rows the batch has in each block."""
+
+    def at(self, layer: int, row: int) -> int:
+        """Where a row is in the batch in a block: its own row, or its trunk's."""
+        own = self.batch_row[row]
+        return own if own < self.rows_at[layer] else self.trunk_of[row]
+
+
 @dataclass
 class Part:
-    """One climb: where rows are in its batch, prompts first, then forks in the order in which they join."""
+    """One climb: its rows, and where they are in the batch."""
 
     request: Request
     card: ModelCard
     rows: list[PlannedRow]
-    prompts: list[Tokens] = field(default_factory=list)
-    """Of each trunk row."""
-    trunk_of: list[int] = field(default_factory=list)
-    """The trunk row of each row."""
 
     def __post_init__(self) -> None:
-        rows_of: dict[int, list[int]] = defaultdict(list)
+        groups: dict[tuple, list[int]] = defaultdict(list)
         for i, row in enumerate(self.rows):
-            rows_of[row.prompt].append(i)
-        self.trunk_of = [0] * len(self.rows)
-        self.batch_row = [-1] * len(self.rows)
-        for prompt, members in rows_of.items():
             # what is edited at the embedding shares nothing but the prompt's text
-            apart = [i for i in members if self.rows[i].join[0] < 0]
-            together = [i for i in members if self.rows[i].join[0] >= 0]
-            for group in ([together] if together else []) + [[i] for i in apart]:
-                for i in group:
-                    self.trunk_of[i] = len(self.prompts)
-                if all(self.rows[i].join != NEVER for i in group):  # nobody wants the trunk clean: the last to leave stays
-                    self.batch_row[max(group, key=lambda i: (self.rows[i].join, i))] = len(self.prompts)
-                self.prompts.append(self.request.prompts[prompt])
-        forks = [i for i, row in enumerate(self.rows) if self.batch_row[i] < 0 and row.join != NEVER]
-        forks.sort(key=lambda i: self.rows[i].join)
-        self.forks: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for place, i in enumerate(forks):
-            self.batch_row[i] = len(self.prompts) + place
-            boundary, after = self.rows[i].join
-            self.forks[boundary][after].append(self.trunk_of[i])
-        self.batch_row = [self.trunk_of[i] if row < 0 else row for i, row in enumerate(self.batch_row)]
-        self.trunk = [*range(len(self.prompts)), *(self.trunk_of[i] for i in forks)]
+            groups[row.prompt, i if row.join[0] < 0 else None].append(i)
+        self.last = last_boundary(self.request, self.card.n_layers)
+        self.layout = Layout(list(groups.values()), {i: row.join for i, row in enumerate(self.rows)}, self.last)
+        self.trunk_of = [self.layout.trunk_of[i] for i in range(len(self.rows))]
+        """The trunk row of each row."""
+        self.prompts = [self.request.prompts[prompt] for prompt, _ in groups]
+        """Of each trunk row."""
         self.n = max(map(len, self.prompts))
         self.pads = [self.n - len(tokens) for tokens in self.prompts]
-        self.last = last_boundary(self.request, self.card.n_layers)
-        self.rows_at = [len(self.prompts)] * self.last
-        for boundary, (after, before) in self.forks.items():
-            for layer in range(boundary, self.last):
-                self.rows_at[layer] += len(after) + len(before)
         self.split = self._split()
         self.pack = self._pack()
 
@@ -200,7 +219,7 @@ class Part:
         """Tokens before this column run once for each prompt, if that is worth a pass of its own."""
         firsts = [self.pads[self.trunk_of[i]] + row.first for i, row in enumerate(self.rows) if row.first is not None]
         split = min(firsts, default=0) if self.last else 0
-        saved = sum(rows - len(self.prompts) for rows in self.rows_at) * split
+        saved = sum(rows - len(self.prompts) for rows in self.layout.rows_at) * split
         return split if saved > PASS_TOKENS * self.last or self.request.grad else 0  # no graph is kept of a prefix
 
     def _pack(self) -> int:
@@ -208,7 +227,7 @@ class Part:
         sites = [read.site for read in self.request.reads] + [edit.site for row in self.rows for edit, _ in row.edits]
         if not self.split or self.n - self.split > 1 or self.request.grad or self.request.generate or any(site.name == "attn_pattern" for site in sites):
             return 1
-        rows = sum(self.rows_at) / len(self.rows_at) / len(self.prompts)
+        rows = sum(self.layout.rows_at) / self.last / len(self.prompts)
         return max(1, min(64, round((0.06 * rows * self.split) ** 0.5)))
 
     @property
@@ -223,19 +242,23 @@ class Part:
 
     @property
     def token_layers(self) -> int:
-        """Tokens times blocks, if no row ends early."""
-        steps = max(0, self.request.generate - 1)
-        return len(self.prompts) * self.split * self.last + sum(self.rows_at) * (self.n - self.split) + len(self.rows) * steps * self.last
+        """Tokens times blocks, at most: rows that end early or say the same cost less."""
+        return self.prompt_token_layers + len(self.rows) * max(0, self.request.generate - 1) * self.last
+
+    @property
+    def prompt_token_layers(self) -> int:
+        """Tokens times blocks before anything is decoded."""
+        return len(self.prompts) * self.split * self.last + sum(self.layout.rows_at) * (self.n - self.split)
 
     @property
     def unembedded(self) -> int:
-        """Rows through the unembedding, if no row ends early."""
+        """Rows through the unembedding, at most."""
         return len(self.rows) * ((self.request.readout is not None) + self.request.generate)
 
     @property
     def peak_bytes(self) -> int:
         """About the most memory this climb takes beside the model."""
-        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.trunk), self.n, self.split, self.pack)
+        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, self.pack)
 
 
 def last_boundary(request: Request, n_layers: int) -> int:
