@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hookbook import planning
 from hookbook.errors import EditError, TokenError
+from hookbook.loading import wrap
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
 from hookbook.tokens import Tokens, resolve
 
@@ -40,12 +41,12 @@ class Jacobian:
     """For each source `[n, d_out, d_in]`; the mean over prompts, `[d_out, d_in]`, if that was asked for."""
 
 
-def jacobian(adapter: Adapter, prompts: Sequence[Tokens], of: Read, wrt: Sequence[Read], *, mean: bool = False, progress: bool | None = None) -> Jacobian:
+def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], *, mean: bool = False, progress: bool | None = None) -> Jacobian:
     """The Jacobian of `of` with respect to each of `wrt`, at every prompt.
 
     Args:
-        adapter: A model whose backend keeps gradients.
-        prompts: The prompts.
+        model: Any model `hookbook.wrap` takes whose backend keeps gradients.
+        prompts: The prompts (texts, or see `hookbook.tokens.encode`).
         of: The output: a site and a position, or an `Each` of them.
         wrt: The sources, likewise; none may be after the output.
         mean: Only the mean over prompts of each matrix, which is held once.
@@ -59,6 +60,8 @@ def jacobian(adapter: Adapter, prompts: Sequence[Tokens], of: Read, wrt: Sequenc
         TokenError: A position is several tokens.
         Refused: The backend cannot read or edit a site, or keeps no gradients.
     """
+    adapter = wrap(model)
+    prompts = [adapter.encode(prompt) for prompt in prompts]
     request = _request(adapter, prompts, of, wrt)
     card, parts = adapter.card, planning.plan(adapter, request)
     d_out = of.site.width(card)
