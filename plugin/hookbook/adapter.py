@@ -159,17 +159,43 @@ class Adapter(ABC):
             values = self.unembed(some if normed else self.final_norm(some))
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
-            total = values.logsumexp(-1, keepdim=True) if k or wanted.numel() else values[:, :1]
-            top = values.topk(min(k, values.shape[-1]), dim=-1)
+            ranked = k or wanted.numel()
+            top, ids = _topk(values, min(max(k, 1), values.shape[-1])) if ranked else (values[:, :0], torch.empty(len(values), 0, dtype=torch.long))
+            total = _logsumexp(values, top[:, :1].detach()) if ranked else values[:, :1]
+            top, ids = top[:, :k], ids[:, :k]
             parts.append(
                 TokenReadout(
-                    top.indices.cpu(),
-                    (top.values - total).cpu(),
+                    ids.cpu(),
+                    (top - total).cpu(),
                     (values.gather(-1, wanted.to(values.device)) - total).cpu(),
                     values.cpu() if logits else None,
                 )
             )
         return TokenReadout.cat(parts)
+
+
+BLOCK = 128
+
+
+def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k)`, of a wide vocabulary three times as fast on a CPU: among the blocks with the largest maxima alone."""
+    n, width = values.shape
+    blocks = width // BLOCK
+    if not 0 < k < blocks // 4:
+        top = values.topk(k, dim=-1)
+        return top.values, top.indices
+    where = values[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1).topk(k, dim=-1).indices
+    ids = (where[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
+    ids = torch.cat([ids, torch.arange(blocks * BLOCK, width, device=values.device).expand(n, -1)], 1)
+    top = values.gather(-1, ids).topk(k, dim=-1)
+    return top.values, ids.gather(-1, top.indices)
+
+
+def _logsumexp(values: Tensor, top: Tensor) -> Tensor:
+    """`values.logsumexp(-1, keepdim=True)`, given each row's largest value; on a CPU in pieces that stay in its cache."""
+    rows = max(1, (4 << 20) // (values.element_size() * values.shape[-1])) if values.device.type == "cpu" else len(values)
+    parts = zip(values.split(rows), top.split(rows), strict=True)
+    return torch.cat([(part - most).exp().sum(-1, keepdim=True).log() + most for part, most in parts])
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

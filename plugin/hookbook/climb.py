@@ -67,24 +67,25 @@ class Climb:
         if self.pads is not None:
             # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
             x = x.masked_fill(take(self.pads, self.owner).to(x.device)[:, :, None], 0)
+        given = x
         x = self.join(x, after)
         self.n_pos = x.shape[1]
         if b > 0:
-            x = self.visit("resid_post", b - 1, x)
+            x = self.visit("resid_post", b - 1, x, fresh=x is not given)
         x = self.join(x, before)
-        x = self.visit("resid_pre", b, x)
+        x = self.visit("resid_pre", b, x, fresh=x is not given)
         if b < self.last:
             self.rows_at.append(len(self.index))
             self.token_layers += len(self.index) * (x.shape[1] if self.pack == 1 else 1)
         return x
 
-    def visit(self, name, layer, x):
-        """Edit and read the tensor of one site."""
+    def visit(self, name, layer, x, fresh=False):
+        """Edit and read the tensor of one site; `fresh` if nobody else holds it."""
         shape = x.shape
         if name != "attn_pattern":  # some families' MLPs see tokens without their rows, and some split heads
             x = x.reshape(len(self.owner), self.n_pos or x.shape[1], -1)
         groups = self.edits.get((name, layer), ())
-        if groups:
+        if groups and not fresh:
             x = x.clone()
         for group in groups:
             apply_edit(x, {**group, **self.at(group["rows"], group["cols"])})

@@ -338,7 +338,7 @@ def _decode(adapter: Adapter, part: Part, kept: Any, normed: Tensor, bar: Any, c
     request, last = part.request, adapter.card.n_layers
     out: list[list[int]] = [[] for _ in part.rows]
     said: list[list[float]] = [[] for _ in part.rows]
-    alive, layout = list(range(len(part.rows))), part.layout
+    alive, layout, ends = list(range(len(part.rows))), part.layout, adapter.eos_ids
     joins = {i: row.join for i, row in enumerate(part.rows)}
     choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows], len(request.rows))
     for step in range(request.generate):
@@ -346,10 +346,10 @@ def _decode(adapter: Adapter, part: Part, kept: Any, normed: Tensor, bar: Any, c
         chosen, logprobs = choose(adapter, normed, step, alive)
         new = dict(zip(alive, chosen.tolist(), strict=True))
         for i, logprob in zip(alive, logprobs.tolist(), strict=True):
-            if new[i] not in adapter.eos_ids:
+            if new[i] not in ends:
                 out[i].append(new[i])
                 said[i].append(logprob)
-        alive = [i for i in alive if new[i] not in adapter.eos_ids]
+        alive = [i for i in alive if new[i] not in ends]
         bar.update()
         if step + 1 == request.generate or not alive:
             bar.update(request.generate - step - 1)

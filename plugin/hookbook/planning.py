@@ -142,7 +142,7 @@ class PlannedRow:
     @cached_property
     def join(self) -> Place:
         """Where it leaves the trunk."""
-        return min((join_place(edit.site) for edit, _ in self.edits), default=NEVER)
+        return min([join_place(edit.site) for edit, _ in self.edits], default=NEVER)
 
     @cached_property
     def first(self) -> int | None:
@@ -322,19 +322,22 @@ def plan(adapter: Adapter, request: Request) -> list[Part]:
     parts: list[list[PlannedRow]] = []
     used: dict[int, int] = {}  # prompts of the part, and their lengths
     width = 0  # tokens from the first edited one to the end
+    room = 0  # how many rows surely fit, while neither prompts nor width change
     for row in rows:
         n = len(request.prompts[row.prompt])
         here = 0 if row.first is None else n - row.first
+        if parts and row.prompt in used and here <= width and len(parts[-1]) < room:
+            parts[-1].append(row)
+            continue
         trunk, wide = {**used, row.prompt: n}, max(width, here)
-        if parts:
-            more = len(parts[-1]) + 1
-            need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0)
-            padding = sum(n - m for m in trunk.values())
-        if not parts or need > BUDGET_BYTES or padding > PASS_TOKENS + sum(trunk.values()) / 4:
+        more = len(parts[-1]) + 1 if parts else 1
+        need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0)
+        if not parts or need > BUDGET_BYTES or sum(n - m for m in trunk.values()) > PASS_TOKENS + sum(trunk.values()) / 4:
             parts.append([])
-            trunk, wide = {row.prompt: n}, here
+            trunk, wide, more = {row.prompt: n}, here, 1
+            need = peak_bytes(request, adapter.card, 1, 1, 2, n, n - wide if wide else 0)
         parts[-1].append(row)
-        used, width = trunk, wide
+        used, width, room = trunk, wide, more * BUDGET_BYTES // max(1, need)  # it grows no faster than the number of rows
     laid_out = [Part(request, adapter.card, part) for part in parts]
     if any(part.pack > 1 for part in laid_out) and not adapter.packs:
         for part in laid_out:
@@ -445,6 +448,8 @@ def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n
 def _check_acts(row: PlannedRow, request: Request, n: int) -> None:
     """Raise if everything that a row edits is after what it reads."""
     if row.late or not (row.edits or row.finals):
+        return
+    if row.says == n - 1 and row.edits:  # nothing is after the last token
         return
     said = {*(() if row.says is None else (row.says,)), *((n - 1,) if request.generate else ())}
     seen = said.union(*row.reads)
