@@ -2,21 +2,118 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from hookbook.errors import HookbookError
-from hookbook.sites import SITES
+from hookbook import selfcheck
+from hookbook.adapter import Adapter
+from hookbook.errors import HookbookError, ModelError, Refused
+from hookbook.loading import load, wrap
+from hookbook.sites import SITES, Site
+from hookbook.testing import toy, toy_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference"
+BACKENDS = ("TransformerBridge", "HookedTransformer", "nnsight", "toy")
+
+
+def families() -> dict[str, tuple[Any, dict[str, Any] | None]]:
+    """Of each family a small Hugging Face config, and what makes a HookedTransformer like it, if it can be."""
+    import transformers as t
+
+    names = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, **names)
+    wide = dict(intermediate_size=32, initializer_range=0.25, **small)
+    grouped = dict(num_key_value_heads=2, head_dim=4, **wide)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, decoder_sparse_step=1)
+    windows = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=4)
+    rotary = dict(positional_embedding_type="rotary", rotary_dim=4)
+    gated = dict(normalization_type="RMS", final_rms=True, gated_mlp=True, act_fn="silu", n_key_value_heads=2, **rotary)
+    return {
+        "GPT-2": (t.GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.25, **names), {"act_fn": "gelu"}),
+        "Llama": (t.LlamaConfig(**grouped), gated),
+        "Gemma 3": (t.Gemma3TextConfig(**windows, **grouped), gated | {"use_normalization_before_and_after": True}),
+        "GPT-NeoX": (t.GPTNeoXConfig(use_parallel_residual=True, **wide), {"act_fn": "gelu", "parallel_attn_mlp": True, **rotary}),
+        "Qwen3-MoE": (t.Qwen3MoeConfig(**experts, **grouped), gated | {"num_experts": 4, "experts_per_token": 2}),
+        "OPT": (t.OPTConfig(ffn_dim=32, word_embed_proj_dim=16, init_std=0.25, **small), None),
+        "GPT-J": (t.GPTJConfig(n_embd=16, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.25, **names), None),
+    }
+
+
+def adapters(*backends: str) -> Iterator[tuple[str, str, Adapter]]:
+    """Backend, family and adapter of a tiny random model of each, on these backends."""
+    if "toy" in backends:
+        yield "toy", "toy", toy()
+    if not set(backends) - {"toy"}:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for family, (config, own) in families().items():
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+            toy_tokenizer().save_pretrained(folder)
+            for name, backend in {"TransformerBridge": "transformer_lens", "nnsight": "nnsight"}.items():
+                if name in backends:
+                    yield name, family, load(folder, backend, device="cpu")
+            if own is not None and "HookedTransformer" in backends:
+                from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+                sizes = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "d_mlp": 32, "n_ctx": 64, "d_vocab": 258}
+                cfg = HookedTransformerConfig(seed=0, device="cpu", original_architecture=family, model_name=family, **sizes, **own)
+                yield "HookedTransformer", family, wrap(HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder)))
+
+
+def refusal(adapter: Adapter, site: Site) -> HookbookError | None:
+    """Why a site of a model cannot be read and edited, or None: what `Adapter.run` would say before it runs anything."""
+    try:
+        adapter.require(site)
+        selfcheck.check(adapter, {site})
+    except (Refused, ModelError) as error:
+        return error
+    return None
+
+
+def written(name: str) -> str:
+    """How a site is written, of block L."""
+    return f"{name}.L" if SITES[name].layered else name
 
 
 def sites() -> str:
-    """The table of sites."""
-    rows = [f"| `{s.name}.L` | {s.shape} | `{s.hook_name.format(layer='L')}` | {s.meaning} |" for s in SITES.values()]
+    """The table of sites, and who has which."""
+    units = {"head": "one head: `{}.L.H`", "neuron": "one neuron: `{}.L.N`", None: ""}
+    rows = [f"| `{written(s.name)}` | {units[s.unit].format(s.name)} | {s.shape} | `{s.hook_name.format(layer='L')}` | {s.meaning} |" for s in SITES.values()]
+    notes: list[str] = []
+    asked: dict[str, list[str]] = defaultdict(list)
+    without: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for backend, family, adapter in adapters(*BACKENDS):
+        asked[backend].append(family)
+        for name, spec in SITES.items():
+            error = refusal(adapter, Site(name, 0 if spec.layered else None))
+            if error is not None:
+                note = f"{error.what.replace(f'{name}.0', name)}: {error.why}; {error.instead}."
+                notes += [note] * (note not in notes)
+                without[name, backend].append(f"{family} ({notes.index(note) + 1})")
+    said = {key: f"not of {', '.join(families)}" for key, families in without.items()}
+    having = [f"| `{written(name)}` | {' | '.join(said.get((name, backend), 'yes') for backend in BACKENDS)} |" for name in SITES]
     return "\n".join([
-        "# Sites", "", "A site names one tensor of block `L`, counted from 0. Rows are in the order of the forward pass.", "",
-        "| site | shape | TransformerLens | meaning |", "|---|---|---|---|", *rows, "",
-        "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the stream, after the norm.", "",
+        "# Sites", "", "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron in it. Rows are in the order of the pass.", "",
+        "| site | part | shape | TransformerLens | meaning |", "|---|---|---|---|---|", *rows, "",
+        "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the stream, after the norm. "
+        "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the norm itself.", "",
+        "## Who has which", "",
+        "A model is asked when it is first used: what is written at a site must reach the stream as it should, and what a block adds must be the sum of its parts. Else the site is refused by name, before anything is edited. "
+        "This is what tiny random models say:", "",
+        f"| site | {' | '.join(BACKENDS)} |", "|---" * (1 + len(BACKENDS)) + "|", *having, "",
+        *(f"- {backend}: {', '.join(asked[backend])}." for backend in BACKENDS if asked[backend] != [backend]), "",
+        *(f"{i + 1}. {note}" for i, note in enumerate(notes)), "",
     ])  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import hookbook as hb
+from hookbook.request import Reply, Request, position_of
 from hookbook.testing import toy, toy_tokenizer
 from hookbook.tokens import resolve
 
@@ -58,7 +59,7 @@ class Case:
     name: str
     adapter: hb.Adapter
 
-    def plain(self, ids: tuple[int, ...], edits: tuple[Any, ...] = (), reads: tuple[hb.Site, ...] = ()) -> tuple[torch.Tensor, dict]:
+    def plain(self, ids: tuple[int, ...], edits: tuple[Any, ...] = (), reads: tuple[hb.Site, ...] = (), grad: bool = False) -> tuple[torch.Tensor, dict]:
         """Logits `[pos, d_vocab]` and what was read, `[pos, width]` (of a pattern `[pos, head, key]`); edits are as `flat` gives them."""
         found: dict[hb.Site, torch.Tensor] = {}
 
@@ -74,20 +75,23 @@ class Case:
 
         sites = {site.whole for site, *_ in edits} | set(reads)
         tokens = torch.tensor([ids])
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             model: Any = self.adapter.model
             norms = {site for site in sites if site.name == "final_norm"}
-            handles = [handle for site in norms for handle in self._hooks(site, at)]
-            if self.name.startswith(("bridge", "hooked")):
-                hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - norms]
-                logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
-            else:
-                patterns = {site for site in sites if site.name == "attn_pattern"} if self.name != "toy" else set()
-                handles += [handle for site in sites - norms - patterns for handle in self._hooks(site, at)]
-                with self._patterns(patterns, at):
-                    logits = self.adapter.plain_logits(tokens)
-            for handle in handles:
-                handle.remove()
+            handles: list[Any] = []
+            try:
+                handles += [handle for site in norms for handle in self._hooks(site, at)]
+                if self.name.startswith(("bridge", "hooked")):
+                    hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - norms]
+                    logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
+                else:
+                    patterns = {site for site in sites if site.name == "attn_pattern"} if self.name != "toy" else set()
+                    handles += [handle for site in sites - norms - patterns for handle in self._hooks(site, at)]
+                    with self._patterns(patterns, at):
+                        logits = model(tokens) if self.name == "toy" else self.adapter.module(tokens).logits  # type: ignore[attr-defined]
+            finally:
+                for handle in handles:
+                    handle.remove()
         return logits[0], found
 
     def _hooks(self, site: hb.Site, at: Any) -> list[Any]:
@@ -152,6 +156,46 @@ def flat(edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens, length: int | Non
             keys = range(index + 1) if edit.keys is None else [key for key in resolve(edit.keys, tokens) if key <= index]
             found.append((edit.site, index, hb.Edit(edit.site, value, edit.op, to=edit.to), list(keys)))
     return tuple(found)
+
+
+def assert_plain(case: Case, request: Request, reply: Reply, exact: float = 1e-10) -> None:
+    """All of a reply is what plain runs of its rows give: readings, readouts, and tokens decoded one by one.
+
+    What was decoded is run once more with its prompt. Attention is causal, so the logits after each token are those that
+    decoding without a cache would have had there.
+    """
+    width = max(len(request.prompts[row.prompt]) for row in request.rows)
+    for i, row in enumerate(request.rows):
+        tokens, edits = request.prompts[row.prompt], row.edits
+        n, out = len(tokens), reply.generated[i] if request.generate else ()
+        ids = tokens.ids + (out if len(out) < request.generate else out[:-1])
+        logits, found = case.plain(ids, flat(edits, tokens, len(ids)), tuple({read.site.whole for read in request.reads}))
+        for read, reading in zip(request.reads, reply.readings, strict=True):
+            where = resolve(position_of(read.position, i), tokens)
+            mine, want = reading.rows == i, found[read.site.whole][list(where)]
+            assert reading.positions[mine].tolist() == list(where) and reading.site == read.site
+            units, size = read.site.units(case.adapter.card)
+            if read.site.name == "attn_pattern":
+                want = torch.nn.functional.pad(want, (0, max(0, width - want.shape[-1])))[..., :width]
+                want = want if read.site.unit is None else want[:, read.site.unit]
+            elif read.site.unit is not None:
+                want = want.unflatten(-1, (units, size))[:, read.site.unit]
+            assert reading.values[mine].shape == want.shape, (read, row)
+            assert (reading.values[mine] - want).abs().max() < exact, (read, row)
+        if request.readout is not None:
+            ask, readout = request.readout, reply.readout
+            (said,) = resolve(position_of(ask.position, i), tokens)
+            assert ask.logits and (readout.logits[i] - logits[said]).abs().max() < exact, row
+            known = logits[said].log_softmax(-1)
+            assert (readout.topk_logprobs[i] - known[readout.topk_ids[i]]).abs().max() < exact if ask.k else True
+            assert (readout.topk_logprobs[i] - known.topk(ask.k).values).abs().max() < exact if ask.k else True
+            assert (readout.token_logprobs[i] - known[ask.tokens[i]]).abs().max() < exact if ask.tokens is not None else True
+        if request.generate:
+            chosen = logits[n - 1 :].argmax(-1).tolist()
+            assert tuple(chosen[: len(out)]) == out and not case.adapter.eos_ids.intersection(out), row
+            assert len(out) == request.generate or chosen[len(out)] in case.adapter.eos_ids, row
+            given = logits[n - 1 :].log_softmax(-1).amax(-1)[: len(out)]
+            assert not out or (torch.tensor(reply.logprobs[i], dtype=DTYPE) - given).abs().max() < exact
 
 
 def unit_formula(x: torch.Tensor, edit: hb.Edit, card: hb.ModelCard) -> torch.Tensor:

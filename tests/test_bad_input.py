@@ -30,6 +30,26 @@ def run(edit: Callable[[], hb.Edit] | None = None, **more) -> Callable[[], objec
     return call
 
 
+def edit(site: str, value: object = GOOD, op: str = "add", position: object = -1, *, run_more: dict | None = None, **more) -> Callable[[], object]:
+    """A run under one edit, made when it is called."""
+    return run(lambda: hb.Edit(site, value, op, position, **more), **(run_more or {}))  # type: ignore[arg-type]
+
+
+def read(site: str) -> Callable[[], object]:
+    """A run that reads one site, named when it is called."""
+    return lambda: TOY.run(Request([TOY.encode("abc")], [Row(0)], [Read(site)]))  # type: ignore[arg-type]
+
+
+def half(**more) -> Callable[[], object]:
+    """A run under one edit in half precision."""
+    return lambda: HALF.run(Request([HALF.encode("abc")], [Row(0, (hb.Edit("resid_post.1", **more),))], (), Readout(k=1)))
+
+
+def drawn(seed: object, **more) -> Callable[[], object]:
+    """A run that draws two tokens."""
+    return lambda: TOY.run(Request([TOY.encode("abc")], [Row(0)], generate=2, sampling=hb.Sampling(seed, **more)))  # type: ignore[arg-type]
+
+
 BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "unknown site": (scope(source_layers="resid_pots.1"), SiteError, "write 'resid_post.1'"),
     "site that is no site": (scope(source_layers="one"), SiteError, "name.layer"),
@@ -67,12 +87,10 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "map that gives the wrong width": (scope(map=lambda x, source, target: x[:, :3]), EditError, "width is 16"),
     "NaN in a vector": (run(lambda: hb.Edit("resid_post.1", GOOD * float("nan"))), EditError, "NaN"),
     "infinite factor": (run(lambda: hb.Edit("resid_post.1", float("inf"), "scale")), EditError, "NaN or infinity"),
-    "overflow of half precision": (
-        lambda: HALF.run(Request([HALF.encode("abc")], [Row(0, (hb.Edit("resid_post.1", GOOD * 1e5),))], (), Readout(k=1))),
-        EditError,
-        "overflows float16",
-    ),
-    "wrong width": (run(lambda: hb.Edit("resid_post.1", torch.ones(5))), EditError, "width is 16"),
+    "overflow of half precision": (half(value=GOOD * 1e5), EditError, "overflows float16"),
+    "number that overflows half precision": (half(value=1e6, op="set"), EditError, "overflows float16"),
+    "clamp to what overflows half precision": (half(value=GOOD, op="clamp", to=1e6), EditError, "overflows float16"),
+    "wrong width": (run(lambda: hb.Edit("resid_post.1", torch.ones(5))), EditError, "width there is 16"),
     "whole numbers as a vector": (run(lambda: hb.Edit("resid_post.1", torch.ones(16, dtype=torch.long))), EditError, "floating point"),
     "unknown operation": (run(lambda: hb.Edit("resid_post.1", GOOD, "multiply")), EditError, "project_out"),
     "zero direction": (run(lambda: hb.Edit("resid_post.1", 0 * GOOD, "project_out")), EditError, "zero vector"),
@@ -93,6 +111,69 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "unknown model offline": (lambda: hb.load("nobody/no-such-model"), ModelError, "HF_HUB_OFFLINE"),
     "unknown backend": (lambda: hb.load("gemma-3-270m", "jax"), ModelError, "transformer_lens"),
     "unknown dtype": (lambda: hb.load("gemma-3-270m", dtype="int4"), ModelError, "bfloat16"),
+    "head out of range": (edit("head_z.1.2", 1.0), SiteError, "this model has heads 0 to 1"),
+    "neuron out of range": (read("mlp_act.1.32"), SiteError, "this model has neurons 0 to 31"),
+    "head of a site without heads": (read("attn_out.1.0"), SiteError, "no heads or neurons"),
+    "layer of a site without layers": (read("final_norm.2"), SiteError, "a model has one final_norm"),
+    "site without its layer": (read("head_z"), SiteError, "layers count blocks from 0"),
+    "vector of a whole site at one head": (edit("head_z.1.0", GOOD), EditError, "width there is 8"),
+    "vector at one neuron": (edit("mlp_act.1.3", GOOD, "set"), EditError, "width there is 1"),
+    "vector at all neurons": (edit("mlp_act.1", GOOD), EditError, "width there is 32"),
+    "vector at a pattern": (edit("attn_pattern.1", GOOD, "set"), EditError, "takes one number"),
+    "factor of several numbers": (edit("resid_post.1", GOOD, "scale"), EditError, "takes one number"),
+    "direction in a pattern": (edit("attn_pattern.1", GOOD, "project_out"), EditError, "a pattern has no directions"),
+    "clamp of a pattern": (edit("attn_pattern.1", GOOD, "clamp", to=1.0), EditError, "a pattern has no directions"),
+    "number as a direction": (edit("resid_post.1", 1.0, "project_out"), EditError, "a vector is"),
+    "direction left out": (edit("resid_post.1", 0.0, "clamp", to=2.0), EditError, "a vector is"),
+    "several directions in one edit": (edit("resid_post.1", torch.ones(2, 16), "project_out", slice(0, 2)), EditError, "a direction is one vector"),
+    "clamp to NaN": (edit("resid_post.1", op="clamp", to=float("nan")), EditError, "NaN or infinity"),
+    "NaN as a number": (edit("resid_post.1", float("nan"), "set"), EditError, "NaN or infinity"),
+    "infinite attention": (edit("attn_pattern.1", float("inf"), "add"), EditError, "NaN or infinity"),
+    "knock_out away from a pattern": (edit("head_z.1", 0.0, "knock_out"), EditError, "only attn_pattern has keys"),
+    "knock_out with a value": (edit("attn_pattern.1", 0.5, "knock_out"), EditError, "it sets attention to zero"),
+    "keys away from a pattern": (edit("resid_post.1", keys=0), EditError, "only attn_pattern has keys"),
+    "keys out of range": (edit("attn_pattern.1", 0.0, "set", keys=9), TokenError, "has 4 tokens"),
+    "keys of no kind": (edit("attn_pattern.1", 0.0, "set", keys=1.5), TokenError, "is not a position"),
+    "keys not in the prompt": (edit("attn_pattern.1", 0.0, "set", keys="zz"), TokenError, "'zz' is not in the prompt"),
+    "empty keys": (edit("attn_pattern.1", 0.0, "set", keys=slice(0, 0)), TokenError, "is empty"),
+    "keys after the token": (edit("attn_pattern.1", 0.0, "knock_out", 1, keys=slice(2, None)), EditError, "attention to later tokens"),
+    "unknown scope": (edit("resid_post.1", scope="answer"), EditError, "use prompt, generated, all, or a tuple"),
+    "scope that is a number": (edit("resid_post.1", scope=3), EditError, "use prompt, generated, all, or a tuple"),
+    "scope that is nothing": (edit("resid_post.1", scope=None), EditError, "use prompt, generated, all, or a tuple"),
+    "scope of no positions": (edit("resid_post.1", scope=()), EditError, "whole numbers of 0 or more"),
+    "scope of negative positions": (edit("resid_post.1", scope=(-1,)), EditError, "whole numbers of 0 or more"),
+    "scope of what are no numbers": (edit("resid_post.1", scope=(True, 1.0)), EditError, "whole numbers of 0 or more"),
+    "scope with a position of its own": (edit("resid_post.1", position=0, scope="generated"), EditError, "leave position out"),
+    "absolute positions with a position": (edit("resid_post.1", position="a", scope=(0, 1)), EditError, "leave position out"),
+    "vectors of a span in every scope": (edit("resid_post.1", torch.ones(2, 16), "set", slice(0, 2), scope="all"), EditError, "other scopes take one"),
+    "scope of tokens nobody generates": (edit("resid_post.1", scope="generated"), EditError, "0 generated ones are fed back"),
+    "scope of the one token that is not fed back": (
+        edit("resid_post.1", scope="generated", run_more={"generate": 1}),
+        EditError,
+        "0 generated ones are fed back",
+    ),
+    "scope after everything": (edit("resid_post.1", scope=(7,), run_more={"generate": 3}), EditError, "2 generated ones are fed back"),
+    "edit of a norm nobody reads": (edit("final_norm", run_more={"readout": None, "reads": [Read("resid_post.2")]}), EditError, "never fire"),
+    "edit of a norm at another token": (edit("final_norm", position=1), EditError, "changes nothing"),
+    "edit of a later embedding": (edit("embed", run_more={"readout": None, "reads": [Read("resid_post.1", 0)]}), EditError, "changes nothing"),
+    "temperature of zero": (lambda: hb.Sampling(0, temperature=0.0), TokenError, "temperature above 0"),
+    "negative temperature": (lambda: hb.Sampling(0, temperature=-1.0), TokenError, "temperature above 0"),
+    "temperature that is no number": (lambda: hb.Sampling(0, temperature=float("nan")), TokenError, "temperature above 0"),
+    "infinite temperature": (lambda: hb.Sampling(0, temperature=float("inf")), TokenError, "temperature above 0"),
+    "negative top_k": (lambda: hb.Sampling(0, top_k=-1), TokenError, "top_k of 0 or more"),
+    "top_p of zero": (lambda: hb.Sampling(0, top_p=0.0), TokenError, "top_p above 0"),
+    "top_p above one": (lambda: hb.Sampling(0, top_p=1.1), TokenError, "at most 1"),
+    "top_p that is no number": (lambda: hb.Sampling(0, top_p=float("nan")), TokenError, "at most 1"),
+    "sampling without generating": (run(sampling=hb.Sampling(0)), TokenError, "nothing is drawn"),
+    "half a token among the likeliest": (drawn(0, top_k=1.5), TokenError, "top_k"),
+    "seed that is no number": (drawn("a"), TokenError, "seed"),
+    "temperature as a text": (lambda: hb.Sampling(0, temperature="cold"), TokenError, "temperature"),  # type: ignore[arg-type]
+    "gradients through generated tokens": (run(generate=2, grad=True), EditError, "a chosen token has no derivative"),
+    "gradients of a vector that nobody asked for": (edit("resid_post.1", GOOD.clone().requires_grad_()), EditError, "ask with grad=True"),
+    "value that is a text": (edit("resid_post.1", "much"), EditError, "resid_post.1"),
+    "value that is nothing": (edit("resid_post.1", None), EditError, "resid_post.1"),
+    "value that is a list": (edit("resid_post.1", [1.0] * 5), EditError, "resid_post.1"),
+    "clamp to a text": (edit("resid_post.1", op="clamp", to="x"), EditError, "resid_post.1"),
     "not a model": (lambda: hb.wrap(torch.nn.Linear(2, 2)), ModelError, "no adapter accepts it"),
     "remote": (lambda: hb.wrap(TOY, remote=True), Refused, "this machine"),
 }

@@ -17,6 +17,7 @@ import pytest
 import hookbook as hb
 from hookbook import loading
 from hookbook.testing import ToyAdapter, ToyModel
+from tests.conftest import require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -110,6 +111,8 @@ def test_the_wheel_from_the_sdist_holds_one_name_and_imports_in_a_clean_environm
 
 
 def test_generated_pages_are_up_to_date():
+    for module in ("transformer_lens", "nnsight"):  # whose models are asked which sites they have
+        require(module)
     namespace: dict = {"__file__": str(ROOT / "docs/generate.py"), "__name__": "generate"}
     exec((ROOT / "docs/generate.py").read_text(), namespace)
     for name, make in namespace["PAGES"].items():

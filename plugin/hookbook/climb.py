@@ -209,5 +209,6 @@ def _edit_pattern(x, group):
         lines[entries, keys] *= value
     else:
         lines[entries, keys] = 0
-        lines = lines / lines.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        left = lines.sum(-1, keepdim=True)
+        lines = lines / torch.where(left > torch.finfo(x.dtype).tiny, left, 1)  # nothing is left to share
     x[rows, heads, cols] = lines

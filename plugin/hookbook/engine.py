@@ -41,7 +41,7 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None, che
         account.add(parts)
         return _blank(request, parts)
     sites = {edit.site for row in request.rows for edit in row.edits} | {read.site for read in request.reads}
-    selfcheck.check(adapter, sites)
+    selfcheck.check(adapter, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
     steps = len(parts) * (1 + request.generate)
     quiet = not (steps > 8 if progress is None else progress)
     with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
@@ -257,16 +257,16 @@ class _Collector:
             source = Site("resid_post", top) if site.name == "final_norm" else site  # the norm is applied to what is wanted
             here = join_place(source)
             at: tuple[list, list] = ([], [])  # (row, column) of the prefix, of the rest
-            place: tuple[list, list] = ([], [])  # (row of the part, position) alike
+            place: tuple[list, list] = ([], [])  # (row of the part, position, place among the row's positions) alike
             for i, (row, chosen) in enumerate(zip(part.rows, positions, strict=True)):
                 trunk = part.trunk_of[i]
                 # a row that has not left the trunk yet, or a token before its first edit, is the trunk's
                 batch_row = part.layout.batch_row[i] if row.join <= here else trunk
-                for p in chosen:
+                for nth, p in enumerate(chosen):
                     column = part.pads[trunk] + p
                     late = column >= part.split
                     at[late].append((batch_row, column - part.split) if late else (trunk, column))
-                    place[late].append((i, p))
+                    place[late].append((i, p, nth))
             for late in (0, 1):
                 if at[late]:
                     rows, cols = torch.tensor(at[late]).unbind(1)
@@ -278,14 +278,14 @@ class _Collector:
         return {site: both[late] for site, both in self.by_site.items() if both[late]}
 
     def gather(self, slot: Any, found: dict) -> Reading:
-        """What was found for one read, rows ascending, positions ascending in each."""
+        """What was found for one read, rows ascending, positions in each in the order asked for."""
         place = self.places[slot]
         parts = [found.pop((slot, late)) for late in (0, 1) if place[late]]
         longest = max(values.shape[-1] for values in parts)  # of a pattern, the prefix has fewer keys
         values = torch.cat([torch.nn.functional.pad(v, (0, longest - v.shape[-1])) for v in parts]) if len(parts) > 1 else parts[0]
-        rows, positions = torch.tensor(place[0] + place[1]).unbind(1)
+        rows, positions, nth = torch.tensor(place[0] + place[1]).unbind(1)
         if place[0] and place[1]:
-            order = torch.argsort(rows * (1 << 32) + positions)
+            order = torch.argsort(rows * (1 << 32) + nth)
             values, rows, positions = take(values, order), rows[order], positions[order]
         return Reading(Site("final_norm"), values, rows, positions)
 
@@ -340,7 +340,7 @@ def _decode(adapter: Adapter, part: Part, kept: Any, normed: Tensor, bar: Any, c
     said: list[list[float]] = [[] for _ in part.rows]
     alive, layout, ends = list(range(len(part.rows))), part.layout, adapter.eos_ids
     joins = {i: row.join for i, row in enumerate(part.rows)}
-    choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows], len(request.rows))
+    choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows])
     for step in range(request.generate):
         cost["unembedded"] += len(alive)
         chosen, logprobs = choose(adapter, normed, step, alive)
@@ -393,11 +393,11 @@ def _forks(layout: Layout) -> dict[int, tuple[Tensor, ...]]:
 class _Chooser:
     """The next token of every row: the likeliest, or drawn."""
 
-    def __init__(self, sampling: Sampling | None, steps: int, rows: list[int], n_rows: int) -> None:
+    def __init__(self, sampling: Sampling | None, steps: int, rows: list[int]) -> None:
         self.sampling = sampling
-        if sampling is not None:  # one number for each row and step, whatever the parts
-            every = torch.rand(n_rows, steps, generator=torch.Generator().manual_seed(sampling.seed), dtype=torch.float64)
-            self.draws = every[rows]
+        if sampling is not None:  # a row's numbers are its own, whatever the other rows, the parts and the steps
+            seeds = torch.randint(1 << 62, (max(rows) + 1,), generator=torch.Generator().manual_seed(sampling.seed)).tolist()
+            self.draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seeds[row]), dtype=torch.float64) for row in rows])
 
     def __call__(self, adapter: Adapter, normed: Tensor, step: int, rows: list[int]) -> tuple[Tensor, Tensor]:
         ask = self.sampling
@@ -409,7 +409,7 @@ class _Chooser:
         for start in range(0, len(normed), some):
             logits = adapter.unembed(normed[start : start + some]).double().cpu()
             values, ids = logits.sort(-1, descending=True) if not ask.top_k else logits.topk(min(ask.top_k, logits.shape[-1]), -1)
-            probabilities = (values / ask.temperature).softmax(-1)
+            probabilities = ((values - values[:, :1]) / ask.temperature).softmax(-1)
             total = probabilities.cumsum(-1)
             allowed = (total - probabilities) < ask.top_p  # the first that reaches top_p is the last
             total = (probabilities * allowed).cumsum(-1)

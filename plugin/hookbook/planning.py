@@ -419,9 +419,12 @@ def _check_wanted(request: Request, card: ModelCard) -> None:
 def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n: int, resolved: Any, top: tuple[float, int]) -> None:
     positions = resolved(row.prompt, edit.position) if edit.scope == "prompt" else edit.positions(request.prompts[row.prompt])
     edit.check(card, len(positions))
+    numbers = torch.as_tensor(edit.value, dtype=None if isinstance(edit.value, Tensor) else torch.float64)
+    if card.itemsize < 4 and not all(
+        bool(torch.isfinite(x.to(getattr(torch, card.dtype))).all()) for x in (numbers, torch.tensor(edit.to, dtype=torch.float64))
+    ):
+        raise EditError(f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
     if isinstance(edit.value, Tensor):
-        if card.itemsize < 4 and not bool(torch.isfinite(edit.value.to(getattr(torch, card.dtype))).all()):
-            raise EditError(f"a vector at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
         if edit.value.requires_grad and not request.grad:
             raise EditError(f"a vector at {edit.site} that requires gradients", "this request keeps no graph", "detach it, or ask with grad=True")
     if edit.keys is not None and min(resolved(row.prompt, edit.keys)) > max(positions, default=n):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -75,6 +76,7 @@ class Edit:
             raise EditError(
                 f"{self.op} with keys={self.keys!r} at {self.site}", "only attn_pattern has keys to knock out or choose", "name an attn_pattern site"
             )
+        self._check_value_types()
         number = pattern or self.op == "scale" or not isinstance(self.value, Tensor)
         if number and self.op not in ("project_out", "clamp"):
             if isinstance(self.value, Tensor) and self.value.numel() != 1:
@@ -108,6 +110,18 @@ class Edit:
                 "it would spread to every later number",
                 "look for the step that made it, often half precision",
             )
+
+    def _check_value_types(self) -> None:
+        value = self.value
+        if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
+            try:
+                value = torch.as_tensor(value)
+                value = value if value.is_floating_point() else value.double()
+            except (TypeError, ValueError, RuntimeError):
+                value = None  # type: ignore[assignment]
+            object.__setattr__(self, "value", float(value) if value is not None and not value.dim() else value)
+        if not isinstance(self.value, (Tensor, Real)) or not isinstance(self.to, Real):
+            raise EditError(f"{self.op} at {self.site} with {self.value!r} and to={self.to!r}", "", "give a tensor or a number")
 
     def _check_scope(self) -> None:
         scope = self.scope
@@ -221,6 +235,13 @@ class Sampling:
     """Draw among the likeliest tokens that together have this probability."""
 
     def __post_init__(self) -> None:
+        whole = all(isinstance(x, Integral) and not isinstance(x, bool) for x in (self.seed, self.top_k))
+        if not whole or not all(isinstance(x, Real) for x in (self.temperature, self.top_p)) or not 0 <= self.seed < 1 << 63:
+            raise TokenError(
+                f"sampling with seed={self.seed!r}, temperature={self.temperature!r}, top_k={self.top_k!r}, top_p={self.top_p!r}",
+                "seed and top_k are whole numbers",
+                "give numbers",
+            )
         if not (0 < self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise TokenError(
                 f"sampling with temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}",

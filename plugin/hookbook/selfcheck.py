@@ -30,7 +30,7 @@ _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that were asked whether rows may be packed, and whether they may."""
 
 
-def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ignore[assignment]
+def check(adapter: Adapter, sites: set[Site] = frozenset(), knock_out: bool = False) -> None:  # type: ignore[assignment]
     """Raise unless a model can be run exactly, and, if sublayers are asked for, unless they add up to their block.
 
     Raises:
@@ -49,6 +49,10 @@ def check(adapter: Adapter, sites: set[Site] = frozenset()) -> None:  # type: ig
                 known[name] = _check_inner(adapter, name)
         if known[name] is not None:
             raise known[name]  # type: ignore[misc]
+    if knock_out and not _inner[adapter.model]["attn_pattern sums to 1"]:
+        raise Refused(
+            f"knock_out of attention in {adapter.card.architecture}", "its patterns leave a part to a sink, which would have to share, too", "use set or scale"
+        )
 
 
 def _check_inner(adapter: Adapter, name: str) -> Refused | None:
@@ -73,7 +77,7 @@ def _check_inner(adapter: Adapter, name: str) -> Refused | None:
         }
     else:
         edit = {"op": "add", "rows": rows, "cols": cols, "value": torch.linspace(-1, 1, width)[None]}
-    reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in (source, out)}
+    reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in {source, out, name}}
     climb = Climb(1, {0: (None, n([0]))}, {(name, 0): [edit]}, reads, 1)
     try:
         adapter.forward(n([[adapter.pad_id + 1, adapter.pad_id + 2]]), None, climb)
@@ -83,9 +87,12 @@ def _check_inner(adapter: Adapter, name: str) -> Refused | None:
             return refused
         written = project(inside)
         written = written if norm is None else norm(written)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError):
+    except Exception:  # whatever a family does instead, and however its library says so
         return refused
-    moved = (inside[1] == 0).all() if name == "attn_pattern" else _close(card.itemsize, inside[1] - inside[0], edit["value"][0])
+    moved = _close(card.itemsize, inside[1] - inside[0], edit["value"][0]) if name != "attn_pattern" else (inside[1] == 0).all()
+    if name == "attn_pattern":
+        sums = climb.found[name][0].sum(-1)
+        _inner[adapter.model]["attn_pattern sums to 1"] = _close(card.itemsize, sums, torch.ones_like(sums))  # type: ignore[assignment]
     return None if climb.fired == 1 and moved and _close(card.itemsize, written, outside) else refused
 
 

@@ -43,10 +43,10 @@ def test_no_hook_survives_a_run_that_raised(case, monkeypatch, where):
     before = hooks(adapter)
     visit = Climb.visit
 
-    def broken(self, name, layer, x):
+    def broken(self, name, layer, x, **more):
         if name == where and layer == 1:
             raise ZeroDivisionError("on purpose")
-        return visit(self, name, layer, x)
+        return visit(self, name, layer, x, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Climb, "visit", broken)

@@ -30,7 +30,7 @@ def state(case: Case, text: str, position: int, site: Site) -> Tensor:
 
 
 def edits(value: Tensor, position: int, site: Site) -> tuple:
-    return ((site, position, hb.Edit(site, value, "set")),)
+    return ((site, position, hb.Edit(site, value, "set"), []),)
 
 
 def spoken(case: Case, text: str, patch: tuple = ()) -> Tensor:
@@ -200,7 +200,7 @@ def test_the_logit_lens_is_the_unembedded_state(position):
     (i,) = hb.tokens.resolve(position, lens.sources[0])
     said = everything(lens.token_ids, lens.logprobs)[0]
     for p, (read, _) in enumerate(lens.pairs):
-        assert close(said[p], TOY.adapter.unembed(state(TOY, "The cat sat", i, read)).detach().log_softmax(-1)), read
+        assert close(said[p], TOY.adapter.unembed(TOY.adapter.final_norm(state(TOY, "The cat sat", i, read))).detach().log_softmax(-1)), read
     own = TOY.adapter.plain_logits(torch.tensor([lens.sources[0].ids]))[0, i].log_softmax(-1)
     assert close(said[-1], own) and bool(lens.precision[0, -1]) and int(lens.source_ids[0]) == int(own.argmax())
 

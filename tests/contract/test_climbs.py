@@ -1,0 +1,178 @@
+"""How requests are cut and laid out: what is shared, what it costs, and that rows come back as they were asked for."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import hookbook as hb
+from hookbook import planning, selfcheck
+from hookbook.request import Each, Read, Readout, Request, Row
+from hookbook.testing import toy
+from tests.conftest import assert_plain
+from tests.contract.test_forks import direction, random_edits
+
+TEXT = "The cat sat on the mat."
+CAUSES = ("embed", "resid_pre.1", "attn_pattern.1", "head_z.1", "attn_out.1", "mlp_act.1.3", "mlp_out.1", "resid_post.1", "final_norm")
+
+
+def edit_at(adapter: hb.Adapter, site: hb.Site | str, seed: int = 0, position: hb.tokens.Position = -1) -> hb.Edit:
+    site = hb.Site.parse(site)
+    if site.name == "attn_pattern":
+        return hb.Edit(site, op="knock_out", position=position, keys=0)
+    return hb.Edit(site, 3 * direction(seed, site.width(adapter.card)), "set", position)
+
+
+@pytest.mark.parametrize("site", CAUSES)
+def test_one_edited_row_costs_what_a_plain_run_costs(case, site):
+    """No clean trunk is kept beside it, wherever the edit is."""
+    adapter = case.adapter
+    tokens = adapter.encode(TEXT)
+    request = Request([tokens], [Row(0, (edit_at(adapter, site),))], [Read("resid_post.1")], Readout(logits=True))
+    reply = adapter.run(request)
+    assert reply.cost == {"climbs": 1, "passes": 1, "token_layers": len(tokens) * adapter.card.n_layers, "unembedded": 1}
+    assert_plain(case, request, reply)
+
+
+def test_the_last_fork_goes_on_in_place_of_a_trunk_nobody_reads(case):
+    """Two rows of one prompt are two rows above where the first leaves; with a clean row beside them, three."""
+    adapter = case.adapter
+    tokens, n_layers = adapter.encode(TEXT), adapter.card.n_layers
+    n = len(tokens)
+    rows = [Row(0, (edit_at(adapter, "resid_post.1", 1, 0),)), Row(0, (edit_at(adapter, "attn_out.1", 2, 0),))]
+    for more, layers in (((), n_layers + (n_layers - 1)), ((Row(0),), n_layers + (n_layers - 1) + (n_layers - 2))):
+        request = Request([tokens], [*rows, *more], [Read("resid_post.0", 0), Read("attn_out.1", 0), Read("mlp_out.1", -1)], Readout(logits=True))
+        reply = adapter.run(request)
+        assert reply.cost["token_layers"] == n * layers
+        assert_plain(case, request, reply)
+
+
+def test_prompts_of_one_length_share_a_climb(case):
+    adapter = case.adapter
+    prompts = [adapter.encode(f"The {animal} sat on the mat.") for animal in ("cat", "dog", "cow", "pig", "emu", "yak")]
+    rows = [Row(i % 6, (edit_at(adapter, f"resid_post.{i % 2}", i),)) for i in range(18)] + [Row(4)]
+    request = Request(prompts, rows, [Read("mlp_out.1", slice(-2, None))], Readout(k=3, logits=True))
+    reply = adapter.run(request)
+    assert reply.cost["climbs"] == 1
+    assert_plain(case, request, reply)
+
+
+@pytest.mark.parametrize("generate", [0, 5])
+def test_prompts_of_very_different_lengths_take_few_climbs_and_come_back_in_order(case, generate):
+    """A climb for the short ones and one for the long ones: forty tokens of padding in every row would cost more."""
+    adapter, pick = case.adapter, random.Random(3)
+    prompts = [adapter.encode(("abc" if i % 2 else "a prompt much longer than the others are, of") + "ghijkl"[i % 6]) for i in range(12)]
+    prompts.append(adapter.encode("a prompt of a length between, which nobody runs"))
+    rows = [Row(i, random_edits(pick, adapter, len(prompts[i])) if i % 3 else ()) for i in range(12) for _ in range(2)]
+    pick.shuffle(rows)
+    wanted = torch.arange(len(rows))[:, None] + torch.tensor([[0, 100]])
+    ends = Each(tuple(pick.choice([-1, 0, 2]) for _ in rows))
+    reads = [Read("resid_post.1", ends), Read("attn_pattern.1", slice(None)), Read("head_z.0.1", slice(0, 3)), Read("final_norm", -2)]
+    request = Request(prompts, rows, reads, Readout(k=2, tokens=wanted, logits=True), generate=generate)
+    reply = adapter.run(request)
+    assert reply.cost["climbs"] == 2
+    assert_plain(case, request, reply)
+
+
+def test_a_span_that_is_not_ascending_comes_back_in_one_order_whatever_the_plan(monkeypatch):
+    adapter = toy()
+    request = Request([adapter.encode("abcdef")], [Row(0), Row(0, (edit_at(adapter, "resid_post.0"),))], [Read("resid_pre.1", [6, 1])], Readout(logits=True))
+    (whole,) = adapter.run(request).readings
+    monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)
+    (split,) = adapter.run(request).readings
+    assert torch.equal(split.positions, whole.positions) and (split.values - whole.values).abs().max() < 1e-10
+
+
+def test_a_prefix_is_run_by_itself_only_where_that_saves_more_than_a_pass(case, monkeypatch):
+    adapter = case.adapter
+    tokens, n_layers = adapter.encode(TEXT), adapter.card.n_layers
+    saved = len(tokens) - 1  # by each row beside the first, in every layer it is in
+    few = 1 + planning.PASS_TOKENS // saved
+    for rows, passes in ((few, 1), (few + 1, 2)):
+        request = Request([tokens], [Row(0, (edit_at(adapter, "embed", i),)) for i in range(rows)], (), Readout(logits=True))
+        assert adapter.run(request).cost["passes"] == 1  # what is edited at the embedding shares no blocks, nor a prefix
+        request = Request([tokens], [Row(0, (edit_at(adapter, "resid_pre.0", i),)) for i in range(rows)], (), Readout(logits=True))
+        reply = adapter.run(request)
+        assert reply.cost["passes"] == passes
+        assert reply.cost["token_layers"] == n_layers * (rows * len(tokens) if passes == 1 else saved + rows)
+        assert_plain(case, request, reply)
+
+
+def test_ragged_prompts_are_packed_each_into_its_own_rows(case):
+    adapter = case.adapter
+    prompts = [adapter.encode(text) for text in (TEXT, "A cat, or a hat", "The dog sat on it")]
+    rows = [Row(i % 3, (edit_at(adapter, CAUSES[1 + i % 7].replace("attn_pattern", "attn_out"), i),)) for i in range(48)] + [Row(1), Row(2)]
+    request = Request(prompts, rows, [Read("resid_post.1"), Read("mlp_act.1.3"), Read("resid_pre.1", 0)], Readout(logits=True))
+    (part,) = planning.plan(adapter, request)
+    assert (part.pack > 1) == adapter.packs
+    if adapter.packs:
+        assert selfcheck.packs(adapter) == ("gpt2" not in case.name)
+    assert_plain(case, request, adapter.run(request))
+
+
+def test_forks_of_a_prefix_decode_past_a_window(case, monkeypatch):
+    """The prefix is longer than the window of four of the Gemma of these tests; keys and values are kept of all of it."""
+    adapter, pick = case.adapter, random.Random(5)
+    monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)
+    monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
+    prompts = [adapter.encode(TEXT), adapter.encode("A hat, on a mat.")]
+    n = [len(tokens) for tokens in prompts]
+    rows = [Row(0), Row(1)]
+    for i in range(16):
+        late = hb.Edit(
+            pick.choice(["resid_post.0", "mlp_out.1", "embed"]), 2 * direction(i, adapter.card.d_model), scope=pick.choice(["generated", (n[i % 2] + 4,)])
+        )
+        rows.append(Row(i % 2, (edit_at(adapter, pick.choice(CAUSES[1:-1]), i), *([late] if i % 4 == 0 else []))))
+    request = Request(prompts, rows, [Read("attn_pattern.1", slice(None))], Readout(logits=True), generate=16)
+    reply = adapter.run(request)
+    (part,) = planning.plan(adapter, request)
+    assert part.split == n[0] - 1 > 4 and all(len(out) == 16 for out in reply.generated)
+    assert_plain(case, request, reply)
+
+
+def test_rows_that_said_the_same_decode_as_one_until_they_differ(case, monkeypatch):
+    """Three clean rows are one; an edit of generated tokens leaves it where it is first edited."""
+    adapter, n_layers = case.adapter, case.adapter.card.n_layers
+    monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
+    tokens = adapter.encode(TEXT)
+    late = hb.Edit(hb.Site("resid_post", n_layers - 2), 5 * direction(1, adapter.card.d_model), "set", scope="generated")
+    for rows, layers in (([Row(0)] * 3, n_layers), ([Row(0)] * 3 + [Row(0, (late,))] * 2, n_layers + 2), ([Row(0, (late,))] * 2, n_layers + 1)):
+        request = Request([tokens], rows, generate=2)
+        reply = adapter.run(request)
+        assert reply.cost == {"climbs": 1, "passes": 2, "token_layers": len(tokens) * n_layers + layers, "unembedded": 2 * len(rows)}
+        assert_plain(case, request, reply)
+    request = Request([tokens], [Row(0)] * 3 + [Row(0, (late,))] * 2, generate=12)
+    reply = adapter.run(request)
+    assert_plain(case, request, reply)
+    assert reply.generated[0] == reply.generated[2] != reply.generated[3] == reply.generated[4]
+
+
+def test_rows_that_ended_are_left_out(case, monkeypatch):
+    adapter, n_layers = case.adapter, case.adapter.card.n_layers
+    monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
+    tokens = adapter.encode(TEXT)
+    rows = [Row(0), Row(0, (edit_at(adapter, "embed", 1),)), Row(0, (edit_at(adapter, "embed", 2),))]
+    whole = adapter.run(Request([tokens], rows, generate=8)).generated
+    ends = frozenset({whole[0][0], whole[1][3]})
+    monkeypatch.setattr(type(adapter), "eos_ids", ends)
+    request = Request([tokens], rows, generate=8)
+    reply = adapter.run(request)
+    assert_plain(case, request, reply)
+    fed = [min(len(out), 7) for out in reply.generated]  # what a row said is fed back, but for the last
+    assert fed[0] == 0 and reply.cost["token_layers"] == n_layers * (3 * len(tokens) + sum(fed)) and reply.cost["passes"] == 1 + max(fed)
+
+
+def test_a_plan_counts_what_a_run_costs(case, monkeypatch):
+    adapter, pick = case.adapter, random.Random(9)
+    monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
+    prompts = [adapter.encode(text) for text in (TEXT, "Hi", "abc", "A much longer one, that is alone in its climb", "a")]
+    rows = [Row(i, random_edits(pick, adapter, len(prompts[i]), ("prompt", "all"))) for i in range(5) for _ in range(5)]
+    for generate in (0, 4):
+        request = Request(prompts, rows, [Read("resid_post.0")], Readout(k=1), generate=generate)
+        parts, cost = planning.plan(adapter, request), adapter.run(request).cost
+        assert cost["climbs"] == len(parts) and cost["passes"] == sum(part.passes for part in parts)
+        assert cost["unembedded"] == sum(part.unembedded for part in parts)
+        most, prompts_alone = sum(part.token_layers for part in parts), sum(part.prompt_token_layers for part in parts)
+        assert cost["token_layers"] == most if not generate else prompts_alone < cost["token_layers"] <= most
