@@ -27,8 +27,8 @@ dev: $(VENV)/.dev ## set up an environment to work in
 docs: $(VENV)/.dev ## write the generated pages of docs/reference
 	$(RUN)/python docs/generate.py
 
-bench: $(VENV)/.dev ## measure one climb against what people run today (give the machine nothing else to do; ten minutes)
-	$(RUN)/python benchmarks/all_pairs.py
+bench: $(VENV)/.dev ## measure hookbook against what people run today (give the machine nothing else to do; about two hours)
+	$(RUN)/python benchmarks/run.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("hookbook needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

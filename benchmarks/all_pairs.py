@@ -1,118 +1,71 @@
-"""Every (source layer, target layer) pair of a token-identity patchscope: one climb against what people run today.
+"""Every (source layer, target layer) pair of a token-identity patchscope: one climb, a batch per target layer, a run per pair.
 
-    python benchmarks/all_pairs.py [--models gemma-3-270m smollm2-135m-instruct] [--repeats 3]
-
-All ways run the same pairs on the same machine in turns and end with the logits of the target's last token, which are
-compared. Give the machine nothing else to do: ratios on a busy machine mean little.
+The state of each source layer at the last token of a sentence replaces the output of each target layer at the last token
+of the target prompt. All ways end with the logits of that token.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from collections.abc import Sequence
+from functools import partial
 
 import torch
+from common import LOOPS, Answer, Claim, Loop, Models, Way, batch, compare, main, spread, states
+from torch import Tensor
 
 import hookbook as hb
-from hookbook.packages import PACKAGES
-from hookbook.request import Edit, Read, Readout, Request, Row
+from hookbook.request import Edit, Readout, Request, Row
 from hookbook.sites import Site
+from hookbook.tokens import Tokens
 
 SOURCE = "The Eiffel Tower is located in the city of"
+TARGETS = {"smollm2-135m-instruct": 20.0, "gemma-3-270m": 8.0}
 
 
-def timed(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-    start = time.perf_counter()
-    out = run()
-    return time.perf_counter() - start, out
+def every_pair(values: Tensor, layers: Sequence[int]) -> list[Row]:
+    """A row for each target layer and state, in this order."""
+    return [Row(0, (Edit(Site("resid_post", layer), value, "set"),)) for layer in layers for value in values]
 
 
-def climb(adapter: hb.Adapter, states: torch.Tensor, target: list[int]) -> torch.Tensor:
-    n = len(states)
-    rows = [Row(0, (Edit(Site("resid_post", layer), state, "set"),)) for layer in range(n) for state in states]
-    reply = adapter.run(Request([adapter.encode(target)], rows, (), Readout(logits=True)), progress=False)
-    assert reply.readout is not None and reply.readout.logits is not None
-    return reply.readout.logits
+def climb(adapter: hb.Adapter, values: Tensor, target: Tokens) -> Answer:
+    """All pairs as one request."""
+    return Answer.of(adapter.run(Request([target], every_pair(values, range(adapter.card.n_layers)), (), Readout(logits=True)), progress=False))
 
 
-@torch.no_grad()
-def batch_per_layer(adapter: hb.Adapter, states: torch.Tensor, target: list[int]) -> torch.Tensor:
-    tokens = torch.tensor([target]).expand(len(states), -1)
+def per_layer(loop: Loop, models: Models, values: Tensor, target: Tokens, layers: Sequence[int]) -> Answer:
+    """For each target layer a batch of all states."""
+    n = len(values)
 
-    def patch(x: torch.Tensor, hook: object) -> torch.Tensor:
-        x[:, -1] = states
-        return x
+    def put(x: Tensor) -> None:
+        x[:, -1] = values
 
-    # logits_to_keep spares the baseline the logits of all other tokens, which TransformerLens computes by default
-    return torch.cat(
-        [adapter.model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", patch)], logits_to_keep=1)[:, -1] for layer in range(len(states))]
-    )
+    with torch.no_grad():
+        logits = torch.cat([loop(models, batch(target, n), Site("resid_post", layer), put) for layer in layers])
+    return Answer(logits, rows=[layer * n + source for layer in layers for source in range(n)])
 
 
-@torch.no_grad()
-def run_per_pair(adapter: hb.Adapter, states: torch.Tensor, target: list[int], pairs: list[tuple[int, int]]) -> torch.Tensor:
-    tokens, out = torch.tensor([target]), []
-    for layer, source in pairs:
-
-        def patch(x: torch.Tensor, hook: object, source: int = source) -> torch.Tensor:
-            x[:, -1] = states[source]
-            return x
-
-        out.append(adapter.model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", patch)], logits_to_keep=1)[:, -1])
-    return torch.cat(out)
+def per_pair(loop: Loop, models: Models, values: Tensor, target: Tokens, pairs: Sequence[tuple[int, int]]) -> Answer:
+    """For each target layer and state a run."""
+    parts = [per_layer(loop, models, values[source : source + 1], target, [layer]) for layer, source in pairs]
+    return Answer(Answer.cat(parts).values, rows=[layer * len(values) + source for layer, source in pairs])
 
 
-def bench(name: str, repeats: int) -> None:
-    bridge = hb.load(name, "transformer_lens", device="cpu")
-    nnsight = hb.load(name, "nnsight", device="cpu")
-    n = bridge.card.n_layers
-    target = list(bridge.encode(hb.prompts.TOKEN_IDENTITY.text).ids)
-    reads = [Read(Site("resid_post", layer)) for layer in range(n)]
-    states = torch.cat([r.values for r in bridge.run(Request([bridge.encode(SOURCE)], [Row(0)], reads)).readings])
-    sample = [(i * n // 12, (i * 7 + 3) % n) for i in range(12)]
-    ways: dict[str, Callable[[], torch.Tensor]] = {
-        "one climb, TransformerLens bridge": lambda: climb(bridge, states, target),
-        "one climb, nnsight": lambda: climb(nnsight, states, target),
-        "one batch per target layer, TransformerLens hooks": lambda: batch_per_layer(bridge, states, target),
-        f"one run per pair, TransformerLens hooks ({len(sample)} pairs, scaled)": lambda: run_per_pair(bridge, states, target, sample),
-    }
-    first = list(ways)[0]
-    for adapter in (bridge, nnsight):  # warm up
-        climb(adapter, states, target)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    worst = dict.fromkeys(ways, 0.0)
-    agree = dict.fromkeys(ways, 1.0)
-    for _ in range(repeats):
-        reference = None
-        for way, run in ways.items():
-            took, out = timed(run)
-            scaled = "scaled" in way
-            seconds[way].append(took * n * n / len(sample) if scaled else took)
-            reference = out if reference is None else reference
-            same = reference[[layer * n + source for layer, source in sample]] if scaled else reference
-            worst[way] = max(worst[way], float((same - out).abs().max()))
-            agree[way] = min(agree[way], float((same.argmax(-1) == out.argmax(-1)).float().mean()))
-            del out
-    print(f"\n{name}: {n} x {n} = {n * n} pairs, target of {len(target)} tokens, {torch.get_num_threads()} threads, median of {repeats}")
-    print(f"{'way':70s} {'seconds':>9s} {'times one climb':>16s} {'max |d logit|':>14s} {'same top-1':>11s}")
-    for way, took in seconds.items():
-        ratio = statistics.median(t / base for t, base in zip(took, seconds[first], strict=True))
-        print(f"{way:70s} {statistics.median(took):9.2f} {ratio:16.2f} {worst[way]:14.1e} {agree[way]:11.3f}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=list(PACKAGES))
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    for name in args.models:
-        bench(name, args.repeats)
+def bench(models: Models, repeats: int) -> list[Claim]:
+    """One climb on both backends, and each loop with a batch per layer and with a run per pair."""
+    n = models.bridge.card.n_layers
+    target = models.bridge.encode(hb.prompts.TOKEN_IDENTITY.text)
+    values = states(models.bridge, [models.bridge.encode(SOURCE)])[:, 0]
+    pairs = [(layer, source) for layer in range(n) for source in range(n)]
+    ways = [
+        Way("one climb, TransformerLens bridge", lambda _: climb(models.bridge, values, target)),
+        Way("one climb, nnsight", lambda _: climb(models.nnsight, values, target)),
+        *(Way(f"a batch per target layer, {name}", partial(per_layer, loop, models, values, target), range(n)) for name, loop in LOOPS.items()),
+        *(Way(f"a run per pair, {name}", partial(per_pair, loop, models, values, target), spread(pairs, 12), n * n) for name, loop in LOOPS.items()),
+    ]
+    share = 0.6 if models.name.startswith("smollm2") else 0
+    goal = {"a batch per target layer, TransformerLens hooks": TARGETS.get(models.name, 0.0)}
+    return compare(f"{n} x {n} = {n * n} pairs, target of {len(target)} tokens", ways, models, repeats, goal, share=share)
 
 
 if __name__ == "__main__":
-    main()
+    main({"all_pairs": bench})

@@ -291,7 +291,9 @@ def patchscope(
     reads = list(dict.fromkeys(read for read, _ in pairs))
     final = Site("resid_post", reader.card.n_layers - 1)
     each = Each(tuple(reads_at))
-    read_reply = reader.run(Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress, checkpoint=checkpoint)
+    read_reply = reader.run(
+        Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress, checkpoint=checkpoint
+    )
     *states, own = (reading.values for reading in read_reply.readings)
     place = {site: i for i, site in enumerate(reads)}
     change: Map = map if map is not None else lambda x, read, write: x

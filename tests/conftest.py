@@ -384,10 +384,13 @@ def real_hooked() -> hb.Adapter:
     return hb.wrap(load("google/gemma-3-270m", hf_model=module, tokenizer=tokenizer, device="cpu", dtype="float32"), tokenizer)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Two for real models; one for tiny ones, whose threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before) if request.node.path.parent.name in ("real", "agreement") else 1)
     yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)
