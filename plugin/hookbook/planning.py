@@ -294,6 +294,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     width, per_key = n - split, 2 * kv
     prefix = trunk * split * per_key * card.n_layers
     asked = rows * (sum(read.site.width(card) for read in request.reads) + 2 * card.d_model)
+    kept = 0
     peak = max(prefix + block(trunk * split, trunk, split, split), prefix + asked + block(batch * width, batch / pack, width * pack, split + width * pack))
     if request.grad:
         peak += batch * width * (8 * card.d_model + 6 * heads + 4 * kv + 6 * card.d_mlp) * card.n_layers
@@ -305,7 +306,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     if request.readout is not None or request.generate:
         every = rows * card.d_vocab * 4
         kept_logits = 2 * every if request.readout is not None and request.readout.logits else 0
-        total = max(total, (asked + (kept if request.generate else 0)) * size + kept_logits + 2 * min(every, LOGITS_BYTES))
+        total = max(total, (asked + kept) * size + kept_logits + 2 * min(every, LOGITS_BYTES))
     return int(total)
 
 

@@ -153,7 +153,7 @@ class Edit:
             return []
         if isinstance(self.scope, tuple):
             return sorted({p for p in self.scope if p < len(tokens)})
-        return resolve(self.position, tokens)
+        return list(resolve(self.position, tokens))
 
     def acts_at(self, position: int) -> bool:
         """Whether this edit acts on a generated token, by its position in prompt and generated tokens."""
