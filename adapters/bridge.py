@@ -11,11 +11,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
-from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
-from hookbook.route import Stop, routed
+from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
+from hookbook.travel.climb import Climb, Stop
+from hookbook.travel.passes import cache_from, inputs, kept_of, length, widener
 
 
 def accepts(model: Any) -> bool:
@@ -93,15 +94,16 @@ class BridgeAdapter(Adapter):
         return not any(point.fwd_hooks for point in self.model.hook_dict.values())
 
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        cache = hf.cache_from(kept) if kept is not None or keep else None
-        inputs = hf.inputs(self.model.original_model, tokens, mask, cache)
-        with routed(self.blocks, climb, hf.widener(cache, climb, keep), hf.length(cache)) as handles:
+        cache = cache_from(kept) if kept is not None or keep else None
+        original = self.model.original_model
+        taken = inputs(tokens, mask, cache, hf.takes_positions(original), hf.device(original))
+        with routed(self.blocks, climb, widener(cache, climb, keep), length(cache)) as handles:
             handles += [Hooked(self._hook_point(name, layer), name, layer, climb) for name, layer in climb.inside()]
             try:
-                self.model(inputs.pop("input_ids"), return_type=None, **inputs)
+                self.model(taken.pop("input_ids"), return_type=None, **taken)
             except Stop:
                 pass
-        return hf.kept(cache, climb.last) if keep else None
+        return kept_of(cache, climb.last) if keep else None
 
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoTokenizer
 
-from hookbook.climb import Climb
 from hookbook.errors import ModelError
 
 _own_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -97,21 +94,6 @@ class Names:
         return self.module.get_submodule(self.path(name, layer)), None if norm is None else self.module.get_submodule(norm)
 
 
-@contextmanager
-def eager(module: Any, wanted: bool) -> Iterator[None]:
-    """Attention that computes its pattern, for one pass; the model's own choice is put back."""
-    config = module.config
-    before = config._attn_implementation
-    if not wanted or before == "eager":
-        yield
-        return
-    try:
-        config._attn_implementation = "eager"
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def check_attention(config: Any) -> None:
     """Raise for blocks that keep something else than keys and values: their state cannot be forked yet."""
     text = config.get_text_config()
@@ -125,56 +107,6 @@ def check_attention(config: Any) -> None:
         )
 
 
-def inputs(model: Any, tokens: Tensor, mask: Tensor | None, cache: Any) -> dict[str, Any]:
-    """Arguments of a forward pass. Positions count a row's own tokens; without padding the model counts by itself."""
-    where = device(model)
-    found: dict[str, Any] = {"input_ids": tokens.to(where), "use_cache": cache is not None}
-    if cache is not None:
-        found["past_key_values"] = cache
-    if mask is not None:
-        found["attention_mask"] = mask.to(where)
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :].to(where)
-    return found
-
-
-def cache_from(kept: list[Any] | None) -> Any:
-    """A cache that holds `kept`. Without a config every layer keeps all tokens; sliding windows are in the masks."""
-    cache = DynamicCache()
-    for i, (keys, values) in enumerate(kept or ()):
-        kept[i] = None  # type: ignore[index]  taken over
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
-
-
-def length(cache: Any) -> int:
-    """How many tokens a cache holds."""
-    return cache.layers[0].keys.shape[-2] if cache is not None and cache.layers else 0
-
-
-def kept(cache: Any, n_layers: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the first layers, as `cache_from` takes them."""
-    if len(cache.layers) < n_layers:
-        raise ModelError(
-            "a model whose blocks share or keep no keys and values", f"{n_layers} blocks kept {len(cache.layers)}", "use a model with attention in every block"
-        )
-    return [(layer.keys, layer.values) for layer in cache.layers[:n_layers]]
-
-
-def widener(cache: Any, climb: Climb, keep: bool) -> Callable[[int], None]:
-    """Called before each block: gives its kept keys and values the rows of the batch, and frees those below."""
-
-    def widen(layer: int) -> None:
-        if cache is None:
-            return
-        if layer < len(cache.layers):
-            entry = cache.layers[layer]
-            entry.keys, entry.values = climb.widen(entry.keys), climb.widen(entry.values)
-        if layer and not keep:
-            below = cache.layers[layer - 1]
-            below.keys, below.values = below.keys[:0], below.values[:0]
-
-    return widen
+def takes_positions(model: Any) -> bool:
+    """Whether a forward pass takes position ids."""
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -14,11 +14,11 @@ from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPr
 from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.adapters import hf
 from hookbook.adapters.bridge import Hooked
-from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
-from hookbook.route import Stop, routed
+from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
+from hookbook.travel.climb import Climb, Stop
 
 
 def accepts(model: Any) -> bool:
@@ -101,7 +101,7 @@ class HookedAdapter(Adapter):
                 below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
 
         with routed(self.model.blocks, climb, widen) as handles:
-            handles += [Hooked(self.model.hook_dict[Site(*site).hook_name], *site, climb) for site in climb.inside()]
+            handles += [Hooked(self.model.hook_dict[Site(name, layer).hook_name], name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
             except Stop:

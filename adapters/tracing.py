@@ -13,14 +13,11 @@ from transformer_lens.model_bridge.sources.transformers import determine_archite
 
 from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
-from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
-from hookbook.route import Stop, enter
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
-
-PATTERN = "nn_functional_dropout_0"
-"""The operation of transformers' eager attention that gives the pattern."""
+from hookbook.travel.climb import Climb
+from hookbook.travel.passes import Passes
 
 
 def accepts(model: Any) -> bool:
@@ -58,32 +55,34 @@ class TracingAdapter(Adapter):
         if "blocks" not in mapping:
             raise ModelError(f"{type(module).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model")
         path = self.names.translate_transformer_lens_path
-        self.blocks = list(self._envoy(path("blocks")))
-        self.norm, self.head = module.get_submodule(path("ln_final")), module.get_submodule(path("unembed"))
         self.where = hf.Names(self.names, module)
+        paths: dict[Any, str] = {"blocks": path("blocks"), "norm": path("ln_final"), "head": path("unembed")}
+        self.passes = Passes(
+            model,
+            paths,
+            INNER,
+            hf.takes_positions(module),
+            scale=float(self.names.apply_output_logits_transform(torch.tensor(1e-6, dtype=torch.float64))) / 1e-6,
+            cap=cap if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None,
+            device=hf.device(module),
+        )
         self.card = ModelCard(
             backend="nnsight",
             model_id=hf.model_id(module),
             architecture=type(module).__name__,
-            n_layers=len(self.blocks),
+            n_layers=len(self.passes.blocks),
             d_model=cfg.d_model,
             n_heads=cfg.n_heads,
             d_head=cfg.d_head,
             n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
             d_mlp=cfg.d_mlp or 4 * cfg.d_model,
-            d_vocab=self.head.weight.shape[0],
+            d_vocab=module.get_submodule(path("unembed")).weight.shape[0],
             n_ctx=cfg.n_ctx,
             dtype=hf.dtype_name(module),
             device=str(hf.device(module)),
             tokenizer=fingerprint(self.tokenizer),
             versions=versions("nnsight", "transformer-lens"),
         )
-
-    def _envoy(self, path: str) -> Any:
-        found: Any = self.model
-        for part in path.split("."):
-            found = found[int(part)] if part.isdecimal() else getattr(found, part)
-        return found
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -104,53 +103,15 @@ class TracingAdapter(Adapter):
         return not self.model._edits  # the user's edits would see packed rows as tokens of a row
 
     def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        cache = hf.cache_from(kept) if kept is not None or keep else None
-        inputs = hf.inputs(self.module, tokens, mask, cache)
-        widen, n_kept = hf.widener(cache, climb, keep), hf.length(cache)
-        try:
-            with hf.eager(self.module, any(name == "attn_pattern" for name, _ in climb.inside())):
-                with self.model.trace(inputs.pop("input_ids"), **inputs):
-                    self._climb(climb, widen, n_kept)
-                    raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
-        except Stop:
-            pass
-        return hf.kept(cache, climb.last) if keep else None
-
-    def _climb(self, climb: Climb, widen: Any, n_kept: int) -> None:
-        """The body of a trace: what `hookbook.route` does with hooks, in the order of the pass."""
-        if climb.wants("embed"):
-            self._visit(climb, "embed", None)
-        for layer, block in enumerate(self.blocks[: climb.last + 1]):
-            args, kwargs = enter(climb, layer, *block.inputs, n_kept=n_kept)
-            if layer == climb.last:
-                return
-            widen(layer)
-            block.inputs = (args, kwargs)
-            for name in INNER:
-                if climb.wants(name, layer):
-                    self._visit(climb, name, layer)
-        output = self.blocks[-1].output
-        climb.boundary(len(self.blocks), output[0] if isinstance(output, tuple) else output)
-
-    def _visit(self, climb: Climb, name: str, layer: int | None) -> None:
-        site = self._envoy(self.where.path(name, layer))
-        if name == "attn_pattern":  # what eager attention computes, after softmax and dropout
-            source = site.source
-            while PATTERN not in source.names:  # through the interface, and what a TransformerBridge of this family puts around it
-                source = getattr(source, [op for op in source.names if "attention_" in op.lower()][-1]).source
-            site = getattr(source, PATTERN)
-        if name in ("head_z", "mlp_act"):
-            site.input = climb.visit(name, layer, site.input)
-        elif isinstance(output := site.output, tuple):
-            site.output = (climb.visit(name, layer, output[0]), *output[1:])
-        else:
-            site.output = climb.visit(name, layer, output)
+        for name, layer in climb.inside():
+            self.passes.paths[name, layer] = str(self.where.path(name, layer))
+        return self.passes.forward(tokens, mask, climb, kept, keep)
 
     def final_norm(self, resid: Tensor) -> Tensor:
-        return self.norm(resid[:, None])[:, 0]
+        return self.passes.final_norm(resid)
 
     def unembed(self, normed: Tensor) -> Tensor:
-        return self.names.apply_output_logits_transform(self.head(normed[:, None]))[:, 0]
+        return self.passes.unembed(normed)
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:

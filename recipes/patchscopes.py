@@ -382,7 +382,7 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
     reads = layers_to_sites(source_layers, source)
     if isinstance(target_layers, str) and target_layers == "same":
         for site in reads:
-            if site.layer >= target.n_layers:
+            if site.layer is not None and site.layer >= target.n_layers:
                 raise SiteError(
                     f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers"
                 )

@@ -94,7 +94,7 @@ def test_the_wheel_from_the_sdist_holds_one_name_and_imports_in_a_clean_environm
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"hookbook", f"hookbook-{hb.__version__}.dist-info"}
-    assert {"hookbook/py.typed", "hookbook/adapters/bridge.py", "hookbook/recipes/patchscopes.py", "hookbook/climb.py"} <= set(names)
+    assert {"hookbook/py.typed", "hookbook/adapters/bridge.py", "hookbook/recipes/patchscopes.py", "hookbook/travel/climb.py"} <= set(names)
     venv.create(tmp_path / "clean", with_pip=True)
     python = tmp_path / "clean/bin/python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)

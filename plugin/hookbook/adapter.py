@@ -17,11 +17,13 @@ from torch import Tensor
 from hookbook import engine, planning, selfcheck
 from hookbook.card import ModelCard as ModelCard
 from hookbook.card import versions as versions
-from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
+from hookbook.travel.climb import Climb
+from hookbook.travel.decoding import decode
+from hookbook.travel.readout import readout
 
 
 class Adapter(ABC):
@@ -150,52 +152,11 @@ class Adapter(ABC):
             selfcheck.check(self)
         rows = max(1, planning.LOGITS_BYTES // (4 * self.card.d_vocab))
         with torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
-            return self._readout(resid, rows, k, tokens, logits, normed)
+            return TokenReadout(*readout(self, resid, rows, k, tokens, logits, normed))
 
-    def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
-        parts = []
-        for start in range(0, len(resid), rows):
-            some = resid[start : start + rows]
-            values = self.unembed(some if normed else self.final_norm(some))
-            values = values.to(torch.promote_types(values.dtype, torch.float32))
-            wanted = torch.empty(len(values), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
-            ranked = k or wanted.numel()
-            top, ids = _topk(values, min(max(k, 1), values.shape[-1])) if ranked else (values[:, :0], torch.empty(len(values), 0, dtype=torch.long))
-            total = _logsumexp(values, top[:, :1].detach()) if ranked else values[:, :1]
-            top, ids = top[:, :k], ids[:, :k]
-            parts.append(
-                TokenReadout(
-                    ids.cpu(),
-                    (top - total).cpu(),
-                    (values.gather(-1, wanted.to(values.device)) - total).cpu(),
-                    values.cpu() if logits else None,
-                )
-            )
-        return TokenReadout.cat(parts)
-
-
-BLOCK = 128
-
-
-def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k)`, of a wide vocabulary three times as fast on a CPU: among the blocks with the largest maxima alone."""
-    n, width = values.shape
-    blocks = width // BLOCK
-    if not 0 < k < blocks // 4:
-        top = values.topk(k, dim=-1)
-        return top.values, top.indices
-    where = values[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1).topk(k, dim=-1).indices
-    ids = (where[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    ids = torch.cat([ids, torch.arange(blocks * BLOCK, width, device=values.device).expand(n, -1)], 1)
-    top = values.gather(-1, ids).topk(k, dim=-1)
-    return top.values, ids.gather(-1, top.indices)
-
-
-def _logsumexp(values: Tensor, top: Tensor) -> Tensor:
-    """`values.logsumexp(-1, keepdim=True)`, given each row's largest value; on a CPU in pieces that stay in its cache."""
-    rows = max(1, (4 << 20) // (values.element_size() * values.shape[-1])) if values.device.type == "cpu" else len(values)
-    parts = zip(values.split(rows), top.split(rows), strict=True)
-    return torch.cat([(part - most).exp().sum(-1, keepdim=True).log() + most for part, most in parts])
+    def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""
+        return decode(self, kept, normed, todo, tick)
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hookbook import storage
-from hookbook.climb import Climb
 from hookbook.errors import ResultError
 from hookbook.planning import Part
 from hookbook.request import Edit, Reply
+from hookbook.travel.climb import Climb
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter

@@ -89,7 +89,7 @@ def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> N
     with step("logit lens"):
         lens = hb.logit_lens(model, prompt)
 
-    same = {read.layer: p for p, (read, write) in enumerate(grid.pairs) if read == write}
+    same = {layer: p for p, (read, write) in enumerate(grid.pairs) if read == write and (layer := read.layer) is not None}
     console = Console()
     room = max(20, console.width - 54)  # for the description, beside the other columns
     top = f"What {model_name} holds at the last token of {prompt!r}, and of {name!r}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +13,14 @@ from tqdm.auto import tqdm
 
 from hookbook import planning, selfcheck
 from hookbook.checkpoint import Checkpoint
-from hookbook.climb import Climb, apply_edit, take
 from hookbook.errors import EditError
-from hookbook.planning import Layout, Part, join_place
+from hookbook.planning import Part, join_place
 from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout
 from hookbook.sites import Site
 from hookbook.tokens import resolve
+from hookbook.travel.climb import Climb
+from hookbook.travel.decoding import edited
+from hookbook.travel.edits import group_edits, take
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
@@ -74,13 +75,9 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
     if ask is not None:
         m = 0 if ask.tokens is None else ask.tokens.shape[1]
         readout = blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
-    return Reply(
-        tuple(readings),
-        readout,
-        ((),) * n if request.generate else (),
-        ((),) * n if request.generate else (),
-        {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 0},
-    )
+    tokens = torch.full((n, request.generate), -1) if request.generate else None
+    cost = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 0}
+    return Reply(tuple(readings), readout, tokens, None if tokens is None else torch.zeros(tokens.shape, dtype=torch.float64), cost)
 
 
 def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
@@ -106,26 +103,19 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
         values = torch.cat([torch.nn.functional.pad(reading.values, (0, longest - reading.values.shape[-1])) for reading in found])
         readings.append(Reading(read.site, take(values, back), rows[back], torch.cat([reading.positions for reading in found])[back]))
     readouts = [reply.readout for reply in replies if reply.readout is not None]
-    generated = [pair for reply in replies for pair in zip(reply.generated, reply.logprobs, strict=True)]
-    generated = [generated[i] for i in order.tolist()] if generated else []
-    cost = {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost}
+    tokens, logprobs = ([x for x in column if x is not None] for column in zip(*((reply.tokens, reply.token_logprobs) for reply in replies), strict=True))
     return Reply(
         tuple(readings),
         TokenReadout.cat(readouts)[order] if readouts else None,
-        tuple(ids for ids, _ in generated),
-        tuple(logprobs for _, logprobs in generated),
-        cost,
+        torch.cat(tokens)[order] if tokens else None,
+        torch.cat(logprobs)[order] if logprobs else None,
+        {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost},
     )
 
 
 def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     request, n_prompts, split, top = part.request, len(part.prompts), part.split, adapter.card.n_layers - 1
-    items = [
-        (part.layout.batch_row[i], [part.pads[part.trunk_of[i]] + p - split for p in positions], edit, part.pads[part.trunk_of[i]])
-        for i, row in enumerate(part.rows)
-        for edit, positions in row.edits
-    ]
-    edits = edit_groups(adapter, items, lambda item, column: _keys(part, part.layout.trunk[item[0]], item[2], column + split))
+    edits = group_edits(_items(adapter, part))
     collect = _Collector(part, top)
     pack = part.pack if part.pack > 1 and selfcheck.packs(adapter) else 1
     ids = torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
@@ -138,7 +128,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
         with torch.no_grad():
             kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=True)
         climbs.append(climb)
-    body = Climb(n_prompts, _forks(part.layout), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
+    body = Climb(n_prompts, part.layout.joining(), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
     kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate > 0)
     climbs.append(body)
     bar.update()
@@ -152,7 +142,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     del climbs
     readings = tuple(_reading(adapter, part, collect, i, found) for i in range(len(request.reads)))
     cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": 0}
-    readout, generated, logprobs = None, (), ()
+    readout = tokens = logprobs = None
     if request.readout is not None:
         ask = request.readout
         normed = _normed(adapter, part, collect.gather("readout", found))
@@ -162,83 +152,42 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     if request.generate:
         normed = _normed(adapter, part, collect.gather("next", found)).values
         found.clear()
-        generated, logprobs = _decode(adapter, part, kept, normed, bar, cost)
-    return Reply(readings, readout, generated, logprobs, cost)
+        tokens, logprobs, spent = adapter.decode(kept, normed, _todo(adapter, part), bar.update)
+        cost |= {key: cost[key] + more for key, more in zip(("passes", "token_layers", "unembedded"), spent.tolist(), strict=True)}
+    return Reply(readings, readout, tokens, logprobs, cost)
 
 
-def edit_groups(adapter: Adapter, items: Iterable[tuple[int, list[int], Edit, int]], keys: Any) -> dict:
-    """Edits by site, and among those by operation, in an order that keeps each row's own.
-
-    Args:
-        adapter: The model.
-        items: Batch row, columns, edit and padding of the row.
-        keys: From an item and one of its columns to the columns of its keys, for `attn_pattern`.
-    """
-    found: dict[tuple, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))
-    nth: dict[tuple, int] = defaultdict(int)
-    for item in items:
-        row, _, edit, _ = item
-        site = edit.site
-        pattern = site.name == "attn_pattern"
-        found[site.name, site.layer][nth[row, site.whole], edit.op, site.unit is not None and not pattern].append(item)
-        nth[row, site.whole] += 1
-    return {
-        site: [
-            (_pattern_group(adapter, key[1], group, keys) if site[0] == "attn_pattern" else _group(adapter, key[1], group))
-            for key, group in sorted(groups.items())
-        ]
-        for site, groups in found.items()
-    }
-
-
-def _group(adapter: Adapter, op: str, items: Sequence[tuple[int, list[int], Edit, int]]) -> dict:
-    edits = [edit for _, columns, edit, _ in items for _ in columns]
-    group: dict[str, Any] = {
-        "op": op,
-        "rows": torch.tensor([row for row, columns, *_ in items for _ in columns]),
-        "cols": torch.tensor([column for _, columns, *_ in items for column in columns]),
-    }
-    site = edits[0].site
+def _item(adapter: Adapter, edit: Edit, row: int, columns: list[int]) -> dict[str, Any]:
+    """An edit of some tokens of a row of the batch, as `group_edits` takes it."""
+    site = edit.site
+    item = {"row": row, "cols": columns, "site": (site.name, site.layer), "op": edit.op, "value": edit.value, "to": edit.to}
+    if site.name == "attn_pattern":
+        item["heads"] = list(range(adapter.card.n_heads)) if site.unit is None else [site.unit]
+        return item
+    item["width"] = site.width(adapter.card)
     if site.unit is not None:
-        group |= {"units": torch.tensor([edit.site.unit for edit in edits]), "n_units": site.units(adapter.card)[0]}
-    if op == "scale":
-        group["value"] = torch.tensor([edit.value for edit in edits], dtype=torch.float64)
-    else:
-        values = [edit.value if isinstance(edit.value, Tensor) else torch.tensor(edit.value, dtype=torch.float64) for _, _, edit, _ in items]
-        if all(value is values[0] for value in values) and values[0].dim() < 2:
-            group["value"] = values[0].expand(len(edits), site.width(adapter.card))
-        else:
-            width = site.width(adapter.card)
-            group["value"] = torch.cat([value.expand(len(columns), width) for value, (_, columns, *_) in zip(values, items, strict=True)])
-    if op == "clamp":
-        group["to"] = torch.tensor([edit.to for edit in edits], dtype=torch.float64)
-    return group
+        item["unit"], item["n_units"] = site.unit, site.units(adapter.card)[0]
+    return item
 
 
-def _pattern_group(adapter: Adapter, op: str, items: Sequence[tuple[int, list[int], Edit, int]], keys: Any) -> dict:
-    lines, entries, columns_of_keys, values = [], [], [], []
-    for item in items:
-        row, columns, edit, _ = item
-        heads = range(adapter.card.n_heads) if edit.site.unit is None else [edit.site.unit]
-        for head, column in itertools.product(heads, columns):
-            chosen = keys(item, column)
-            entries += [len(lines)] * len(chosen)
-            columns_of_keys += chosen
-            values += [edit.value] * len(chosen)
-            lines.append((row, head, column))
-    rows, heads, cols = torch.tensor(lines).unbind(1)
-    return {
-        "op": op, "rows": rows, "heads": heads, "cols": cols,
-        "entries": torch.tensor(entries), "keys": torch.tensor(columns_of_keys), "value": torch.tensor(values, dtype=torch.float64),
-    }  # fmt: skip
+def _items(adapter: Adapter, part: Part) -> list[dict[str, Any]]:
+    """What acts on the prompts' tokens from the first edited one on."""
+    items = []
+    for i, row in enumerate(part.rows):
+        trunk = part.trunk_of[i]
+        pad = part.pads[trunk]
+        for edit, positions in row.edits:
+            item = _item(adapter, edit, part.layout.batch_row[i], [pad + p - part.split for p in positions])
+            if edit.site.name == "attn_pattern":
+                seen = _seen(part, trunk, edit)
+                # a token attends to those that are not after it
+                item["keys"] = [[pad + key for key in (range(p + 1) if seen is None else seen) if key <= p] for p in positions]
+            items.append(item)
+    return items
 
 
-def _keys(part: Part, trunk_row: int, edit: Edit, column: int) -> list[int]:
-    """The columns of the tokens to which the token in `column` attends under an edit: those that are not after it."""
-    pad = part.pads[trunk_row]
-    if edit.keys is None:
-        return list(range(pad, column + 1))
-    return [pad + key for key in resolve(edit.keys, part.prompts[trunk_row]) if pad + key <= column]
+def _seen(part: Part, trunk: int, edit: Edit) -> list[int] | None:
+    return None if edit.keys is None else list(resolve(edit.keys, part.prompts[trunk]))
 
 
 class _Collector:
@@ -314,107 +263,45 @@ def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
     for at, (i, position) in enumerate(zip(got.rows.tolist(), got.positions.tolist(), strict=True)):
         for edit, positions in part.rows[i].finals:
             if position in positions:
+                item = _item(adapter, edit, at, [0])
                 if isinstance(edit.value, Tensor) and edit.value.dim() == 2 and len(edit.value) > 1:
-                    edit = Edit(edit.site, edit.value[positions.index(position)], edit.op, to=edit.to)
-                items.append((at, [0], edit, 0))
-    return Reading(got.site, _apply(adapter, values, items), got.rows, got.positions)
+                    item["value"] = edit.value[positions.index(position)]
+                items.append(item)
+    return Reading(got.site, edited(values, items), got.rows, got.positions)
 
 
-def _apply(adapter: Adapter, values: Tensor, items: list[tuple[int, list[int], Edit, int]]) -> Tensor:
-    if not items:
-        return values
-    values = values.clone()
-    for group in edit_groups(adapter, items, None)["final_norm", None]:
-        apply_edit(values[:, None], group)
-    return values
+def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
+    """What `decode` needs to know."""
+    request, late = part.request, []
+    for i, row in enumerate(part.rows):
+        late.append([])
+        for edit in row.late:
+            item = _item(adapter, edit, 0, [])
+            item["join"] = None if edit.site.name == "final_norm" else join_place(edit.site)
+            item["at"] = edit.scope if isinstance(edit.scope, tuple) else None
+            if edit.site.name == "attn_pattern":
+                item["seen"] = _seen(part, part.trunk_of[i], edit)
+            late[-1].append(item)
+    return {
+        "steps": request.generate,
+        "ends": sorted(adapter.eos_ids),
+        "sampling": _draws(request.sampling, request.generate, [row.number for row in part.rows]),
+        "rows_at_once": max(1, planning.LOGITS_BYTES // (4 * adapter.card.d_vocab)),
+        "last": adapter.card.n_layers,
+        "groups": part.groups,
+        "joins": {i: row.join for i, row in enumerate(part.rows)},
+        "lengths": [len(tokens) for tokens in part.prompts],
+        "pads": part.pads,
+        "mask": part.mask,
+        "width": part.n,
+        "late": late,
+    }
 
 
-def _decode(adapter: Adapter, part: Part, kept: Any, normed: Tensor, bar: Any, cost: dict) -> tuple[tuple, tuple]:
-    """Decoding of all rows together, each from its own keys and values.
-
-    Each step is a climb that forks: rows of one prompt that said the same so far share a trunk, which they leave where
-    they left it in the prompt, or where they were first edited since. Rows that ended are left out.
-    """
-    request, last = part.request, adapter.card.n_layers
-    out: list[list[int]] = [[] for _ in part.rows]
-    said: list[list[float]] = [[] for _ in part.rows]
-    alive, layout, ends = list(range(len(part.rows))), part.layout, adapter.eos_ids
-    joins = {i: row.join for i, row in enumerate(part.rows)}
-    choose = _Chooser(request.sampling, request.generate, [row.number for row in part.rows])
-    for step in range(request.generate):
-        cost["unembedded"] += len(alive)
-        chosen, logprobs = choose(adapter, normed, step, alive)
-        new = dict(zip(alive, chosen.tolist(), strict=True))
-        for i, logprob in zip(alive, logprobs.tolist(), strict=True):
-            if new[i] not in ends:
-                out[i].append(new[i])
-                said[i].append(logprob)
-        alive = [i for i in alive if new[i] not in ends]
-        bar.update()
-        if step + 1 == request.generate or not alive:
-            bar.update(request.generate - step - 1)
-            break
-        acting = [(i, edit) for i in alive for edit in part.rows[i].late if edit.acts_at(len(part.prompts[part.trunk_of[i]]) + step)]
-        for i, edit in acting:
-            if edit.site.name != "final_norm":
-                joins[i] = min(joins[i], join_place(edit.site))
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for i in alive:
-            groups[part.trunk_of[i], i if joins[i][0] < 0 else tuple(out[i])].append(i)
-        before, layout = layout, Layout(list(groups.values()), joins, last)
-        for layer in range(last):  # in place: a second copy of all keys and values would be the peak
-            rows = [before.at(layer, i) for i in layout.first[: layout.rows_at[layer]]]
-            if rows != list(range(before.rows_at[layer])):
-                kept[layer] = tuple(take(t, torch.tensor(rows)) for t in kept[layer])
-        first = layout.first[: layout.n_trunk]
-        mask = part.mask
-        if mask is not None:
-            mask = torch.cat([mask[[part.trunk_of[i] for i in first]], torch.ones(len(first), step + 1, dtype=mask.dtype)], 1)
-
-        place = {i: k for k, i in enumerate(alive)}
-        inside = [(layout.batch_row[i], [0], edit, part.pads[part.trunk_of[i]]) for i, edit in acting if edit.site.name != "final_norm"]
-        above = [(place[i], [0], edit, 0) for i, edit in acting if edit.site.name == "final_norm"]
-        under = {row: part.trunk_of[i] for i, row in layout.batch_row.items()}
-        edits = edit_groups(adapter, inside, lambda item, _, under=under, column=part.n + step: _keys(part, under[item[0]], item[2], column))
-        rows = torch.tensor([layout.batch_row[i] for i in alive])
-        reads = {("resid_post", last - 1): [("next", rows, torch.zeros_like(rows))]}
-        climb = Climb(layout.n_trunk, _forks(layout), edits, reads, last)
-        kept = adapter.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=True)
-        normed = _apply(adapter, adapter.final_norm(climb.found["next"]), above)
-        cost["passes"] += 1
-        cost["token_layers"] += climb.token_layers
-    return tuple(map(tuple, out)), tuple(map(tuple, said))
-
-
-def _forks(layout: Layout) -> dict[int, tuple[Tensor, ...]]:
-    return {boundary: tuple(torch.tensor(rows, dtype=torch.long) for rows in pair) for boundary, pair in layout.forks.items()}
-
-
-class _Chooser:
-    """The next token of every row: the likeliest, or drawn."""
-
-    def __init__(self, sampling: Sampling | None, steps: int, rows: list[int]) -> None:
-        self.sampling = sampling
-        if sampling is not None:  # a row's numbers are its own, whatever the other rows, the parts and the steps
-            seeds = torch.randint(1 << 62, (max(rows) + 1,), generator=torch.Generator().manual_seed(sampling.seed)).tolist()
-            self.draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seeds[row]), dtype=torch.float64) for row in rows])
-
-    def __call__(self, adapter: Adapter, normed: Tensor, step: int, rows: list[int]) -> tuple[Tensor, Tensor]:
-        ask = self.sampling
-        if ask is None:
-            said = adapter.readout(normed, k=1, normed=True)
-            return said.topk_ids[:, 0], said.topk_logprobs[:, 0]
-        chosen, logprobs = [], []
-        draws, some = self.draws[rows, step, None], max(1, planning.LOGITS_BYTES // (16 * adapter.card.d_vocab))
-        for start in range(0, len(normed), some):
-            logits = adapter.unembed(normed[start : start + some]).double().cpu()
-            values, ids = logits.sort(-1, descending=True) if not ask.top_k else logits.topk(min(ask.top_k, logits.shape[-1]), -1)
-            probabilities = ((values - values[:, :1]) / ask.temperature).softmax(-1)
-            total = probabilities.cumsum(-1)
-            allowed = (total - probabilities) < ask.top_p  # the first that reaches top_p is the last
-            total = (probabilities * allowed).cumsum(-1)
-            draw = draws[start : start + some] * total[:, -1:]
-            place = torch.searchsorted(total, draw, right=True).clamp(max=total.shape[-1] - 1)
-            chosen.append(ids.gather(-1, place)[:, 0])
-            logprobs.append((values.gather(-1, place) - logits.logsumexp(-1, keepdim=True))[:, 0])
-        return torch.cat(chosen), torch.cat(logprobs)
+def _draws(sampling: Sampling | None, steps: int, rows: list[int]) -> dict[str, Any] | None:
+    """The random numbers of every row: its own, whatever the other rows, the parts and the steps."""
+    if sampling is None:
+        return None
+    seeds = torch.randint(1 << 62, (max(rows) + 1,), generator=torch.Generator().manual_seed(sampling.seed)).tolist()
+    draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seeds[row]), dtype=torch.float64) for row in rows])
+    return {"draws": draws, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from hookbook.errors import EditError, TokenError
 from hookbook.request import Each, Edit, Request, position_of
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
+from hookbook.travel.layout import NEVER, Layout
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
@@ -40,7 +40,6 @@ PASS_TOKENS = 64
 """A pass costs about as much time as this many more tokens in a pass that is there anyway, whatever the model's size."""
 
 Place = tuple[int, int]
-NEVER: Place = (1 << 30, 0)
 
 
 def join_place(site: Site) -> Place:
@@ -150,47 +149,6 @@ class PlannedRow:
         return min((p for _, positions in self.edits for p in positions), default=None)
 
 
-class Layout:
-    """Where rows are in a batch that grows: first one row for each group, its trunk, then forks in the order in which they join.
-
-    Args:
-        groups: Rows that are the same until they join the batch apart; a row is named by any number.
-        joins: Where each row leaves its trunk; `NEVER` if it is the trunk.
-        last: How many blocks the pass goes through.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[int]], joins: Mapping[int, Place], last: int) -> None:
-        self.n_trunk = len(groups)
-        self.trunk_of = {row: trunk for trunk, group in enumerate(groups) for row in group}
-        self.first = []
-        """A row that is in each row of the batch from the trunk on; it says what the batch's row holds."""
-        for group in groups:
-            clean = [row for row in group if joins[row] == NEVER]
-            # if nobody wants the trunk clean, the last to leave stays in it
-            self.first.append(clean[0] if clean else max(group, key=lambda row: (joins[row], row)))
-        stay = set(self.first)
-        forks = sorted((row for row in self.trunk_of if row not in stay and joins[row] != NEVER), key=lambda row: (joins[row], row))
-        self.batch_row = dict(self.trunk_of) | {row: self.n_trunk + place for place, row in enumerate(forks)}
-        self.first += forks
-        self.trunk = [self.trunk_of[row] for row in self.first]
-        """The trunk row under each row of the batch."""
-        self.forks: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for row in forks:
-            boundary, after = joins[row]
-            self.forks[boundary][after].append(self.trunk_of[row])
-        joined = [0] * (last + 1)
-        for boundary, (after, before) in self.forks.items():
-            if boundary < last:
-                joined[boundary] += len(after) + len(before)
-        self.rows_at = [self.n_trunk + n for n in accumulate(joined[:last])]
-        """How many rows the batch has in each block."""
-
-    def at(self, layer: int, row: int) -> int:
-        """Where a row is in the batch in a block: its own row, or its trunk's."""
-        own = self.batch_row[row]
-        return own if own < self.rows_at[layer] else self.trunk_of[row]
-
-
 @dataclass
 class Part:
     """One climb: its rows, and where they are in the batch."""
@@ -205,7 +163,8 @@ class Part:
             # what is edited at the embedding shares nothing but the prompt's text
             groups[row.prompt, i if row.join[0] < 0 else None].append(i)
         self.last = last_boundary(self.request, self.card.n_layers)
-        self.layout = Layout(list(groups.values()), {i: row.join for i, row in enumerate(self.rows)}, self.last)
+        self.groups = list(groups.values())
+        self.layout = Layout(self.groups, {i: row.join for i, row in enumerate(self.rows)}, self.last)
         self.trunk_of = [self.layout.trunk_of[i] for i in range(len(self.rows))]
         """The trunk row of each row."""
         self.prompts = [self.request.prompts[prompt] for prompt, _ in groups]
@@ -266,7 +225,7 @@ def last_boundary(request: Request, n_layers: int) -> int:
     if request.readout is not None or request.generate:
         return n_layers
     places = [
-        n_layers if read.site.name == "final_norm" else 0 if read.site.name == "embed" else read.site.layer + (read.site.name != "resid_pre")
+        (n_layers if read.site.name == "final_norm" else 0) if read.site.layer is None else read.site.layer + (read.site.name != "resid_pre")
         for read in request.reads
     ]
     return max(places, default=0)

@@ -318,12 +318,26 @@ class Reply:
 
     readings: tuple[Reading, ...] = ()
     readout: TokenReadout | None = None
-    generated: tuple[tuple[int, ...], ...] = ()
-    """The decoded token ids of each row, without the prompt, up to and without its end token."""
-    logprobs: tuple[tuple[float, ...], ...] = ()
-    """The log-probability in nats that the model gave to each of these, whatever the sampling."""
+    tokens: Tensor | None = None
+    """`[row, generate]` the decoded token ids of each row, without its end token; -1 from there on."""
+    token_logprobs: Tensor | None = None
+    """`[row, generate]` the log-probability in nats that the model gave to each of these, whatever the sampling."""
     cost: dict[str, int] = field(default_factory=dict)
     """What was computed: `climbs`, `passes`, `token_layers`, `unembedded`."""
+
+    @property
+    def generated(self) -> tuple[tuple[int, ...], ...]:
+        """`tokens` of each row up to its end."""
+        return () if self.tokens is None else tuple(tuple(i for i in line if i >= 0) for line in self.tokens.tolist())
+
+    @property
+    def logprobs(self) -> tuple[tuple[float, ...], ...]:
+        """`token_logprobs` of each row up to its end."""
+        if self.tokens is None or self.token_logprobs is None:
+            return ()
+        return tuple(
+            tuple(x for x, i in zip(line, ids, strict=True) if i >= 0) for line, ids in zip(self.token_logprobs.tolist(), self.tokens.tolist(), strict=True)
+        )
 
 
 def check_one_token(ids: Sequence[int], what: str, tokenizer: object) -> int:

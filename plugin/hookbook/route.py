@@ -8,25 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hookbook.climb import Climb
-
-
-class Stop(Exception):
-    """Ends a forward pass above which nothing is needed. Raised and caught inside an adapter."""
-
-
-def enter(climb: Climb, layer: int, args: tuple, kwargs: dict, n_kept: int = 0) -> tuple[tuple, dict]:
-    """A block's arguments, with the stream shown to the climb and everything else widened to the batch.
-
-    `n_kept` is the number of earlier tokens, which is needed only for packed rows.
-    """
-    x = climb.boundary(layer, args[0] if args else kwargs["hidden_states"])
-    beside = {key: climb.widen(value) for key, value in kwargs.items() if key not in ("hidden_states", "attention_mask")}
-    if "attention_mask" in kwargs:
-        beside["attention_mask"] = climb.widen_mask(kwargs["attention_mask"], x, n_kept)
-    if args:
-        return (x, *climb.widen(args[1:])), beside
-    return args, {**beside, "hidden_states": x}
+from hookbook.travel.climb import Climb, Stop, enter
 
 
 @contextmanager

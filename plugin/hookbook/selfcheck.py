@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.climb import Climb
 from hookbook.errors import ModelError, Refused
 from hookbook.sites import Site
+from hookbook.travel.climb import Climb
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter

@@ -54,7 +54,7 @@ SITES: dict[str, SiteSpec] = {
     )
 }
 
-INNER = ("attn_pattern", "head_z", "attn_out", "mlp_act", "mlp_out")
+INNER = tuple(spec.name for spec in sorted(SITES.values(), key=lambda spec: spec.rank) if spec.layered and not spec.name.startswith("resid"))
 """Sites inside a block, in the order of the pass."""
 
 _GRAMMAR = re.compile(r"([a-z_]+)(?:\.(0|[1-9][0-9]*)(?:\.(0|[1-9][0-9]*))?)?")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hookbook.adapter import Adapter, ModelCard, versions
-from hookbook.climb import Climb
-from hookbook.route import Stop, routed
+from hookbook.route import routed
 from hookbook.tokens import fingerprint
+from hookbook.travel.climb import Climb, Stop
 
 
 @cache
@@ -123,10 +123,10 @@ class ToyAdapter(Adapter):
             for name, layer in climb.inside():
                 if name in ("head_z", "mlp_act"):
                     target = self.writer(name, layer)[0]
-                    handles.append(target.register_forward_pre_hook(lambda module, args, site=(name, layer): climb.visit(*site, args[0])))
+                    handles.append(target.register_forward_pre_hook(lambda module, args, name=name, layer=layer: climb.visit(name, layer, args[0])))
                 else:
                     target = self.model.embed if layer is None else blocks[layer].get_submodule(name.replace("attn_pattern", "pattern"))
-                    handles.append(target.register_forward_hook(lambda module, args, output, site=(name, layer): climb.visit(*site, output)))
+                    handles.append(target.register_forward_hook(lambda module, args, output, name=name, layer=layer: climb.visit(name, layer, output)))
             try:
                 self.model(tokens, mask, cache)
             except Stop:

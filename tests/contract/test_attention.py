@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file
 
 import hookbook as hb
-from hookbook.climb import Climb
 from hookbook.errors import Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy, toy_tokenizer
+from hookbook.travel.climb import Climb
 from tests.conftest import Case, require
 from tests.contract.test_forks import differ
 

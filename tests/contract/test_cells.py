@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.adapter import Adapter
 from hookbook.errors import EditError, Refused
 from hookbook.request import OPS, PATTERN_OPS, Readout, Request, Row
 from hookbook.sites import SITES
+from hookbook.travel import decoding
 from tests.conftest import Case, flat
 
 EXACT = 1e-10
@@ -78,14 +78,13 @@ def test_every_cell_runs_as_defined_also_while_decoding(case, monkeypatch):
     prompts, cells = rows_of(case)
     rows = [*cells.items(), *((("clean", "", str(i)), Row(i)) for i in range(len(prompts)))]
     rows.sort(key=lambda pair: pair[1].prompt)  # prompts are in the order of their lengths, so this is the order in which rows are run
-    steps, readout = [], Adapter.readout
+    steps, readout = [], decoding.readout
 
-    def seen(self, resid, **more):
-        if more.get("k"):
-            steps.append(self.unembed(resid).detach())
-        return readout(self, resid, **more)
+    def seen(model, resid, *args, **more):
+        steps.append(model.unembed(resid).detach())
+        return readout(model, resid, *args, **more)
 
-    monkeypatch.setattr(Adapter, "readout", seen)
+    monkeypatch.setattr(decoding, "readout", seen)
     reply = adapter.run(Request(prompts, [row for _, row in rows], (), Readout(logits=True), generate=STEPS))
     said = torch.stack(steps, 1)
     assert said.shape == (len(rows), STEPS, adapter.card.d_vocab) and reply.cost["climbs"] == 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.climb import Climb
 from hookbook.request import Read, Readout, Request, Row
+from hookbook.travel.climb import Climb
 
 
 def modules(adapter):

@@ -1,14 +1,19 @@
 """The forward pass that forks: what happens at each site, whatever the backend.
 
 A `Climb` is plain data. A backend's forward pass shows it the stream at every boundary between blocks and the tensor at
-every site it wants; the climb reads, edits and lets forks join the batch, and hands the tensor back. This file imports
-only torch and defines only plain functions and one plain class, so that it can travel to where the model is.
+every site it wants; the climb reads, edits and lets forks join the batch, and hands the tensor back.
 
 Boundary `b` is the input of block `b`; boundary `n_layers` is the input of the final norm. Two sites live there: first
 `resid_post[b - 1]`, then `resid_pre[b]`.
 """
 
 import torch
+
+from hookbook.travel.edits import apply_edit, take
+
+
+class Stop(Exception):
+    """Ends a forward pass above which nothing is needed. Raised and caught around one pass."""
 
 
 class Climb:
@@ -147,68 +152,23 @@ class Climb:
         if mask is None:
             mask = torch.zeros(1, 1, 1, n_kept + self.steps + 1, dtype=x.dtype, device=x.device)
         hide = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = self.widen(mask[:, :, :1, : n_kept + self.steps + 1])
-        mask = mask.expand(len(self.owner), *mask.shape[1:])
+        mask = mask[:, :, :1, : n_kept + self.steps + 1]
+        mask = take(mask.expand(self.n_trunk, -1, -1, -1), self.owner)
         own = mask[..., n_kept:, None].expand(-1, -1, self.pack, -1, self.pack)
         apart = ~torch.eye(self.pack, dtype=torch.bool, device=x.device)[:, None]
         own = own.masked_fill(apart, hide).flatten(3)
         return torch.cat([mask[..., :n_kept].expand(-1, -1, self.pack, -1), own], -1)
 
 
-def take(x, rows):
-    """Rows of a batch."""
-    return x.index_select(0, rows.to(x.device))
+def enter(climb, layer, args, kwargs, n_kept=0):
+    """A block's arguments, with the stream shown to the climb and everything else widened to the batch.
 
-
-def apply_edit(x, group):
-    """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is.
-
-    A group has `rows`, `cols`, `op`, `value` (`[n, width]`, or `[n]` of numbers for `scale`) and `to` `[n]`. With `units`
-    `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads` and `cols` name
-    lines, and `entries`, `keys` and `value` say what changes in which of these lines.
+    `n_kept` is the number of earlier tokens, which is needed only for packed rows.
     """
-    op = group["op"]
-    if "entries" in group:
-        _edit_pattern(x, group)
-        return
-    if "units" in group:
-        x = x.unflatten(-1, (group["n_units"], -1))
-        at = (group["rows"].to(x.device), group["cols"].to(x.device), group["units"].to(x.device))
-    else:
-        at = (group["rows"].to(x.device), group["cols"].to(x.device))
-    # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
-    wide = x.dtype if op == "set" else torch.promote_types(x.dtype, torch.float32)
-    value = group["value"].to(wide).to(x.device)
-    if op == "set":
-        x[at] = value
-        return
-    old = x[at].to(wide)
-    if op == "add":
-        new = old + value
-    elif op == "scale":
-        new = old * value[:, None]
-    else:
-        unit = value / value.abs().amax(-1, keepdim=True)  # so that no length overflows
-        unit = unit / unit.norm(dim=-1, keepdim=True)
-        along = (old * unit).sum(-1, keepdim=True)
-        to = group["to"].to(wide).to(x.device)[:, None] if op == "clamp" else 0.0
-        new = old + (to - along) * unit
-    x[at] = new.to(x.dtype)
-
-
-def _edit_pattern(x, group):
-    rows, heads, cols = (part.to(x.device) for part in (group["rows"], group["heads"], group["cols"]))
-    entries, keys = group["entries"].to(x.device), group["keys"].to(x.device)
-    lines = x[rows, heads, cols]
-    value = group["value"].to(x.device, x.dtype)
-    if group["op"] == "set":
-        lines[entries, keys] = value
-    elif group["op"] == "add":
-        lines[entries, keys] += value
-    elif group["op"] == "scale":
-        lines[entries, keys] *= value
-    else:
-        lines[entries, keys] = 0
-        left = lines.sum(-1, keepdim=True)
-        lines = lines / torch.where(left > torch.finfo(x.dtype).tiny, left, 1)  # nothing is left to share
-    x[rows, heads, cols] = lines
+    x = climb.boundary(layer, args[0] if args else kwargs["hidden_states"])
+    beside = {key: climb.widen(value) for key, value in kwargs.items() if key not in ("hidden_states", "attention_mask")}
+    if "attention_mask" in kwargs:
+        beside["attention_mask"] = climb.widen_mask(kwargs["attention_mask"], x, n_kept)
+    if args:
+        return (x, *climb.widen(args[1:])), beside
+    return args, {**beside, "hidden_states": x}
