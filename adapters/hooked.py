@@ -98,7 +98,7 @@ class HookedAdapter(Adapter):
                 entry.past_keys, entry.past_values = climb.widen(entry.past_keys), climb.widen(entry.past_values)
             if layer and not keep:
                 below: Any = cache.entries[layer - 1]
-                below.past_keys, below.past_values = below.past_keys[:0], below.past_values[:0]
+                below.past_keys, below.past_values = below.past_keys[:0].clone(), below.past_values[:0].clone()
 
         with routed(self.model.blocks, climb, widen) as handles:
             handles += [Hooked(self.model.hook_dict[Site(name, layer).hook_name], name, layer, climb) for name, layer in climb.inside()]

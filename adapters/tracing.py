@@ -32,10 +32,11 @@ class TracingAdapter(Adapter):
     """
 
     def __init__(self, model: TransformersModel, tokenizer: Any = None) -> None:
-        if not model.dispatched:
-            model.dispatch()
+        if not self.remote:
+            if not model.dispatched:
+                model.dispatch()
+            check_eval(model._module, "the nnsight model")
         module = model._module
-        check_eval(module, "the nnsight model")
         hf.check_attention(module.config)
         self.model, self.module = model, module
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookbook.card import ModelCard
+from hookbook.deferred import later
 from hookbook.errors import EditError, TokenError
 from hookbook.loading import wrap
 from hookbook.plots import heat_map
 from hookbook.recipe import recipe
 from hookbook.recipes.patchscopes import encode_prompts
-from hookbook.request import Edit, Request, Row, Sampling
+from hookbook.request import Edit, Request, Row, Sampling, total
 from hookbook.results import Result, View, need, show
-from hookbook.tokens import Tokens
+from hookbook.tokens import Tokens, decoded, lines, vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,22 +153,19 @@ def generate(
     elif edits:  # a run of its own, so that each control draws what its prompt draws
         requests.append(Request(coded, [Row(n) for n in range(len(coded))], generate=max_new_tokens, sampling=sampling))
     replies = [adapter.run(request, progress=progress, checkpoint=checkpoint) for request in requests]
-    ids = [line for reply in replies for line in reply.generated]
-    logprobs = [line for reply in replies for line in reply.logprobs]
-    texts = [adapter.tokenizer.decode(list(line)) for line in ids]
+    tokens, logprobs = (torch.cat([x for x in column if x is not None]) for column in zip(*((r.tokens, r.token_logprobs) for r in replies), strict=True))
     own, control = slice(0, len(coded)), slice(-len(coded), None)
-    cost = {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost}
     settings = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     return Generation(
         card=adapter.card,
         prompts=tuple(coded),
-        texts=tuple(texts[own]),
-        ids=tuple(ids[own]),
-        logprobs=tuple(logprobs[own]),
-        control_texts=tuple(texts[control]),
-        control_ids=tuple(ids[control]),
-        control_logprobs=tuple(logprobs[control]),
-        vocab={i: adapter.tokenizer.decode([i]) for i in sorted({i for line in ids for i in line})},
+        texts=later(decoded, adapter, tokens[own]),
+        ids=later(lines, tokens[own], tokens[own]),
+        logprobs=later(lines, tokens[own], logprobs[own]),
+        control_texts=later(decoded, adapter, tokens[control]),
+        control_ids=later(lines, tokens[control], tokens[control]),
+        control_logprobs=later(lines, tokens[control], logprobs[control]),
+        vocab=later(vocabulary, adapter, tokens),
         edits=tuple(str(edit) for edit in edits),
-        settings=settings | {"bos": bos, "chat": chat, "cost": cost},
+        settings=settings | {"bos": bos, "chat": chat, "cost": later(total, *(reply.cost for reply in replies))},
     )

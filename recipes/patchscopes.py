@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hookbook import prompts
 from hookbook.adapter import Adapter, ModelCard
+from hookbook.deferred import later
 from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.loading import wrap
 from hookbook.maps import Affine, Map
@@ -25,7 +26,7 @@ from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
 from hookbook.results import Result, View, need, show
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, answer_ids, resolve
+from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -326,8 +327,6 @@ def patchscope(
     if (reader.card.tokenizer, reader.card.d_vocab) == (writer.card.tokenizer, writer.card.d_vocab):
         precision = ids[..., 0] == source_ids[:, None]
         surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
-    texts = [writer.tokenizer.decode(list(out)) for out in reply.generated]
-    known = {int(i) for t in (ids, control_ids) for i in t.flatten()}
     settings = {"source_position": str(source_position), "target_position": str(target_position), "readout_position": str(readout_position)}
     settings |= {"map": "identity" if map is None else type(map).__name__, "generate": generate, "k": k, "bos": bos, "chat": chat, "cost": reply.cost}
     return Patchscope(
@@ -338,22 +337,27 @@ def patchscope(
         targets=tuple(targets),
         target_positions=tuple(writes_at),
         pairs=tuple(pairs),
-        vocab={i: writer.tokenizer.decode([i]) for i in sorted(known)},
+        vocab=later(vocabulary, writer, ids, control_ids),
         token_ids=ids,
         logprobs=logprobs,
         control_ids=control_ids,
         control_logprobs=control_logprobs,
         source_ids=source_ids,
-        source_tokens=tuple(reader.tokenizer.decode([i]) for i in source_ids.tolist()),
+        source_tokens=later(words, reader, source_ids),
         precision=precision,
         surprisal=surprisal,
         wanted=tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
         wanted_logprobs=wanted,
         control_wanted_logprobs=control_wanted,
-        texts=tuple(tuple(texts[n_target + n * len(pairs) :][: len(pairs)]) for n in range(len(sources))) if generate else (),
-        control_texts=tuple(texts[t] for t in at) if generate else (),
+        texts=later(_texts, writer, reply.tokens[n_target:], len(pairs)) if reply.tokens is not None else (),
+        control_texts=later(decoded, writer, reply.tokens[at]) if reply.tokens is not None else (),
         settings=settings,
     )
+
+
+def _texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
+    texts = decoded(adapter, tokens)
+    return tuple(texts[start : start + pairs] for start in range(0, len(texts), pairs))
 
 
 def _labels(sites: Sequence[Site]) -> list[str]:

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+if "HOOKBOOK_TEST_SERVER" not in os.environ:  # which has a hub of its own
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ CASES = ["toy", *(f"{backend}-{arch}" for backend in ("bridge", "nnsight", "hook
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", default="", help="only adapters whose name contains one of these, such as toy,nnsight")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The remote tests need a server: `make test-remote`."""
+    return True if collection_path.name == "remote" and "HOOKBOOK_TEST_SERVER" not in os.environ else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -26,7 +26,9 @@ _HOME = {
     "Plan": "planning",
     "Sampling": "request",
     "Site": "sites",
+    "Handle": "jobs",
     "generate": "recipes.generation",
+    "job": "jobs",
     "jacobian": "gradients",
     "load": "loading",
     "logit_lens": "recipes.logit_lens",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from hookbook.adapter import ModelCard as ModelCard
     from hookbook.errors import HookbookError as HookbookError
     from hookbook.gradients import jacobian as jacobian
+    from hookbook.jobs import Handle as Handle
+    from hookbook.jobs import job as job
     from hookbook.loading import load as load
     from hookbook.loading import wrap as wrap
     from hookbook.maps import Affine as Affine

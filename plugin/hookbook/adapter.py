@@ -17,6 +17,7 @@ from torch import Tensor
 from hookbook import engine, planning, selfcheck
 from hookbook.card import ModelCard as ModelCard
 from hookbook.card import versions as versions
+from hookbook.deferred import here
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
@@ -29,6 +30,8 @@ from hookbook.travel.readout import readout
 class Adapter(ABC):
     """A model under hookbook's interface. It holds the model and changes nothing in it."""
 
+    remote = False
+    """Whether the model is elsewhere, so that what it gives are promises (`hookbook.deferred`)."""
     card: ModelCard
     tokenizer: Any
     model: Any
@@ -146,13 +149,20 @@ class Adapter(ABC):
             logits: Return all logits, too.
         """
         if (account := planning.account()) is not None:
-            account.add([], unembedded=len(resid))
-            return engine.blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], self.card.d_vocab if logits else 0)
+            if not normed:
+                account.add([], unembedded=len(resid))
+            if not self.remote:
+                return engine.blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], self.card.d_vocab if logits else 0)
         if not normed:
             selfcheck.check(self)
-        rows = max(1, planning.LOGITS_BYTES // (4 * self.card.d_vocab))
+        rows = planning.rows_at_once(self.card)
+        if not self.remote:
+            resid, tokens = here((resid, tokens))
         with torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
-            return TokenReadout(*readout(self, resid, rows, k, tokens, logits, normed))
+            return self._readout(resid, rows, k, tokens, logits, normed)
+
+    def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
+        return TokenReadout(*readout(self, resid, rows, k, tokens, logits, normed))
 
     def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""

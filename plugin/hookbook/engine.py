@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hookbook import planning, selfcheck
+from hookbook import deferred, planning, selfcheck
 from hookbook.checkpoint import Checkpoint
-from hookbook.errors import EditError
+from hookbook.errors import EditError, Refused
 from hookbook.planning import Part, join_place
-from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout
+from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout, total
 from hookbook.sites import Site
 from hookbook.tokens import resolve
 from hookbook.travel.climb import Climb
@@ -35,19 +36,46 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None, che
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
         checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
+    if not adapter.remote and planning.account() is None:
+        request = _here(request)
     parts = planning.plan(adapter, request)
     if checkpoint is not None and request.grad:
         raise EditError("a checkpoint of a request with gradients", "a file keeps values, not their graph", "leave one of them out")
+    if checkpoint is not None and adapter.remote:
+        raise Refused("a checkpoint of a remote run", "it is one job, which is done or not", "submit it: recipe.submit(...), and save the handle")
     if (account := planning.account()) is not None:
         account.add(parts)
-        return _blank(request, parts)
+        if not adapter.remote:
+            return _blank(request, parts)
+    if adapter.remote and deferred.current() is None:
+        with deferred.recording() as record:
+            return deferred.settle(_run(adapter, request, parts, progress, None), record)
+    return _run(adapter, request, parts, progress, checkpoint)
+
+
+def _here(request: Request) -> Request:
+    """A request with its numbers, if some are promises of a model elsewhere."""
+    edits = [edit for row in request.rows for edit in row.edits if isinstance(edit.value, deferred.Deferred)]
+    for edit in edits:
+        object.__setattr__(edit, "value", deferred.here(edit.value))
+    ask = request.readout
+    if ask is not None and isinstance(ask.tokens, deferred.Deferred):
+        request = replace(request, readout=replace(ask, tokens=deferred.here(ask.tokens)))
+    return request
+
+
+def _run(adapter: Adapter, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
     sites = {edit.site for row in request.rows for edit in row.edits} | {read.site for read in request.reads}
     selfcheck.check(adapter, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
     steps = len(parts) * (1 + request.generate)
-    quiet = not (steps > 8 if progress is None else progress)
+    quiet = adapter.remote or not (steps > 8 if progress is None else progress)
+    if adapter.remote:
+        deferred.tape(adapter).progress = progress
     with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
         store = None if checkpoint is None else Checkpoint(checkpoint, adapter)
-        done = []
+        done, logits = [], None
+        if request.readout is not None and request.readout.logits and len(parts) > 1 and not adapter.remote and not request.grad:
+            logits = torch.empty(len(request.rows), adapter.card.d_vocab, dtype=torch.promote_types(getattr(torch, adapter.card.dtype), torch.float32))
         for part in parts:
             reply = None if store is None else store.load(part)
             if reply is None:
@@ -56,12 +84,19 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None, che
                     store.save(part, reply)
             else:
                 bar.update(1 + request.generate)
+            if (
+                logits is not None and reply.readout is not None and reply.readout.logits is not None
+            ):  # in place: both parts and whole would be twice the answer
+                logits[[row.number for row in part.rows]] = reply.readout.logits
+                reply = replace(reply, readout=replace(reply.readout, logits=None))
             done.append((part, reply))
-        return merge(done, request)
+        reply = merge(done, request)
+        return reply if logits is None or reply.readout is None else replace(reply, readout=replace(reply.readout, logits=logits))
 
 
 def _blank(request: Request, parts: Sequence[Part]) -> Reply:
-    """A reply of zeros, in the shapes of the real one."""
+    """A reply of promises that nobody keeps, in the shapes of the real one."""
+    tape = deferred.Tape()
     card, ask, n = parts[0].card, request.readout, len(request.rows)
     rows = sorted((row for part in parts for row in part.rows), key=lambda row: row.number)
     longest = max(part.n for part in parts)
@@ -70,20 +105,23 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
         at = torch.tensor([(row.number, p) for row in rows for p in row.reads[i]])
         pattern = read.site.name == "attn_pattern"
         shape = ([] if read.site.unit is not None else [card.n_heads]) + [longest] if pattern else [read.site.width(card)]
-        readings.append(Reading(read.site, torch.zeros(len(at), *shape, dtype=getattr(torch, card.dtype)), at[:, 0], at[:, 1]))
+        readings.append(Reading(read.site, deferred.Deferred.of(tape, (len(at), *shape), getattr(torch, card.dtype)), at[:, 0], at[:, 1]))
     readout = None
     if ask is not None:
         m = 0 if ask.tokens is None else ask.tokens.shape[1]
         readout = blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
-    tokens = torch.full((n, request.generate), -1) if request.generate else None
     cost = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 0}
-    return Reply(tuple(readings), readout, tokens, None if tokens is None else torch.zeros(tokens.shape, dtype=torch.float64), cost)
+    if not request.generate:
+        return Reply(tuple(readings), readout, cost=cost)
+    tokens, logprobs = (deferred.Deferred.of(tape, (n, request.generate), dtype) for dtype in (torch.long, torch.float64))
+    return Reply(tuple(readings), readout, tokens, logprobs, cost)
 
 
 def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
-    """A readout of zeros."""
-    zero = torch.zeros(())
-    return TokenReadout(torch.zeros(n, k, dtype=torch.long), torch.zeros(n, k), torch.zeros(n, m), zero.expand(n, d_vocab) if d_vocab else None)
+    """A readout of promises that nobody keeps."""
+    tape = deferred.Tape()
+    ids, *values = (deferred.Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab))))
+    return TokenReadout(ids, values[0], values[1], values[2] if d_vocab else None)
 
 
 def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
@@ -101,24 +139,34 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
         back = torch.argsort(rows, stable=True)
         longest = max(reading.values.shape[-1] for reading in found)  # of a pattern, the keys of the longest prompt
         values = torch.cat([torch.nn.functional.pad(reading.values, (0, longest - reading.values.shape[-1])) for reading in found])
-        readings.append(Reading(read.site, take(values, back), rows[back], torch.cat([reading.positions for reading in found])[back]))
+        positions = torch.cat([reading.positions for reading in found])
+        readings.append(Reading(read.site, _sorted(values, back), rows[back], positions[back]))
     readouts = [reply.readout for reply in replies if reply.readout is not None]
     tokens, logprobs = ([x for x in column if x is not None] for column in zip(*((reply.tokens, reply.token_logprobs) for reply in replies), strict=True))
     return Reply(
         tuple(readings),
-        TokenReadout.cat(readouts)[order] if readouts else None,
-        torch.cat(tokens)[order] if tokens else None,
-        torch.cat(logprobs)[order] if logprobs else None,
-        {key: sum(reply.cost[key] for reply in replies) for key in replies[0].cost},
+        _sorted(TokenReadout.cat(readouts), order) if readouts else None,
+        _sorted(torch.cat(tokens), order) if tokens else None,
+        _sorted(torch.cat(logprobs), order) if logprobs else None,
+        deferred.later(total, *(reply.cost for reply in replies)),
     )
+
+
+def _spent(cost: dict[str, int], more: Tensor) -> dict[str, int]:
+    return cost | {key: cost[key] + n for key, n in zip(("passes", "token_layers", "unembedded"), more.tolist(), strict=True)}
+
+
+def _sorted(x: Any, order: Tensor) -> Any:
+    """`x[order]`, without a copy of what is in order."""
+    return x if torch.equal(order, torch.arange(len(order))) else x[order]
 
 
 def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     request, n_prompts, split, top = part.request, len(part.prompts), part.split, adapter.card.n_layers - 1
-    edits = group_edits(_items(adapter, part))
+    edits = group_edits([item for item, _ in _items(adapter, part)])
     collect = _Collector(part, top)
     pack = part.pack if part.pack > 1 and selfcheck.packs(adapter) else 1
-    ids = torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
+    ids = _ids(adapter, part)
     mask = part.mask
     pads = None if mask is None else mask == 0
 
@@ -153,7 +201,7 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
         normed = _normed(adapter, part, collect.gather("next", found)).values
         found.clear()
         tokens, logprobs, spent = adapter.decode(kept, normed, _todo(adapter, part), bar.update)
-        cost |= {key: cost[key] + more for key, more in zip(("passes", "token_layers", "unembedded"), spent.tolist(), strict=True)}
+        cost = deferred.later(_spent, cost, spent)
     return Reply(readings, readout, tokens, logprobs, cost)
 
 
@@ -170,8 +218,8 @@ def _item(adapter: Adapter, edit: Edit, row: int, columns: list[int]) -> dict[st
     return item
 
 
-def _items(adapter: Adapter, part: Part) -> list[dict[str, Any]]:
-    """What acts on the prompts' tokens from the first edited one on."""
+def _items(adapter: Adapter, part: Part) -> list[tuple[dict[str, Any], int]]:
+    """What acts on the prompts' tokens from the first edited one on, and on which row."""
     items = []
     for i, row in enumerate(part.rows):
         trunk = part.trunk_of[i]
@@ -182,8 +230,13 @@ def _items(adapter: Adapter, part: Part) -> list[dict[str, Any]]:
                 seen = _seen(part, trunk, edit)
                 # a token attends to those that are not after it
                 item["keys"] = [[pad + key for key in (range(p + 1) if seen is None else seen) if key <= p] for p in positions]
-            items.append(item)
+            items.append((item, i))
     return items
+
+
+def _ids(adapter: Adapter, part: Part) -> Tensor:
+    """The tokens of the trunk, `[trunk row, pos]`."""
+    return torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
 
 
 def _seen(part: Part, trunk: int, edit: Edit) -> list[int] | None:
@@ -267,12 +320,17 @@ def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
                 if isinstance(edit.value, Tensor) and edit.value.dim() == 2 and len(edit.value) > 1:
                     item["value"] = edit.value[positions.index(position)]
                 items.append(item)
-    return Reading(got.site, edited(values, items), got.rows, got.positions)
+    if items and isinstance(values, deferred.Deferred) and values.number is None:
+        values = values.tape.note("edited", {"values": values, "items": items}, values)
+    else:
+        values = edited(values, items)
+    return Reading(got.site, values, got.rows, got.positions)
 
 
 def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
     """What `decode` needs to know."""
     request, late = part.request, []
+    items = [({**item, "cols": [column + part.split for column in item["cols"]]}, number) for item, number in _items(adapter, part)] if adapter.remote else []
     for i, row in enumerate(part.rows):
         late.append([])
         for edit in row.late:
@@ -286,14 +344,16 @@ def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
         "steps": request.generate,
         "ends": sorted(adapter.eos_ids),
         "sampling": _draws(request.sampling, request.generate, [row.number for row in part.rows]),
-        "rows_at_once": max(1, planning.LOGITS_BYTES // (4 * adapter.card.d_vocab)),
+        "rows_at_once": planning.rows_at_once(adapter.card),
         "last": adapter.card.n_layers,
         "groups": part.groups,
         "joins": {i: row.join for i, row in enumerate(part.rows)},
         "lengths": [len(tokens) for tokens in part.prompts],
         "pads": part.pads,
+        "ids": _ids(adapter, part),
         "mask": part.mask,
         "width": part.n,
+        "items": [[item for item, number in items if number == i] for i in range(len(part.rows))],
         "late": late,
     }
 

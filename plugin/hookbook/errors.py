@@ -6,12 +6,15 @@
     ├── EditError     an edit that cannot be applied, or that never fired
     ├── ModelError    a model that cannot be found, loaded or wrapped
     ├── ResultError   a file that is not a saved result, or not this kind of result
+    ├── RemoteError   a job that a server refused, failed or lost touch with
     └── Refused       an adapter cannot do what was asked
 
 Bad input raises before the first forward pass.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class HookbookError(Exception):
@@ -43,6 +46,16 @@ class ModelError(HookbookError, ValueError):
 
 class ResultError(HookbookError, ValueError):
     """A file that is not a saved result, or not this kind of result."""
+
+
+class RemoteError(HookbookError, RuntimeError):
+    """A job that a server refused, failed, or lost touch with."""
+
+    def __init__(self, what: str, why: str = "", instead: str = "", *, job: str = "", server: str = "") -> None:
+        super().__init__(what, why, instead)
+        self.job, self.server = job, server
+        self.handle: Any = None
+        """A `hookbook.Handle` of the job, if it goes on."""
 
 
 class Refused(HookbookError, NotImplementedError):

@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 from hookbook import planning
 from hookbook.errors import EditError, TokenError
 from hookbook.loading import wrap
+from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
 from hookbook.tokens import Tokens, resolve
+from hookbook.travel.vjps import vjps
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
@@ -41,6 +43,7 @@ class Jacobian:
     """For each source `[n, d_out, d_in]`; the mean over prompts, `[d_out, d_in]`, if that was asked for."""
 
 
+@recipe
 def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], *, mean: bool = False, progress: bool | None = None) -> Jacobian:
     """The Jacobian of `of` with respect to each of `wrt`, at every prompt.
 
@@ -72,8 +75,11 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
     if (account := planning.account()) is not None:
         back = [part.peak_bytes + min(d_out, _chunk(adapter, request, part)) * _bytes_of_one(adapter, request, part) for part in parts]
         kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices))
-        account.add(parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
+        account.add([] if adapter.remote else parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
+    if account is not None and not adapter.remote:
         return Jacobian(of, tuple(wrt), output.zero_(), tuple(x.zero_() for x in inputs), tuple(matrices))
+    if adapter.remote:
+        return _remote(adapter, request, parts, mean)
     with tqdm(total=len(parts) * d_out, desc="jacobian", leave=False, disable=not (len(parts) > 1 if progress is None else progress)) as bar:
         for part in parts:
             rows = [row.number for row in part.rows]
@@ -84,18 +90,34 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
             for held, state in zip(inputs, states, strict=True):
                 held[rows] = state.detach().cpu()
             del reply, states
-            step = _chunk(adapter, request, part)
-            for start in range(0, d_out, step):
-                dims = torch.arange(start, min(start + step, d_out), device=out.device)
-                ones = torch.nn.functional.one_hot(dims, d_out).to(out.dtype)[:, None].expand(-1, len(rows), -1)
-                grads = torch.autograd.grad(out, leaves, ones, retain_graph=start + step < d_out, is_grads_batched=True)
-                for matrix, grad in zip(matrices, grads, strict=True):
-                    if mean:
-                        matrix[start : start + step] += grad.sum(1) / len(prompts)
-                    else:
-                        matrix[rows, start : start + step] = grad.transpose(0, 1)
-                bar.update(len(dims))
+            into = matrices if mean or rows != list(range(len(prompts))) else None
+            found = vjps(out, leaves, _chunk(adapter, request, part), mean, bar.update)
+            if into is None:
+                matrices = found
+            for matrix, some in zip(into or (), found, strict=False):
+                if mean:
+                    matrix += some * (len(rows) / len(prompts))
+                else:
+                    matrix[rows] = some
     return Jacobian(of, tuple(wrt), output, tuple(inputs), tuple(matrices))
+
+
+def _remote(adapter: Any, request: Request, parts: Sequence[planning.Part], mean: bool) -> Jacobian:
+    """The same beside the model, of which only promises come back."""
+    of, *wrt = request.reads
+    order = torch.argsort(torch.tensor([row.number for part in parts for row in part.rows]))
+    outputs, inputs, matrices = [], [], []
+    for part in parts:
+        rows = [row.number for row in part.rows]
+        leaves = [adapter.leaf(len(rows), read.site.width(adapter.card)) for read in wrt]
+        reply = adapter.run(_request(adapter, request.prompts, of, wrt, rows, leaves), progress=False)
+        out, *states = (reading.values for reading in reply.readings)
+        found = adapter.vjps(out, leaves, _chunk(adapter, request, part), mean)
+        outputs.append(out)
+        inputs.append(states)
+        matrices.append([matrix * (len(rows) / len(request.prompts)) for matrix in found] if mean else found)
+    several = [torch.stack(pieces).sum(0) if mean else torch.cat(pieces)[order] for pieces in zip(*matrices, strict=True)]
+    return Jacobian(of, tuple(wrt), torch.cat(outputs)[order], tuple(torch.cat(pieces)[order] for pieces in zip(*inputs, strict=True)), tuple(several))
 
 
 def _bytes_of_one(adapter: Adapter, request: Request, part: planning.Part) -> int:

@@ -22,7 +22,7 @@ BACKENDS = {"transformer_lens": "tl", "nnsight": "nnsight"}
 """The backends `load` knows, and the extra that installs each."""
 
 
-def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
+def wrap(model: Any, tokenizer: Any = None, remote: bool | str = False) -> Adapter:
     """A model under hookbook's interface; the model itself is not changed.
 
     Args:
@@ -30,13 +30,14 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
             `LanguageModel`, a model of a third-party adapter (entry point group `hookbook.adapters`), or an adapter,
             which is returned as it is.
         tokenizer: Used instead of the model's own.
-        remote: Not available in this version; True raises `Refused`.
+        remote: Run an nnsight model on a server: True for the one nnsight is configured for (NDIF), or a URL. Every recipe
+            call is then one job. The model's weights are not needed here.
 
     Raises:
         ModelError: No adapter is for this model, or it cannot be used as it is.
     """
     if remote:
-        raise Refused("remote=True", "this version runs models on this machine only", "wrap the model without remote")
+        return _wrap_remote(model, tokenizer, remote)
     if isinstance(model, Adapter):
         if tokenizer is not None:
             raise ModelError("a tokenizer for a model that is already wrapped", "it has its own", "wrap adapter.model with the tokenizer")
@@ -49,6 +50,19 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool = False) -> Adapter:
         "no adapter accepts it",
         "give a TransformerBridge, a HookedTransformer, an nnsight TransformersModel, or a name to hookbook.load",
     )
+
+
+def _wrap_remote(model: Any, tokenizer: Any, remote: bool | str) -> Adapter:
+    if "nnsight" not in sys.modules or isinstance(model, Adapter):
+        raise Refused(f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel")
+    from hookbook.adapters.remote import RemoteAdapter
+    from hookbook.adapters.tracing import accepts
+
+    if not accepts(model):
+        raise Refused(f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel")
+    if isinstance(remote, str) and not remote.startswith(("http://", "https://")):
+        raise ModelError(f"remote={remote!r}", "it is no URL", "write remote=True, or a URL that starts with http:// or https://")
+    return RemoteAdapter(model, tokenizer, remote)
 
 
 def _adapters() -> Any:

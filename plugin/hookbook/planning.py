@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hookbook.deferred import hold
 from hookbook.errors import EditError, TokenError
 from hookbook.request import Each, Edit, Request, position_of
 from hookbook.sites import Site
@@ -67,6 +68,10 @@ class Plan:
     """About the most memory that is held at once beside the model."""
     jobs: int
     """Jobs on a remote service; 0 where the model is on this machine."""
+    bytes_up: int = 0
+    """What is sent to it."""
+    bytes_down: int = 0
+    """The numbers that come back, before they are packed and compressed."""
 
     def __str__(self) -> str:
         parts = [
@@ -76,7 +81,9 @@ class Plan:
             f"{self.unembedded:,} rows unembedded",
         ]
         parts += (
-            [f"{self.vjps:,} vector-Jacobian products"] * (self.vjps > 0) + [f"{self.peak_bytes / 2**20:,.0f} MiB"] + [f"{self.jobs} jobs"] * (self.jobs > 0)
+            [f"{self.vjps:,} vector-Jacobian products"] * (self.vjps > 0)
+            + [f"{self.peak_bytes / 2**20:,.0f} MiB"]
+            + [f"{self.jobs} job{'s' * (self.jobs != 1)}, {self.bytes_up / 1000:,.1f} kB up, {self.bytes_down / 1000:,.1f} kB down"] * (self.jobs > 0)
         )
         return ", ".join(parts)
 
@@ -98,7 +105,14 @@ class Account:
             vjps=old.vjps + vjps,
             peak_bytes=max([old.peak_bytes, peak_bytes, *(part.peak_bytes for part in parts)]),
             jobs=old.jobs,
+            bytes_up=old.bytes_up,
+            bytes_down=old.bytes_down,
         )
+
+    def send(self, bytes_up: int, bytes_down: int) -> None:
+        """Count a job."""
+        old = self.plan
+        self.plan = replace(old, jobs=old.jobs + 1, bytes_up=old.bytes_up + bytes_up, bytes_down=old.bytes_down + bytes_down)
 
 
 _account: ContextVar[Account | None] = ContextVar("account", default=None)
@@ -142,6 +156,10 @@ class PlannedRow:
     def join(self) -> Place:
         """Where it leaves the trunk."""
         return min([join_place(edit.site) for edit, _ in self.edits], default=NEVER)
+
+    def numbers(self, request: Request, card: ModelCard) -> int:
+        """How many numbers are read of it."""
+        return sum(len(positions) * read.site.width(card) for read, positions in zip(request.reads, self.reads, strict=True))
 
     @cached_property
     def first(self) -> int | None:
@@ -217,7 +235,18 @@ class Part:
     @property
     def peak_bytes(self) -> int:
         """About the most memory this climb takes beside the model."""
-        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, self.pack)
+        numbers = max(row.numbers(self.request, self.card) for row in self.rows)
+        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, numbers, self.pack)
+
+
+def logits_bytes() -> int:
+    """How many bytes of logits are held at once."""
+    return min(LOGITS_BYTES, BUDGET_BYTES // 4)
+
+
+def rows_at_once(card: ModelCard) -> int:
+    """How many rows of logits are held at once."""
+    return max(1, logits_bytes() // (4 * card.d_vocab))
 
 
 def last_boundary(request: Request, n_layers: int) -> int:
@@ -231,7 +260,7 @@ def last_boundary(request: Request, n_layers: int) -> int:
     return max(places, default=0)
 
 
-def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, pack: int = 1) -> int:
+def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, numbers: int, pack: int = 1) -> int:
     """About the most memory a climb takes beside the model: keys and values, what one block holds, and what is asked for.
 
     Args:
@@ -242,6 +271,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
         batch: Prompts and forks.
         n: Tokens of the longest prompt.
         split: Tokens of the prefix.
+        numbers: How many are read of each row.
         pack: Rows in a row of the batch.
     """
     kv, heads, size = card.n_kv_heads * card.d_head, card.n_heads * card.d_head, card.itemsize
@@ -252,7 +282,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
 
     width, per_key = n - split, 2 * kv
     prefix = trunk * split * per_key * card.n_layers
-    asked = rows * (sum(read.site.width(card) for read in request.reads) + 2 * card.d_model)
+    asked = rows * (numbers + 2 * card.d_model)
     kept = 0
     peak = max(prefix + block(trunk * split, trunk, split, split), prefix + asked + block(batch * width, batch / pack, width * pack, split + width * pack))
     if request.grad:
@@ -265,7 +295,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     if request.readout is not None or request.generate:
         every = rows * card.d_vocab * 4
         kept_logits = 2 * every if request.readout is not None and request.readout.logits else 0
-        total = max(total, (asked + kept) * size + kept_logits + 2 * min(every, LOGITS_BYTES))
+        total = max(total, (asked + kept) * size + kept_logits + 2 * min(every, logits_bytes()))
     return int(total)
 
 
@@ -279,6 +309,11 @@ def plan(adapter: Adapter, request: Request) -> list[Part]:
     lengths = [len(request.prompts[row.prompt]) for row in rows]
     if max(lengths) != min(lengths):
         rows.sort(key=lambda row: (len(request.prompts[row.prompt]), row.prompt))  # neighbours need little padding
+    each = [row.numbers(request, adapter.card) for row in rows]
+    numbers, answer = max(each), sum(each) * adapter.card.itemsize
+    if request.readout is not None and request.readout.logits:
+        answer += 4 * len(rows) * adapter.card.d_vocab
+    budget = max(BUDGET_BYTES - answer, BUDGET_BYTES // 4)  # the answer grows from climb to climb
     parts: list[list[PlannedRow]] = []
     used: dict[int, int] = {}  # prompts of the part, and their lengths
     width = 0  # tokens from the first edited one to the end
@@ -291,13 +326,13 @@ def plan(adapter: Adapter, request: Request) -> list[Part]:
             continue
         trunk, wide = {**used, row.prompt: n}, max(width, here)
         more = len(parts[-1]) + 1 if parts else 1
-        need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0)
-        if not parts or need > BUDGET_BYTES or sum(n - m for m in trunk.values()) > PASS_TOKENS + sum(trunk.values()) / 4:
+        need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0, numbers)
+        if not parts or need > budget or sum(n - m for m in trunk.values()) > PASS_TOKENS + sum(trunk.values()) / 4:
             parts.append([])
             trunk, wide, more = {row.prompt: n}, here, 1
-            need = peak_bytes(request, adapter.card, 1, 1, 2, n, n - wide if wide else 0)
+            need = peak_bytes(request, adapter.card, 1, 1, 2, n, n - wide if wide else 0, numbers)
         parts[-1].append(row)
-        used, width, room = trunk, wide, more * BUDGET_BYTES // max(1, need)  # it grows no faster than the number of rows
+        used, width, room = trunk, wide, more * budget // max(1, need)  # it grows no faster than the number of rows
     laid_out = [Part(request, adapter.card, part) for part in parts]
     if any(part.pack > 1 for part in laid_out) and not adapter.packs:
         for part in laid_out:
@@ -380,10 +415,10 @@ def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n
     positions = resolved(row.prompt, edit.position) if edit.scope == "prompt" else edit.positions(request.prompts[row.prompt])
     edit.check(card, len(positions))
     numbers = torch.as_tensor(edit.value, dtype=None if isinstance(edit.value, Tensor) else torch.float64)
-    if card.itemsize < 4 and not all(
-        bool(torch.isfinite(x.to(getattr(torch, card.dtype))).all()) for x in (numbers, torch.tensor(edit.to, dtype=torch.float64))
-    ):
-        raise EditError(f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
+    if card.itemsize < 4:
+        overflows = EditError(f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
+        for x in (numbers, torch.tensor(edit.to, dtype=torch.float64)):
+            hold(torch.isfinite(x.to(getattr(torch, card.dtype))).all(), overflows)
     if isinstance(edit.value, Tensor):
         if edit.value.requires_grad and not request.grad:
             raise EditError(f"a vector at {edit.site} that requires gradients", "this request keeps no graph", "detach it, or ask with grad=True")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from hookbook import deferred
 from hookbook.planning import Plan, accounting
 
 P = ParamSpec("P")
@@ -23,23 +24,42 @@ class Recipe(Protocol[P, R]):
         """What the same call would cost. It checks the input as the call does, and runs nothing of the model."""
         ...
 
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Send the same call to a remote model as one job without waiting for it; a `hookbook.jobs.Handle`."""
+        ...
+
 
 def recipe(run: Callable[P, R]) -> Recipe[P, R]:
-    """Give a recipe its `plan`.
+    """Give a recipe its `plan` and its `submit`, and make one call one job.
 
-    The recipe runs as it is, on a model that answers every request with zeros and counts. What a recipe decides from
-    numbers (which prompts a model answers, say) is then decided from zeros: the plan of such a recipe is a bound where
-    it says so.
+    A recipe asks its models, computes with tensors, and returns a result. Of a remote model, and in a plan, these are
+    promises (`hookbook.deferred`): what needs numbers is written as `later(function, ...)`.
     """
 
     @wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return run(*args, **kwargs)
+        outer = deferred.current()
+        if outer is not None:  # a recipe of a recipe, or of a job
+            result = run(*args, **kwargs)
+            outer.results.append(result)
+            return result
+        with deferred.recording() as record:
+            return deferred.settle(run(*args, **kwargs), record)
 
     def plan(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        with accounting() as account:
-            run(*args, **kwargs)
+        with accounting() as account, deferred.recording(dry=True) as record:
+            result = run(*args, **kwargs)
+            for tape in record.tapes.values():
+                wanted = [x for x in deferred.waiting(result) if x.tape is tape]
+                if tape.adapter is not None:
+                    account.send(tape.adapter.size(tape, wanted), sum(x.numel() * x.element_size() for x in wanted))
         return account.plan
 
-    call.plan = plan  # type: ignore[attr-defined]
+    def submit(*args: P.args, **kwargs: P.kwargs) -> Any:
+        from hookbook import jobs
+
+        with deferred.recording() as record:
+            return jobs.submit(run(*args, **kwargs), record.tapes)
+
+    call.plan, call.submit = plan, submit  # type: ignore[attr-defined]
     return cast("Recipe[P, R]", call)

@@ -10,14 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from hookbook.deferred import hold
 from hookbook.errors import EditError, TokenError
 from hookbook.sites import Site
-from hookbook.tokens import Position, Tokens, resolve
+from hookbook.tokens import Position, Tokens, lines, resolve
 
 if TYPE_CHECKING:
     from hookbook.card import ModelCard
@@ -84,7 +85,7 @@ class Edit:
             object.__setattr__(self, "value", float(self.value))
             if self.op == "knock_out" and self.value:
                 raise EditError(f"knock_out at {self.site} with a value", "it sets attention to zero", "leave the value out, or use set")
-            finite = math.isfinite(self.value)
+            finite: Any = math.isfinite(self.value)
         else:
             value = torch.as_tensor(self.value)
             if not value.is_floating_point() or value.dim() not in (1, 2):
@@ -93,7 +94,7 @@ class Edit:
                     "a vector is [width] or [positions, width], in floating point",
                     "check where the vector comes from",
                 )
-            finite = bool(torch.isfinite(value).all())
+            finite = torch.isfinite(value).all()
             if self.op in ("project_out", "clamp"):
                 if value.dim() != 1:
                     raise EditError(
@@ -101,15 +102,13 @@ class Edit:
                         "a direction is one vector",
                         "give [width]; use several edits for several directions",
                     )
-                if finite and not bool(value.any()):
-                    raise EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length")
+                hold(value.any(), EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length"))
             object.__setattr__(self, "value", value)
-        if not finite or not math.isfinite(self.to):
-            raise EditError(
-                f"{self.op} at {self.site} with NaN or infinity",
-                "it would spread to every later number",
-                "look for the step that made it, often half precision",
-            )
+        spread = EditError(
+            f"{self.op} at {self.site} with NaN or infinity", "it would spread to every later number", "look for the step that made it, often half precision"
+        )
+        hold(finite, spread)
+        hold(math.isfinite(self.to), spread)
 
     def _check_value_types(self) -> None:
         value = self.value
@@ -328,16 +327,17 @@ class Reply:
     @property
     def generated(self) -> tuple[tuple[int, ...], ...]:
         """`tokens` of each row up to its end."""
-        return () if self.tokens is None else tuple(tuple(i for i in line if i >= 0) for line in self.tokens.tolist())
+        return () if self.tokens is None else lines(self.tokens, self.tokens)
 
     @property
     def logprobs(self) -> tuple[tuple[float, ...], ...]:
         """`token_logprobs` of each row up to its end."""
-        if self.tokens is None or self.token_logprobs is None:
-            return ()
-        return tuple(
-            tuple(x for x, i in zip(line, ids, strict=True) if i >= 0) for line, ids in zip(self.token_logprobs.tolist(), self.tokens.tolist(), strict=True)
-        )
+        return () if self.tokens is None or self.token_logprobs is None else lines(self.tokens, self.token_logprobs)
+
+
+def total(*costs: dict[str, int]) -> dict[str, int]:
+    """Costs of several replies together."""
+    return {key: sum(cost[key] for cost in costs) for key in costs[0]}
 
 
 def check_one_token(ids: Sequence[int], what: str, tokenizer: object) -> int:

@@ -13,55 +13,78 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.errors import ModelError, Refused
+from hookbook import deferred
+from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
-_passed: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Models that passed, and whether their blocks add up."""
-
-_inner: weakref.WeakKeyDictionary[Any, dict[str, Refused | None]] = weakref.WeakKeyDictionary()
-"""What models that were asked said about the sites inside attention and MLP."""
+_answers: weakref.WeakKeyDictionary[Any, dict[str, HookbookError | None]] = weakref.WeakKeyDictionary()
+"""What models that were asked said, by question: an error, or None."""
 
 _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that were asked whether rows may be packed, and whether they may."""
 
 
 def check(adapter: Adapter, sites: set[Site] = frozenset(), knock_out: bool = False) -> None:  # type: ignore[assignment]
-    """Raise unless a model can be run exactly, and, if sublayers are asked for, unless they add up to their block.
+    """Raise unless a model can be run exactly, and unless the sites that are asked for are what they should be.
+
+    Of a model on a server the questions are part of the job, until it answered them once.
 
     Raises:
         ModelError: The forked pass would not be exact on this model.
-        Refused: `attn_out` or `mlp_out` is asked for, and is not what this model's blocks add to the stream.
+        Refused: A site is asked for, and is not what it should be in this model's blocks.
     """
-    if adapter.model not in _passed:
-        with torch.no_grad():
-            _passed[adapter.model] = _check(adapter)
-    if not _passed[adapter.model] and any(site.name in ("attn_out", "mlp_out") for site in sites):
-        raise Refused(f"attn_out and mlp_out of {adapter.card.architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
-    for name in sorted({site.name for site in sites} & {"head_z", "mlp_act", "attn_pattern"}):
-        known = _inner.setdefault(adapter.model, {})
-        if name not in known:
+    names = {site.name for site in sites}
+    asked = ["runs"] + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + sorted(names & {"head_z", "mlp_act", "attn_pattern"}) + ["knock_out"] * knock_out
+    for question in asked:
+        if adapter.remote:
+            tape = deferred.tape(adapter)
+            if question not in adapter.verified | tape.verified:  # type: ignore[attr-defined]
+                tape.verified.add(question)
+                for condition, error in _conditions(adapter, question):
+                    deferred.hold(condition, error)
+            continue
+        known = _answers.setdefault(adapter.model, {})
+        if question not in known:
             with torch.no_grad():
-                known[name] = _check_inner(adapter, name)
-        if known[name] is not None:
-            raise known[name]  # type: ignore[misc]
-    if knock_out and not _inner[adapter.model]["attn_pattern sums to 1"]:
-        raise Refused(
-            f"knock_out of attention in {adapter.card.architecture}", "its patterns leave a part to a sink, which would have to share, too", "use set or scale"
+                known[question] = next((error for condition, error in _conditions(adapter, question) if not bool(condition)), None)
+        error = known[question]
+        if error is not None:
+            raise error
+
+
+def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookError]]:
+    """What must hold, and what is raised if it does not."""
+    if question == "runs":
+        return _runs(adapter)
+    architecture = adapter.card.architecture
+    if question == "sublayers":
+        error = Refused(f"attn_out and mlp_out of {architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
+        return [(_add_up(adapter), error)]
+    if question == "knock_out":
+        why = "its patterns leave a part to a sink, which would have to share, too"
+        return [(_sums_to_one(adapter), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
+    source, out = _inner_sites(question)
+    return [
+        (
+            _reaches(adapter, question, source, out),
+            Refused(f"{question} of {architecture}", "what is written there does not reach the stream as it should", f"use {out}"),
         )
+    ]
 
 
-def _check_inner(adapter: Adapter, name: str) -> Refused | None:
+def _inner_sites(name: str) -> tuple[str, str]:
+    return ("mlp_act", "mlp_out") if name == "mlp_act" else ("head_z", "attn_out")
+
+
+def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
     """Whether what is written at a site inside a block reaches what the block adds to the stream, and nothing else does."""
     n, card = torch.tensor, adapter.card
-    source, out = ("mlp_act", "mlp_out") if name == "mlp_act" else ("head_z", "attn_out")
-    refused = Refused(f"{name} of {card.architecture}", "what is written there does not reach the stream as it should", f"use {out}")
     if adapter.refuses(Site(source, 0)) is not None or adapter.refuses(Site(out, 0)) is not None:
-        return refused
+        return False
     width = Site(source, 0).width(card)
     rows, cols = n([1]), n([1])
     if name == "attn_pattern":
@@ -80,20 +103,42 @@ def _check_inner(adapter: Adapter, name: str) -> Refused | None:
     reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in {source, out, name}}
     climb = Climb(1, {0: (None, n([0]))}, {(name, 0): [edit]}, reads, 1)
     try:
-        adapter.forward(n([[adapter.pad_id + 1, adapter.pad_id + 2]]), None, climb)
+        adapter.forward(_two(adapter), None, climb)
         project, norm = adapter.writer(source, 0)
         inside, outside = climb.found[source], climb.found[out]
-        if inside.shape[-1] != width:
-            return refused
+        if inside.shape[-1] != width or climb.fired != 1:
+            return False
         written = project(inside)
         written = written if norm is None else norm(written)
     except Exception:  # whatever a family does instead, and however its library says so
-        return refused
+        return False
     moved = _close(card.itemsize, inside[1] - inside[0], edit["value"][0]) if name != "attn_pattern" else (inside[1] == 0).all()
-    if name == "attn_pattern":
-        sums = climb.found[name][0].sum(-1)
-        _inner[adapter.model]["attn_pattern sums to 1"] = _close(card.itemsize, sums, torch.ones_like(sums))  # type: ignore[assignment]
-    return None if climb.fired == 1 and moved and _close(card.itemsize, written, outside) else refused
+    return _close(card.itemsize, written, outside) & moved
+
+
+def _sums_to_one(adapter: Adapter) -> Any:
+    """Whether a pattern is all of the attention there is."""
+    n = torch.tensor
+    climb = Climb(1, {}, {}, {("attn_pattern", 0): [("x", n([0]), n([1]))]}, 1)
+    adapter.forward(_two(adapter), None, climb)
+    sums = climb.found["x"][0].sum(-1)
+    return _close(adapter.card.itemsize, sums, torch.ones_like(sums))
+
+
+def _add_up(adapter: Adapter) -> Any:
+    """Whether attention and MLP are what a block adds to the stream."""
+    n = torch.tensor
+    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if adapter.refuses(Site(name, 0)) is None), "resid_post"]
+    if len(names) < 4:
+        return True
+    climb = Climb(1, {}, {}, {(name, 0): [(name, n([0]), n([1]))] for name in names}, 1)
+    adapter.forward(_two(adapter), None, climb)
+    before, *added, after = (climb.found[name] for name in names)
+    return _close(adapter.card.itemsize, before + sum(added), after)
+
+
+def _two(adapter: Adapter) -> Tensor:
+    return torch.tensor([[adapter.pad_id + 1, adapter.pad_id + 2]])
 
 
 def packs(adapter: Adapter) -> bool:
@@ -118,17 +163,16 @@ def _check_packs(adapter: Adapter) -> bool:
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         found.append(body.found["x"])
-    return _close(adapter.card.itemsize, *found)
+    return bool(_close(adapter.card.itemsize, *found))
 
 
-def _check(adapter: Adapter) -> bool:
+def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
+    """Whether kept tokens, padding, forks and the unembedding give what separate plain runs give."""
     card, n, last = adapter.card, torch.tensor, adapter.card.n_layers
     pad, site = adapter.pad_id, ("resid_post", adapter.card.n_layers - 1)
     tokens, mask = n([[pad + 1, pad + 2], [pad, pad + 3]]), n([[1, 1], [0, 1]])
     pads = mask == 0
-    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if adapter.refuses(Site(name, 0)) is None), "resid_post"]
-    parts = {(name, 0): [(name, n([0]), n([1]))] for name in names}
-    alone = Climb(1, {}, {}, parts | {site: [*parts.get(site, []), ("x", n([0, 0]), n([0, 1]))]}, last)
+    alone = Climb(1, {}, {}, {site: [("x", n([0, 0]), n([0, 1]))]}, last)
     whole = Climb(2, {}, {}, {site: [("x", n([0, 0, 1, 0, 1]), n([0, 1, 1, 1, 1]))]}, last, pads)
     prefix = Climb(2, {}, {}, {site: [("x", n([0]), n([0]))]}, last, pads[:, :1])
     rest = Climb(2, {1: (None, n([0, 1]))}, {}, {site: [("x", n([0, 1, 2, 3]), n([0, 0, 0, 0]))]}, last, pads[:, 1:])
@@ -139,27 +183,28 @@ def _check(adapter: Adapter) -> bool:
         kept = adapter.forward(tokens[:, :1], mask[:, :1], prefix, keep=True)
         adapter.forward(tokens[:, 1:], mask, rest, kept=kept)
         adapter.forward(tokens[1:, 1:], None, short)
+        logits = adapter.unembed(adapter.final_norm(alone.found["x"]))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        raise ModelError(
-            f"{card.model_id} cannot be run as forks", f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}", _INSTEAD
-        ) from error
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        return [(False, ModelError(f"{card.model_id} cannot be run as forks", why, _INSTEAD))]
     a, b = whole.found["x"], torch.cat([prefix.found["x"], rest.found["x"]])
     c, d = torch.cat([a[:2], a[2:3]]), torch.cat([alone.found["x"], short.found["x"]])
-    if not _close(card.itemsize, a, b) or not _close(card.itemsize, c, d):
-        raise ModelError(
-            f"{card.model_id} cannot be run as forks", f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs", _INSTEAD,
-        )  # fmt: skip
-    if not _close(card.itemsize, adapter.unembed(adapter.final_norm(alone.found["x"])), adapter.plain_logits(tokens[:1])[0]):
-        raise ModelError(
-            f"the logits of {card.model_id} are not the unembedding of its last block's output", f"{card.architecture} does something to them that this adapter does not know", _INSTEAD,
-        )  # fmt: skip
-    added = [alone.found[name] for name in names[1:-1]]
-    return len(added) < 2 or _close(card.itemsize, alone.found["resid_pre"] + sum(added), alone.found["resid_post"])
+    others = f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs"
+    unknown = f"{card.architecture} does something to them that this adapter does not know"
+    return [
+        (_close(card.itemsize, a, b) & _close(card.itemsize, c, d), ModelError(f"{card.model_id} cannot be run as forks", others, _INSTEAD)),
+        (
+            _close(card.itemsize, logits, adapter.plain_logits(tokens[:1])[0]),
+            ModelError(f"the logits of {card.model_id} are not the unembedding of its last block's output", unknown, _INSTEAD),
+        ),
+    ]
 
 
 _INSTEAD = "use a causal language model whose blocks keep keys and values of every token, or report this one"
 
 
-def _close(itemsize: int, a: Tensor, b: Tensor) -> bool:
+def _close(itemsize: int, a: Tensor, b: Tensor) -> Any:
     a, b = a.float().cpu(), b.float().cpu()
-    return a.shape == b.shape and bool((a - b).abs().max() <= (1e-3 if itemsize >= 4 else 5e-2) * (1 + b.abs().max()))
+    if a.shape != b.shape:
+        return torch.tensor(False)
+    return (a - b).abs().max() <= (1e-3 if itemsize >= 4 else 5e-2) * (1 + b.abs().max())

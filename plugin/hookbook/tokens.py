@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hookbook.errors import TokenError
 
@@ -232,3 +233,23 @@ def fingerprint(tokenizer: Any) -> str:
 
 def _short(text: str, width: int = 40) -> str:
     return repr(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def vocabulary(adapter: Any, *ids: Tensor) -> dict[int, str]:
+    """The text of every token id; -1 is none."""
+    return {i: adapter.tokenizer.decode([i]) for i in sorted({i for some in ids for i in some.flatten().tolist()}) if i >= 0}
+
+
+def words(adapter: Any, ids: Tensor) -> tuple[str, ...]:
+    """The text of each token id, `[n]`."""
+    return tuple(adapter.tokenizer.decode([i]) for i in ids.tolist())
+
+
+def decoded(adapter: Any, tokens: Tensor) -> tuple[str, ...]:
+    """The text of each row of tokens `[n, steps]`; -1 is none."""
+    return tuple(adapter.tokenizer.decode([i for i in line if i >= 0]) for line in tokens.tolist())
+
+
+def lines(tokens: Tensor, values: Tensor) -> tuple[tuple[Any, ...], ...]:
+    """The values of each row of tokens `[n, steps]` up to its end; -1 is none."""
+    return tuple(tuple(x for x, i in zip(line, ids, strict=True) if i >= 0) for line, ids in zip(values.tolist(), tokens.tolist(), strict=True))

@@ -55,9 +55,21 @@ class Climb:
         self.fired = 0
         self.token_layers = 0
 
+    def shift(self, n, mask):
+        """Take the pass to start `n` tokens earlier; `mask` is that of all its tokens."""
+        self.pads = None if mask is None else mask == 0
+        self.reads = {site: [(slot, rows, cols + n) for slot, rows, cols in reads] for site, reads in self.reads.items()}
+        self.edits = {site: [{**group, "cols": group["cols"] + n} for group in groups] for site, groups in self.edits.items()}
+
     def wants(self, name, layer=None):
         """Whether anything is read or edited at a site other than the stream at boundaries."""
         return (layer is None or layer < self.last) and ((name, layer) in self.edits or (name, layer) in self.reads)
+
+    def passes(self, b):
+        """Whether a boundary can be passed unseen, and nothing inside the block above it is wanted."""
+        wanted = {*self.edits, *self.reads}
+        here = any(layer == b or (name == "resid_post" and layer == b - 1) for name, layer in wanted)
+        return not here and b not in self.forks and len(self.owner) == self.n_trunk and self.pads is None
 
     def inside(self):
         """The sites that something is read or edited at, other than the stream at boundaries."""

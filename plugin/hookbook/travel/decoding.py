@@ -12,14 +12,15 @@ def decode(model, kept, normed, todo, tick=None):
     """Let rows go on. Each step is a climb that forks.
 
     Rows of one prompt that said the same so far share a trunk, which they leave where they left it in the prompt, or
-    where they were first edited since. Rows that ended are left out.
+    where they were first edited since. Rows that ended are left out. Where a server keeps no keys and values for us,
+    everything before is run again, with the edits that acted on it.
 
     Args:
         model: What has `forward`, `final_norm` and `unembed`.
         kept: Keys and values of the prompts' climb.
         normed: `[row, d_model]` after the final norm, at each row's last token.
         todo: `steps`; `ends`, the end tokens; `sampling` or None; `rows_at_once`, of logits; `last`, the number of blocks; `groups` and `joins`, of the
-            prompts' layout; of each trunk row `lengths` and `pads`; `mask` and `width` of the prompts; and for each row `late`, the edits of
+            prompts' layout; of each trunk row `lengths` and `pads`; `ids`, `mask` and `width` of the prompts; for each row `items`, the edits of its prompt; and for each row `late`, the edits of
             generated tokens, as `group_edits` takes them, with `join`, `at` (positions, or None for all) and, of a pattern, `seen` (keys, or None for all).
         tick: Called after each step with the number of steps that are done.
 
@@ -30,6 +31,8 @@ def decode(model, kept, normed, todo, tick=None):
     layout = Layout(todo["groups"], joins, last)
     trunk_of, rows = dict(layout.trunk_of), len(todo["late"])
     tokens, said = torch.full((rows, steps), -1), torch.zeros(rows, steps, dtype=torch.float64)
+    again = isinstance(kept, dict)
+    past = [list(items) for items in todo["items"]] if again else []
     out, alive, cost = [[] for _ in range(rows)], list(range(rows)), [0, 0, 0]
     for step in range(steps):
         cost[2] += len(alive)
@@ -55,7 +58,7 @@ def decode(model, kept, normed, todo, tick=None):
         for i in alive:
             groups.setdefault((trunk_of[i], i if joins[i][0] < 0 else tuple(out[i])), []).append(i)
         before, layout = layout, Layout(list(groups.values()), joins, last)
-        for layer in range(last):  # in place: a second copy of all keys and values would be the peak
+        for layer in range(0 if again else last):  # in place: a second copy of all keys and values would be the peak
             at = [before.at(layer, i) for i in layout.first[: layout.rows_at[layer]]]
             if at != list(range(before.rows_at[layer])):
                 kept[layer] = tuple(take(t, torch.tensor(at)) for t in kept[layer])
@@ -68,16 +71,22 @@ def decode(model, kept, normed, todo, tick=None):
             if edit["join"] is None:
                 above.append({**edit, "row": place[i], "cols": [0]})
                 continue
-            item = {**edit, "row": layout.batch_row[i], "cols": [0]}
+            item = {**edit, "row": layout.batch_row[i], "cols": [column if again else 0]}
             if "seen" in edit:
                 pad = todo["pads"][trunk_of[i]]
                 seen = range(column - pad + 1) if edit["seen"] is None else edit["seen"]
                 item["keys"] = [[pad + key for key in seen if pad + key <= column]]
-            inside.append(item)
+            (past[i] if again else inside).append(item)
+        if again:
+            inside = [{**item, "row": layout.batch_row[i]} for i in alive for item in past[i]]
         rows_of = torch.tensor([layout.batch_row[i] for i in alive])
-        reads = {("resid_post", last - 1): [("next", rows_of, torch.zeros_like(rows_of))]}
-        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last)
-        kept = model.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=True)
+        reads = {("resid_post", last - 1): [("next", rows_of, torch.full_like(rows_of, column if again else 0))]}
+        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last, mask == 0 if again and mask is not None else None)
+        if again:
+            whole = torch.cat([todo["ids"][[trunk_of[i] for i in first]], torch.tensor([out[i] for i in first])], 1)
+            model.forward(whole, mask, climb)
+        else:
+            kept = model.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=True)
         normed = edited(model.final_norm(climb.found["next"]), above)
         cost[0] += 1
         cost[1] += climb.token_layers

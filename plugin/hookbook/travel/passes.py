@@ -21,9 +21,10 @@ class Passes:
         scale: What logits are multiplied by.
         cap: The soft cap of logits, or None.
         device: Where tokens go; None: nnsight knows.
+        stop: What ends a pass early. In this process nnsight's own exception would leave every tensor of the trace in a reference cycle.
     """
 
-    def __init__(self, model, paths, inner, positions, scale=1.0, cap=None, device=None):
+    def __init__(self, model, paths, inner, positions, scale=1.0, cap=None, device=None, stop: type[Exception] = Stop):
         self.model = model
         self.paths = paths
         self.inner = inner
@@ -31,10 +32,22 @@ class Passes:
         self.scale = scale
         self.cap = cap
         self.device = device
+        self.stop = stop
+        self.shares = True
+        """Whether a pass runs in this process. In a server's sandbox it does not: a cache is then a copy, and a pass cannot end early."""
         self.blocks = list(reach(model, paths["blocks"]))
+        self.where = "cpu"
+        """Where the last block's output was seen."""
 
     def forward(self, tokens, mask, climb, kept=None, keep=False):
-        """See `hookbook.adapter.Adapter.forward`."""
+        """See `hookbook.adapter.Adapter.forward`. Where no cache is shared, the tokens before are run again."""
+        if isinstance(kept, dict):
+            mask = torch.ones_like(torch.cat([kept["tokens"], tokens], 1)) if mask is None and kept["mask"] is not None else mask
+            climb.shift(kept["tokens"].shape[1], mask)
+            tokens, kept = torch.cat([kept["tokens"], tokens], 1), None
+        if keep and not self.shares:
+            self.forward(tokens, mask, climb)
+            return {"tokens": tokens, "mask": mask}
         cache = cache_from(kept) if kept is not None or keep else None
         taken = inputs(tokens, mask, cache, self.positions, self.device)
         widen, n_kept = widener(cache, climb, keep), length(cache)
@@ -46,7 +59,8 @@ class Passes:
                 config._attn_implementation = "eager"
             with self.model.trace(taken.pop("input_ids"), **taken):
                 self.climb(climb, widen, n_kept)
-                raise Stop  # tracer.stop() would leave every tensor of the trace in a reference cycle
+                if self.shares:
+                    raise self.stop
         except Stop:
             pass
         finally:
@@ -59,6 +73,8 @@ class Passes:
         if climb.wants("embed"):
             self.visit(climb, "embed", None)
         for layer, block in enumerate(self.blocks[: climb.last + 1]):
+            if not self.shares and layer < climb.last and climb.passes(layer):  # every look into another process takes its time
+                continue
             args, kwargs = enter(climb, layer, *block.inputs, n_kept=n_kept)
             if layer == climb.last:
                 return
@@ -68,7 +84,10 @@ class Passes:
                 if climb.wants(name, layer):
                     self.visit(climb, name, layer)
         output = self.blocks[-1].output
-        climb.boundary(len(self.blocks), output[0] if isinstance(output, tuple) else output)
+        x = climb.boundary(len(self.blocks), output[0] if isinstance(output, tuple) else output)
+        self.where = x.device
+        if not self.shares:  # what is above is not needed
+            self.blocks[-1].output = (x[:1, :1], *output[1:]) if isinstance(output, tuple) else x[:1, :1]
 
     def visit(self, climb, name, layer):
         """Show a site other than the stream to a climb."""
@@ -86,13 +105,21 @@ class Passes:
         else:
             site.output = climb.visit(name, layer, site.output)
 
+    def call(self, path, x):
+        """What a module makes of a tensor."""
+        if self.shares:
+            return reach(self.model, path)(x)
+        with self.model.trace(torch.tensor([[0]])):  # only inside one does a sandbox reach weights
+            out = reach(self.model, path)(x)
+        return out
+
     def final_norm(self, resid):
         """The final norm of the stream, `[n, d_model]`."""
-        return reach(self.model, self.paths["norm"])(resid[:, None])[:, 0]
+        return self.call(self.paths["norm"], resid[:, None])[:, 0]
 
     def unembed(self, normed):
         """Logits `[n, d_vocab]` of what the final norm gave."""
-        logits = reach(self.model, self.paths["head"])(normed[:, None])[:, 0]
+        logits = self.call(self.paths["head"], normed[:, None])[:, 0]
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -156,6 +183,6 @@ def widener(cache, climb, keep):
             entry.keys, entry.values = climb.widen(entry.keys), climb.widen(entry.values)
         if layer and not keep:
             below = cache.layers[layer - 1]
-            below.keys, below.values = below.keys[:0], below.values[:0]
+            below.keys, below.values = below.keys[:0].clone(), below.values[:0].clone()  # a view would keep all of it
 
     return widen

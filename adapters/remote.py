@@ -1,0 +1,137 @@
+"""nnsight models on a server: NDIF's, or one of your own.
+
+Nothing runs here. What a recipe asks is noted on a tape (`hookbook.deferred`), which is sent as one job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+from torch import Tensor
+
+from hookbook import deferred
+from hookbook.adapters.tracing import TracingAdapter
+from hookbook.deferred import Deferred, Tape
+from hookbook.jobs import Handle, Service
+from hookbook.request import TokenReadout
+from hookbook.sites import Site
+from hookbook.travel.climb import Climb
+
+
+class RemoteAdapter(TracingAdapter):
+    """An nnsight model whose weights are on a server.
+
+    Args:
+        model: The model; its weights are not loaded, and not used if they are.
+        tokenizer: Used instead of the model's own.
+        remote: True for the host that nnsight is configured for, or a URL.
+    """
+
+    remote = True
+
+    def __init__(self, model: TransformersModel, tokenizer: Any = None, remote: bool | str = True) -> None:
+        self.service = Service(model, None if remote is True else str(remote))
+        self.verified: set[str] = set()
+        self.places = 0
+        super().__init__(model, tokenizer)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+        self._tell(climb.inside())
+        n_kept = 0 if kept is None else kept[1]
+        keys = n_kept + tokens.shape[1]
+        found, like = [], []
+        for (name, layer), reads in climb.reads.items():
+            for slot, rows, _ in reads:
+                shape = (self.card.n_heads, keys) if name == "attn_pattern" else (Site(name, layer).width(self.card),)
+                found.append(slot)
+                like.append(torch.empty(len(rows), *shape, dtype=getattr(torch, self.card.dtype), device="meta"))
+        self.places += keep
+        data = {
+            "climb": {
+                "n_trunk": climb.n_trunk,
+                "forks": climb.forks,
+                "edits": climb.edits,
+                "reads": climb.reads,
+                "last": climb.last,
+                "pads": climb.pads,
+            },
+            "tokens": tokens,
+            "mask": mask,
+            "kept": None if kept is None else kept[0],
+            "keep": f"kept {self.places}" if keep else None,
+            "fires": sum(map(len, climb.edits.values())),
+            "found": found,
+        }
+        climb.found = dict(zip(found, deferred.tape(self).note("forward", data, tuple(like)), strict=True))
+        climb.fired = data["fires"]
+        return (data["keep"], keys) if keep else None
+
+    def _tell(self, sites: Iterable[tuple[str, int | None]]) -> None:
+        """Say where sites are, which the server does not know."""
+        for name, layer in sites:
+            self.passes.paths[name, layer] = str(self.where.path(name, layer))
+
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return deferred.tape(self).note("final_norm", {"resid": resid}, torch.empty_like(resid, device="meta"))
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        return deferred.tape(self).note("unembed", {"normed": normed}, normed.new_empty(len(normed), self.card.d_vocab, device="meta"))
+
+    def plain_logits(self, tokens: Tensor) -> Tensor:
+        like = torch.empty(*tokens.shape, self.card.d_vocab, dtype=getattr(torch, self.card.dtype), device="meta")
+        return deferred.tape(self).note("plain", {"tokens": tokens}, like)
+
+    def writer(self, name: str, layer: int) -> Any:
+        def call(path: str) -> Any:
+            width = self.card.d_model
+            return lambda x: deferred.tape(self).note("module", {"path": path, "x": x}, torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="meta"))
+
+        path, norm = self.where.writer_paths(name, layer)
+        return call(path), None if norm is None else call(norm)
+
+    def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
+        n, m = len(resid), 0 if tokens is None else tokens.shape[1]
+        wide = torch.promote_types(getattr(torch, self.card.dtype), torch.float32)
+        like = [
+            torch.empty(n, width, dtype=dtype, device="meta")
+            for width, dtype in ((min(k, self.card.d_vocab), torch.long), (min(k, self.card.d_vocab), wide), (m, wide), (self.card.d_vocab, wide))
+        ]
+        data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed}
+        return TokenReadout(*deferred.tape(self).note("readout", data, (*like[:3], like[3] if logits else None)))
+
+    def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        self._tell(edit["site"] for row in todo["late"] for edit in row if edit["site"][0] not in ("resid_pre", "resid_post", "final_norm"))
+        shape = (len(normed), todo["steps"])
+        like = tuple(torch.empty(s, dtype=d, device="meta") for s, d in ((shape, torch.long), (shape, torch.float64), (3, torch.long)))
+        return deferred.tape(self).note("decode", {"kept": kept[0], "normed": normed, "todo": todo}, like)
+
+    def leaf(self, *shape: int) -> Tensor:
+        """Zeros beside the model, for gradients."""
+        dtype = getattr(torch, self.card.dtype)
+        return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def vjps(self, out: Tensor, leaves: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
+        """See `hookbook.travel.vjps.vjps`."""
+        like = tuple(torch.empty(*([] if mean else [len(out)]), out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves)
+        tape = deferred.tape(self)
+        tape.grad = True
+        return list(tape.note("vjps", {"out": out, "leaves": leaves, "chunk": chunk, "mean": mean}, like))
+
+    def size(self, tape: Tape, wanted: list[Deferred]) -> int:
+        """How many bytes a tape is when it is sent."""
+        return len(self.service.payload(self.passes, tape.errand(wanted)))
+
+    def fetch(self, tape: Tape, wanted: list[Deferred]) -> dict[int, Tensor]:
+        """Send a tape and wait for what is wanted of it."""
+        return self.service.run(self.passes, tape.errand(wanted), tape.progress)
+
+    def handle(self, tape: Tape, value: Any, job: str) -> Handle:
+        """A job that goes on."""
+        return Handle(self, tape, value, job)
+
+    @property
+    def packs(self) -> bool:
+        return False

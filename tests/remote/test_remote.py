@@ -1,0 +1,341 @@
+"""Every recipe on a real server: the same numbers as here, one job for a call, small up and small down, and nothing lost when something breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnsight import TransformersModel
+
+import hookbook as hb
+from hookbook import jobs
+from hookbook.errors import RemoteError
+from hookbook.request import Read, Readout, Request, Row
+from tests.remote.server import STATE, Server
+
+SANDBOX = os.environ["HOOKBOOK_TEST_SERVER"] == "sandbox"
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPTS = ["The capital of France is", "Hello there, my"]
+trusted = pytest.mark.skipif(SANDBOX, reason="the same on both paths")
+
+
+@pytest.fixture(scope="session")
+def server() -> Server:
+    """The one that runs."""
+    state = json.loads(STATE.read_text())
+    found = Server(state["sandbox"])
+    found.pids, found.ports = state["pids"], state["ports"]
+    return found
+
+
+def weightless(repo: str = REPO) -> TransformersModel:
+    return TransformersModel(repo, task="text-generation", tokenizer=repo, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def remote(server) -> Any:
+    return hb.wrap(weightless(), remote=True)
+
+
+@pytest.fixture(scope="session")
+def local() -> hb.Adapter:
+    return hb.load("smollm2-135m-instruct", "nnsight")
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Equal; numbers within 1e-4 of their size (the server has another kernel for attention, and no packed rows)."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        if ours.is_floating_point():
+            assert ((ours - theirs).abs() <= 1e-4 * (1 + theirs.abs())).all()
+        else:
+            assert torch.equal(ours, theirs)
+    elif isinstance(ours, (tuple, list)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            same(a, b)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            if key != "cost":  # a sandbox runs earlier tokens again
+                same(ours[key], theirs[key])
+    elif isinstance(ours, float):
+        assert abs(ours - theirs) <= 1e-4 * (1 + abs(theirs))
+    elif not isinstance(ours, hb.ModelCard):
+        assert ours == theirs
+
+
+def fields(result: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(result).items() if "card" not in key}
+
+
+RECIPES = {
+    "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
+    "all pairs": lambda model: hb.patchscope(model, "The Eiffel Tower is in", target_layers="all", k=5),
+    "descriptions": lambda model: hb.patchscope(
+        model, ["Bob Dylan", "Barack Obama"], target=hb.prompts.ENTITY_DESCRIPTION, source_layers=[2, 9, 20], generate=6
+    ),
+    "generation": lambda model: hb.generate(
+        model, PROMPTS, edits=[hb.Edit("resid_post.3", torch.linspace(-3, 3, 576), position=slice(None), scope="all")], max_new_tokens=6
+    ),
+    "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one_job_and_gives_what_it_gives_here(remote, local, name):
+    before = remote.service.jobs
+    plan_up = plan_down = None
+    ours = RECIPES[name](remote)
+    assert remote.service.jobs == before + 1
+    same(fields(ours), fields(RECIPES[name](local)))
+    if name == "all pairs":  # a model of 30 layers: 900 pairs
+        plan = hb.patchscope.plan(remote, "The Eiffel Tower is in", target_layers="all", k=5)
+        plan_up, plan_down = plan.bytes_up, plan.bytes_down
+        assert plan.jobs == 1 and remote.service.jobs == before + 1
+        assert remote.service.bytes_up <= 1.05 * plan_up < 60_000 and remote.service.bytes_down <= plan_down < 60_000
+
+
+def test_another_model(local):
+    remote, own = hb.wrap(weightless("google/gemma-3-270m"), remote=True), hb.load("gemma-3-270m", "nnsight")
+    call = dict(target_layers="same", generate=4)
+    same(fields(hb.patchscope(remote, "Toyota", **call)), fields(hb.patchscope(own, "Toyota", **call)))
+    assert remote.service.jobs == 1
+
+
+def request(model: hb.Adapter, patterns: bool) -> Request:
+    """Every site but one read and edited, in prompt and generated tokens."""
+    draw, n = torch.Generator().manual_seed(0), torch.tensor
+    prompts = [model.encode(prompt) for prompt in PROMPTS]
+
+    def vector(site: str) -> torch.Tensor:
+        return torch.randn(hb.Site.parse(site).width(model.card), generator=draw)
+
+    sites = ["resid_pre.2", "resid_post.4", "attn_out.3", "mlp_out.5", "mlp_act.6", "head_z.7", "head_z.8.1", "embed", "final_norm"]
+    rows = [Row(0), Row(1), *(Row(i % 2, (hb.Edit(site, vector(site)),)) for i, site in enumerate(sites))]
+    rows += [Row(0, (hb.Edit("mlp_act.3.7", 2.5, "set"),)), Row(1, (hb.Edit("resid_post.3", vector("resid_post.3"), "project_out", slice(None), scope="all"),))]
+    rows += [
+        Row(0, (hb.Edit("mlp_out.9", vector("mlp_out.9"), "add", scope="generated"),)),
+        Row(1, (hb.Edit("final_norm", vector("final_norm"), scope="all"),)),
+    ]
+    reads = [Read("resid_post.9"), Read("head_z.2.0", slice(None)), Read("final_norm"), Read("embed", 0)]
+    if patterns:
+        rows += [Row(1, (hb.Edit("attn_pattern.4", op="knock_out", keys=0),)), Row(0, (hb.Edit("attn_pattern.4.1", 0.5, "scale", keys=1, scope="all"),))]
+        reads += [Read("attn_pattern.6")]
+    return Request(prompts, rows, reads, Readout(k=3, tokens=n([[1]] * len(rows)), logits=True), generate=6)
+
+
+def test_every_site_scope_and_operation(remote, local):
+    before = remote.service.jobs
+    ours = remote.run(request(remote, patterns=not SANDBOX), progress=False)
+    theirs = local.run(request(local, patterns=not SANDBOX), progress=False)
+    assert remote.service.jobs == before + 1
+    for a, b in zip(ours.readings, theirs.readings, strict=True):
+        same((a.values, a.rows, a.positions), (b.values, b.rows, b.positions))
+    same(ours.readout.topk_ids[:, 0], theirs.readout.topk_ids[:, 0])
+    same((ours.readout.logits, ours.readout.token_logprobs, ours.tokens), (theirs.readout.logits, theirs.readout.token_logprobs, theirs.tokens))
+    assert SANDBOX or ours.cost == theirs.cost
+
+
+def test_arithmetic_on_states_happens_beside_the_model(remote, local):
+    """A recipe of a user's: mean state of two prompts, without its projection on a third, added at another layer."""
+
+    def run(model: hb.Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+        from hookbook import deferred
+
+        with deferred.recording() as record:
+            prompts = [model.encode(prompt) for prompt in (*PROMPTS, "cats and dogs")]
+            (states,) = model.run(Request(prompts, [Row(i) for i in range(3)], [Read("resid_post.8")]), progress=False).readings
+            mean, other = states.values[:2].mean(0), states.values[2]
+            unit = other / other.norm()
+            vector = mean - (mean @ unit) * unit
+            out = model.run(Request(prompts[:1], [Row(0, (hb.Edit("resid_post.5", vector),))], (), Readout(k=3)), progress=False)
+            return deferred.settle((vector.norm(), out.readout.topk_logprobs), record)
+
+    before = remote.service.jobs
+    same(run(remote), run(local))
+    assert remote.service.jobs == before + 1 and remote.service.bytes_down < 3000  # the states stayed where they were
+
+
+def test_jacobians_where_the_key_is_trusted(remote, local):
+    of, wrt = Read("resid_post.6"), [Read("resid_post.0"), Read("resid_post.3")]
+    if SANDBOX:
+        with pytest.raises(RemoteError, match="gradients.*sandbox.*Instead: run the model here, or use a key the service trusts"):
+            hb.jacobian(remote, PROMPTS, of, wrt)
+        with pytest.raises(RemoteError, match="attention patterns.*sandbox"):
+            remote.run(Request([remote.encode("ab")], [Row(0)], [Read("attn_pattern.6")]), progress=False)
+        return
+    before = remote.service.jobs
+    for mean in (False, True):
+        a, b = (hb.jacobian(model, PROMPTS, of, wrt, mean=mean) for model in (remote, local))
+        same((a.output, a.inputs, a.matrices), (b.output, b.inputs, b.matrices))
+    assert remote.service.jobs == before + 2
+
+
+def test_several_calls_in_one_job(remote, local):
+    before = remote.service.jobs
+    with hb.job(remote):
+        lens, said = hb.logit_lens(remote, PROMPTS[0]), hb.generate(remote, "Hello", max_new_tokens=4)
+        with pytest.raises(hb.errors.Refused, match="they come when the job is done"):
+            lens.token_ids.tolist()
+    assert remote.service.jobs == before + 1
+    same(fields(lens), fields(hb.logit_lens(local, PROMPTS[0])))
+    same(fields(said), fields(hb.generate(local, "Hello", max_new_tokens=4)))
+    with pytest.raises(hb.errors.Refused, match="on this machine"), hb.job(local):
+        pass
+    with pytest.raises(hb.errors.TokenError), hb.job(remote):  # nothing is sent of a block that fails
+        hb.logit_lens(remote, PROMPTS[0])
+        hb.logit_lens(remote, "")
+    assert remote.service.jobs == before + 1
+
+
+def test_a_submitted_call_is_picked_up_by_another_process(remote, local, tmp_path):
+    handle = hb.patchscope.submit(remote, "Bob Dylan", source_layers=[3, 9], generate=3)
+    handle.save(tmp_path / "handle")
+    code = f"""
+import hookbook as hb
+from nnsight import TransformersModel
+model = hb.wrap(TransformersModel({REPO!r}, task="text-generation", tokenizer={REPO!r}, dtype="float32"), remote=True)
+hb.Handle.load({str(tmp_path / "handle")!r}, model).result(progress=False).save({str(tmp_path / "result")!r})
+assert model.service.jobs == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    ours = hb.Patchscope.load(tmp_path / "result")
+    same(fields(ours), fields(hb.patchscope(local, "Bob Dylan", source_layers=[3, 9], generate=3)))
+    assert handle.result() is handle.result() and handle.status() == "COMPLETED"
+    with pytest.raises(hb.errors.ResultError, match="a job of"):
+        hb.Handle.load(tmp_path / "handle", local)
+
+
+@pytest.fixture
+def restored(server) -> Iterator[Server]:
+    """A server whose front is replaced by the test; it is put back."""
+    yield server
+    server.stop("api", signal.SIGKILL)
+    server.start_api()
+
+
+@trusted
+def test_a_wrong_key_is_refused_and_never_shown(restored, remote, monkeypatch, capfd):
+    from nnsight import CONFIG
+
+    restored.stop("api")
+    restored.start_api(NDIF_POSTGRES_URL="postgresql://nobody@127.0.0.1:9/none")  # the server checks keys, in a database that is not there
+    with pytest.raises(RemoteError, match="wants a key.*NDIF_API_KEY"):
+        hb.logit_lens(remote, "ab")
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "not-a-key-at-all")
+    with pytest.raises(RemoteError, match="refused the key") as raised:
+        hb.logit_lens(remote, "ab")
+    assert "not-a-key-at-all" not in str(raised.value) + raised.value.server + str(capfd.readouterr()) and "***" in str(raised.value)
+
+
+@trusted
+def test_a_version_the_server_does_not_take(restored, remote):
+    restored.stop("api")
+    restored.start_api(NDIF_MIN_NNSIGHT_VERSION="99.0")
+    with pytest.raises(RemoteError, match="refused this version of nnsight or Python.*99.0"):
+        hb.logit_lens(remote, "ab")
+
+
+def test_what_the_server_raises_is_shown(remote):
+    from hookbook import deferred
+
+    with deferred.recording() as record:
+        bad = deferred.tape(remote).note("module", {"path": "model.layers.0.mlp.no_such", "x": torch.zeros(1, 576)}, torch.zeros(1, 576, device="meta"))
+        with pytest.raises(RemoteError, match="no_such") as raised:
+            deferred.settle([bad], record)
+    assert "Traceback" in raised.value.server and "run_errand" in raised.value.server and raised.value.job
+
+
+@trusted
+def test_a_model_that_does_not_run_there(remote):
+    hb.logit_lens(remote, "ab")  # which does
+    lost = hb.wrap(weightless(), remote=True)
+    lost.service.model.to_model_key = lambda: "nnsight.modeling.transformers.TransformersModel:" + json.dumps({"repo_id": "nobody/nothing", "revision": "main"})
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match=f"nobody/nothing.*does not run on.*use one that does: .*{REPO}"):
+        hb.logit_lens(lost, "ab", progress=False)
+    assert time.monotonic() - start < 30
+
+
+@trusted
+def test_waiting_ends_after_the_time_that_was_given_and_the_job_goes_on(remote, local, monkeypatch):
+    monkeypatch.setattr(remote.service, "timeout", 0.0)
+    with pytest.raises(RemoteError, match="no result of job.*error.handle") as raised:
+        hb.patchscope(remote, "Bob Dylan")
+    monkeypatch.setattr(remote.service, "timeout", None)
+    before = remote.service.jobs
+    same(fields(raised.value.handle.result(progress=False)), fields(hb.patchscope(local, "Bob Dylan")))
+    assert remote.service.jobs == before
+
+
+@trusted
+def test_a_server_that_dies_while_it_is_asked_loses_nothing(restored, remote, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 8.0)
+    want = hb.logit_lens(remote, PROMPTS)
+    handle = hb.logit_lens.submit(remote, PROMPTS)
+    while handle.status() != "COMPLETED":  # computed, and not fetched
+        time.sleep(0.1)
+    restored.stop("api", signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match="silent.*goes on") as raised:
+        handle.result(progress=False)
+    assert time.monotonic() - start < 30 and raised.value.job == handle.job
+    back = threading.Timer(2.0, restored.start_api)
+    back.start()  # it comes back while we wait
+    same(fields(handle.result(progress=False)), fields(want))
+    back.join()
+    lost = hb.patchscope.submit(remote, PROMPTS[0], target_layers="all")
+    restored.stop("api", signal.SIGKILL)  # which holds the queue
+    threading.Timer(2.0, restored.start_api).start()
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match="does not move job .* on.*send it again"):
+        lost.result(progress=False)
+    assert time.monotonic() - start < 30
+
+
+@trusted
+def test_a_server_that_is_not_there(restored, remote):
+    restored.stop("api", signal.SIGKILL)
+    start, before = time.monotonic(), remote.service.jobs
+    with pytest.raises(RemoteError, match="did not take the job"):
+        hb.logit_lens(remote, PROMPTS)
+    assert time.monotonic() - start < 30 and remote.service.jobs == before
+
+
+@trusted
+def test_a_model_that_dies_in_a_job_is_an_error(server, remote):
+    handle = hb.patchscope.submit(remote, "Bob Dylan", target_layers="all", generate=30)
+    deadline = time.monotonic() + 30
+    while handle.status() != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    actors = [p for p in Path("/proc").iterdir() if p.name.isdigit() and b"ModelActor" in _line(p)]
+    assert actors
+    for actor in actors:
+        os.kill(int(actor.name), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RemoteError):
+        remote.service.timeout = 25.0
+        try:
+            handle.result(progress=False)
+        finally:
+            remote.service.timeout = None
+    assert time.monotonic() - start < 30
+
+
+def _line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,242 @@
+"""What is sent to a server: it must arrive there, where this package is not, as what it was here."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hookbook as hb
+from hookbook import deferred
+from hookbook.deferred import Deferred, Tape, later
+from hookbook.errors import Refused
+from hookbook.request import Read, Readout, Request, Row
+
+FOLDER = Path(hb.__file__).parent / "travel"
+FILES = sorted(FOLDER.glob("*.py"))
+ALLOWED = {"torch", "transformers", "transformers.cache_utils", "nnsight", "numpy", "einops"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_travels_is_plain(file):
+    """No decorator, data class, named tuple, or import inside a function: on the server these vanish, change, or fail."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            assert not node.decorator_list, f"{file.name}: {node.name} has a decorator"
+        if isinstance(node, ast.ClassDef):
+            assert {ast.unparse(base) for base in node.bases} <= {"Exception"}, f"{file.name}: {node.name} inherits"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert node in tree.body, f"{file.name}: an import inside a function"
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert all(name in ALLOWED or name.startswith("hookbook.travel.") for name in names), f"{file.name} imports {names}"
+        assert not (isinstance(node, ast.Call) and ast.unparse(node.func) == "super"), f"{file.name}: super()"
+        assert not isinstance(node, (ast.Global, ast.Nonlocal)), f"{file.name}: a global that is set is lost"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with its tokenizer, as a repository would hold it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hookbook.testing import toy_tokenizer
+
+    torch.manual_seed(0)
+    found = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=1
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(found)
+    toy_tokenizer().save_pretrained(found)
+    return found
+
+
+ARRIVES = """
+import sys
+assert not any("hookbook" in path for path in sys.path)
+import torch
+from nnsight import TransformersModel
+from nnsight.schema.request import RequestModel
+try:
+    import hookbook
+    raise SystemExit("this package can be imported here")
+except ModuleNotFoundError:
+    pass
+model = TransformersModel({folder!r}, task="text-generation", tokenizer={folder!r}, dtype="float32", dispatch=True, device_map="cpu", attn_implementation="sdpa")
+model._module.requires_grad_(False)
+blob = open({blob!r}, "rb").read()
+tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), {compress!r})
+from nnsight.tracing.tracer import _saves, dec, inc
+inc()
+try:  # as the server does
+    tracer.execute(tracer.info.code)
+    (out,) = [value for value in tracer.info.frame.f_locals.values() if id(value) in _saves()]
+finally:
+    dec()
+torch.save(out, {result!r})
+"""
+
+
+def arrives(remote, folder: Path, scratch: Path, ask) -> object:
+    """The answer of a job that a process without this package ran."""
+    (scratch / "empty").mkdir(exist_ok=True)
+    with deferred.recording() as record:
+        value = ask(remote)
+        (tape,) = record.tapes.values()
+        wanted = list(deferred.waiting(value))
+        blob, out = scratch / "blob", scratch / "out"
+        blob.write_bytes(remote.service.payload(remote.passes, tape.errand(wanted)))
+        compress = remote.service._backend().compress
+        code = ARRIVES.format(folder=str(folder), blob=str(blob), result=str(out), compress=compress)
+        # -P and -S leave out this folder and what puts this package on the path; the libraries come back by their own folder
+        libraries = Path(torch.__file__).parent.parent
+        prepared = f"import sys; sys.path.append({str(libraries)!r})\n" + code
+        done = subprocess.run([sys.executable, "-P", "-S", "-c", prepared], cwd=scratch / "empty", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        tape.arrive(torch.load(out, weights_only=True), wanted)
+        return deferred.known(value)
+
+
+def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
+    from nnsight import TransformersModel
+
+    remote = hb.wrap(TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9")
+    remote.model.to_model_key = lambda: "a name, which only a server reads"
+    local = hb.wrap(
+        TransformersModel(
+            str(folder), task="text-generation", tokenizer=str(folder), dtype="float32", dispatch=True, device_map="cpu", attn_implementation="eager"
+        )
+    )
+
+    def ask(model):
+        prompts = [model.encode("abc"), model.encode("hello")]
+        draw = torch.Generator().manual_seed(0)
+        sites = ["resid_pre.1", "resid_post.0", "attn_out.2", "mlp_out.1", "head_z.1.2", "mlp_act.0", "mlp_act.2.5", "embed", "final_norm"]
+        edits = [hb.Edit(site, torch.randn(hb.Site.parse(site).width(model.card), generator=draw), scope="all", position=-1) for site in sites]
+        edits += [hb.Edit("attn_pattern.1", op="knock_out", keys=0, scope="all"), hb.Edit("resid_post.1", 0.5, "scale")]
+        rows = [Row(0), Row(1), *(Row(i % 2, (edit,)) for i, edit in enumerate(edits))]
+        reads = [Read("resid_post.1"), Read("attn_pattern.2", slice(None)), Read("head_z.0.1")]
+        first = model.run(Request(prompts, rows, reads, Readout(k=3, logits=True), generate=4), progress=False)
+        vector = first.readings[0].values[:2].mean(0)
+        drawn = model.run(Request(prompts, [Row(0, (hb.Edit("resid_pre.2", vector),)), Row(1)], generate=3, sampling=hb.Sampling(1, top_k=9)), progress=False)
+        jacobian = hb.jacobian(model, prompts, Read("resid_post.2"), [Read("resid_post.0")], progress=False)
+        return first, drawn, jacobian
+
+    ours, theirs = arrives(remote, folder, tmp_path, ask), ask(local)
+    (first, drawn, jacobian), (first_here, drawn_here, jacobian_here) = ours, theirs
+    for a, b in zip(first.readings, first_here.readings, strict=True):
+        assert (a.values - b.values).abs().max() < 1e-4 and torch.equal(a.rows, b.rows)
+    assert (first.readout.logits - first_here.readout.logits).abs().max() < 1e-4
+    assert torch.equal(first.tokens, first_here.tokens) and torch.equal(drawn.tokens, drawn_here.tokens) and first.cost == first_here.cost
+    assert (jacobian.matrices[0] - jacobian_here.matrices[0]).abs().max() < 1e-4
+
+
+def test_earlier_tokens_run_again_give_the_same(folder):
+    """As in a server's sandbox, which keeps no keys and values for us."""
+    from nnsight import TransformersModel
+
+    model = TransformersModel(
+        str(folder), task="text-generation", tokenizer=str(folder), dtype="float32", dispatch=True, device_map="cpu", attn_implementation="eager"
+    )
+    adapter = hb.wrap(model)
+    prompts = [adapter.encode("abcd"), adapter.encode("hi, hello")]
+    draw = torch.Generator().manual_seed(1)
+    edits = [
+        hb.Edit(site, torch.randn(32, generator=draw), position=position, scope=scope)
+        for site in ("resid_pre.1", "resid_post.0", "mlp_out.2", "embed", "final_norm")
+        for position, scope in ((-1, "prompt"), (1, "prompt"), (-1, "generated"), (-1, "all"))
+        if (site, position) != ("final_norm", 1)  # which nobody would see
+    ]
+    rows = [Row(0), Row(1), *(Row(i % 2, (edit,)) for i, edit in enumerate(edits))]
+    request = Request(prompts, rows, [Read("resid_post.2", slice(None))], Readout(k=2), generate=6)
+    whole = adapter.run(request, progress=False)
+    adapter.remote = True  # the plan says what to run again
+    from hookbook import engine, planning
+    from hookbook.travel.passes import reach
+
+    # what needs a trace in a sandbox needs a session here
+    adapter.passes.shares, adapter.passes.call = False, lambda path, x: reach(adapter.passes.model, path)(x)
+    parts = planning.plan(adapter, request)
+    again = engine.merge([(part, engine._run_part(adapter, part, _Bar())) for part in parts], request)
+    assert torch.equal(whole.tokens, again.tokens) and len(set(map(tuple, whole.tokens.tolist()))) > 8
+    assert (whole.readings[0].values - again.readings[0].values).abs().max() < 1e-4
+    assert (whole.token_logprobs - again.token_logprobs).abs().max() < 1e-4
+
+
+class _Bar:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+def promise(*shape: int) -> Deferred:
+    return Deferred.of(Tape(), shape, torch.float32)
+
+
+def test_arithmetic_is_noted_with_its_shape():
+    x = promise(4, 3)
+    y = torch.stack([x, 2 * x], 1).mean(0)[0, :2] @ torch.ones(2, 5)
+    assert isinstance(y, Deferred) and y.shape == (5,) and y.dtype == torch.float32 and y.device.type == "cpu" and x.dim() == 2 and len(x) == 4
+    assert [step[1]["name"].split(".")[-1] for step in x.tape.steps] == ["mul", "stack", "mean", "__getitem__", "matmul"]
+    values, ids = x.topk(2)
+    assert values.shape == ids.shape == (4, 2) and ids.dtype == torch.long and x.topk(1).values.shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x.tolist(),
+        lambda x: float(x[0, 0]),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.numpy(),
+        lambda x: int(x.argmax()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+        lambda x: 1 if x[0, 0] > 0 else 2,
+        lambda x: x.add_(1),
+        lambda x: torch.zeros(4, 3).copy_(x),
+        lambda x: torch.zeros(4, 3).__setitem__(0, x[0]),
+        lambda x: torch.add(x, 1, out=torch.zeros(4, 3)),
+    ],
+)
+def test_a_number_that_is_not_here_is_never_made_up(use):
+    with pytest.raises(Refused, match="they come when the job is done|only functions that return new tensors"):
+        use(promise(4, 3))
+
+
+def test_later_waits_for_numbers_and_no_longer():
+    x = promise(2)
+    waits = later(lambda a, b: (a.tolist(), b), x, 3)
+    assert isinstance(waits, deferred.Later) and later(lambda b: b + 1, 3) == 4
+    x.number = torch.tensor([1.0, 2.0])
+    assert deferred.known(waits) == ([1.0, 2.0], 3) and torch.equal(x + 1, torch.tensor([2.0, 3.0])) and deferred.known({"a": [x]})["a"][0] is x.number
+
+
+def test_conditions_hold_before_numbers_are_given():
+    from hookbook.errors import EditError
+
+    tape = Tape()
+    x = Deferred.of(tape, (2,), torch.float32)
+    hb.Edit("resid_post.1", x)  # whose numbers must be finite
+    (condition, error) = tape.conditions[0]
+    with pytest.raises(EditError, match="NaN or infinity"):
+        tape.arrive({x.slot: torch.tensor([1.0, float("nan")]), condition.slot: torch.tensor(False)}, [x])
+    assert x.number is None and isinstance(error, EditError)
+    tape.arrive({x.slot: torch.ones(2), condition.slot: torch.tensor(True)}, [x])
+    assert torch.equal(x.number, torch.ones(2))
+
+
+def test_only_nnsight_models_go_elsewhere():
+    from hookbook.testing import toy
+
+    with pytest.raises(Refused, match="only nnsight models"):
+        hb.wrap(toy(), remote=True)
+    with pytest.raises(Refused, match="on this machine"), hb.job(toy()):
+        pass
+    with pytest.raises(hb.errors.RemoteError, match="asks 0 remote models.*submit a recipe on one remote model"):
+        hb.logit_lens.submit(toy(), "ab")
