@@ -17,12 +17,19 @@ from hookbook.errors import ModelError, Refused
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb
-from hookbook.travel.passes import Passes
+from hookbook.travel.passes import Passes, reach
 
 
 def accepts(model: Any) -> bool:
     """Whether this adapter is for `model`."""
     return isinstance(model, TransformersModel)
+
+
+def blocks_of(model: TransformersModel) -> list[Any]:
+    """The envoys of a model's blocks."""
+    config = model._module.config
+    cfg = build_bridge_config_from_hf(config, determine_architecture_from_hf_config(config), hf.model_id(model._module), model._module.dtype)
+    return list(reach(model, ArchitectureAdapterFactory.select_architecture_adapter(cfg).translate_transformer_lens_path("blocks")))
 
 
 class TracingAdapter(Adapter):

@@ -175,7 +175,7 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "value that is a list": (edit("resid_post.1", [1.0] * 5), EditError, "resid_post.1"),
     "clamp to a text": (edit("resid_post.1", op="clamp", to="x"), EditError, "resid_post.1"),
     "not a model": (lambda: hb.wrap(torch.nn.Linear(2, 2)), ModelError, "no adapter accepts it"),
-    "remote": (lambda: hb.wrap(TOY, remote=True), Refused, "this machine"),
+    "remote": (lambda: hb.wrap(TOY, remote=True), Refused, "only nnsight models"),
 }
 
 

@@ -19,6 +19,10 @@ _HOME = {
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
+    "Task": "tasks",
+    "TaskVectors": "recipes.in_context_vectors",
+    "Vector": "vectors",
+    "task_vector": "recipes.in_context_vectors",
     "Generation": "recipes.generation",
     "HookbookError": "errors",
     "ModelCard": "adapter",
@@ -35,13 +39,14 @@ _HOME = {
     "patchscope": "recipes.patchscopes",
     "wrap": "loading",
 }
-_MODULES = ("adapters", "doctor", "errors", "packages", "prompts", "recipes", "request", "results", "sites", "testing", "tokens")
+_MODULES = ("adapters", "doctor", "errors", "packages", "prompts", "recipes", "request", "results", "sites", "tasks", "testing", "tokens")
 
-__all__ = sorted([*_HOME, "errors", "prompts", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "prompts", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
     from hookbook import prompts as prompts
+    from hookbook import tasks as tasks
     from hookbook import testing as testing
     from hookbook.adapter import Adapter as Adapter
     from hookbook.adapter import ModelCard as ModelCard
@@ -55,13 +60,17 @@ if TYPE_CHECKING:
     from hookbook.planning import Plan as Plan
     from hookbook.recipes.generation import Generation as Generation
     from hookbook.recipes.generation import generate as generate
+    from hookbook.recipes.in_context_vectors import TaskVectors as TaskVectors
+    from hookbook.recipes.in_context_vectors import task_vector as task_vector
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
     from hookbook.request import Edit as Edit
     from hookbook.request import Sampling as Sampling
     from hookbook.sites import Site as Site
+    from hookbook.tasks import Task as Task
     from hookbook.tokens import At as At
+    from hookbook.vectors import Vector as Vector
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
     HookbookError
     ├── SiteError     not a site, or not in this model
     ├── TokenError    a prompt, position or token that cannot be used
+    ├── DataError     pairs or contrasts that cannot be used
     ├── EditError     an edit that cannot be applied, or that never fired
     ├── ModelError    a model that cannot be found, loaded or wrapped
     ├── ResultError   a file that is not a saved result, or not this kind of result
@@ -34,6 +35,10 @@ class SiteError(HookbookError, ValueError):
 
 class TokenError(HookbookError, ValueError):
     """A prompt, position or token that cannot be used."""
+
+
+class DataError(HookbookError, ValueError):
+    """Pairs or contrasts that cannot be used."""
 
 
 class EditError(HookbookError, ValueError):

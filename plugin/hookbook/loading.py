@@ -52,6 +52,13 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool | str = False) -> Adapt
     )
 
 
+def nnsight_blocks(model: Any) -> list[Any]:
+    """The envoys of an nnsight model's blocks."""
+    from hookbook.adapters.tracing import blocks_of
+
+    return blocks_of(model)
+
+
 def _wrap_remote(model: Any, tokenizer: Any, remote: bool | str) -> Adapter:
     if "nnsight" not in sys.modules or isinstance(model, Adapter):
         raise Refused(f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel")

@@ -56,3 +56,45 @@ def heat_map(
                 color = "white" if values[y, x] < (low + high) / 2 else "black"
                 ax.text(x, y, text, ha="center", va="center", fontsize=size, color=color, parse_math=False)
     return ax
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
+
+
+def lines(
+    ax: Axes | None, curves: dict[str, Tensor], names: tuple[str, str], *, labels: Sequence[str] | None = None, levels: dict[str, float] | None = None
+) -> Axes:
+    """Curves over the same places, and levels to compare them with.
+
+    Args:
+        ax: Where to draw; None: a new figure.
+        curves: By name the values `[place]`; the first is drawn heavier.
+        names: Of the places and of the values.
+        labels: Of the places; None: their numbers.
+        levels: By name a value that is drawn across.
+    """
+    plt = need("matplotlib.pyplot", "plot()")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    assert ax is not None
+    for at, (name, values) in enumerate(curves.items()):
+        ax.plot(
+            range(len(values)),
+            values,
+            label=name,
+            color=COLOURS[at % len(COLOURS)],
+            linewidth=2.2 if at == 0 else 1.2,
+            marker="o" if len(values) < 60 else None,
+            markersize=3,
+        )
+    for style, (name, value) in zip(("--", ":", "-."), (levels or {}).items(), strict=False):
+        ax.axhline(value, color="0.35", linestyle=style, linewidth=1, label=name)
+    if labels is not None:
+        step = max(1, len(labels) // 20)
+        ax.set_xticks(range(0, len(labels), step), labels[::step])
+    ax.set_xlabel(names[0])
+    ax.set_ylabel(names[1])
+    if len(curves) + len(levels or {}) > 1:
+        ax.legend(frameon=False, fontsize=8)
+    return ax

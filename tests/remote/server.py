@@ -225,7 +225,9 @@ class Server:
                 pass
 
     def down(self) -> None:
-        """Stop everything."""
+        """Stop everything, also what a test has started again."""
+        if STATE.exists():
+            self.pids = json.loads(STATE.read_text())["pids"]
         for name in ("api", "ray", "hub", "store", "redis"):
             self.stop(name)
         STATE.unlink(missing_ok=True)

@@ -89,6 +89,7 @@ RECIPES = {
     "generation": lambda model: hb.generate(
         model, PROMPTS, edits=[hb.Edit("resid_post.3", torch.linspace(-3, 3, 576), position=slice(None), scope="all")], max_new_tokens=6
     ),
+    "task vector": lambda model: hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[9, 21], shots=3, n_prompts=4, queries=5),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 

@@ -1,0 +1,224 @@
+"""Tasks: pairs of an input and an output, the prompts that show them, and splits that leak nothing.
+
+The data that ships is our own: facts and words as JSON in `data/pairs`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hookbook.errors import DataError
+
+
+@dataclass(frozen=True)
+class Template:
+    """How pairs become a prompt.
+
+    Example:
+        >>> QA.prompt([("big", "small")], "hot")
+        'Q: big\\nA: small\\n\\nQ: hot\\nA:'
+    """
+
+    query: str
+    """With `{}` for the input; ends where the answer begins."""
+    answer: str
+    """With `{}` for the output, as it follows the query, such as `" {}"`."""
+    separator: str
+    source: str = ""
+    """Where it was published."""
+
+    def __post_init__(self) -> None:
+        if self.query.count("{}") != 1 or self.answer.count("{}") != 1:
+            raise DataError(f"a template of {self.query!r} and {self.answer!r}", "each has one place for a word", "write {} once in each")
+
+    def prompt(self, shown: Sequence[tuple[str, str]], query: str) -> str:
+        """Pairs that are shown, and the query."""
+        return "".join(self.query.format(x) + self.answer.format(y) + self.separator for x, y in shown) + self.query.format(query)
+
+
+QA = Template("Q: {}\nA:", " {}", "\n\n", "Todd et al. 2023, arXiv:2310.15213")
+ARROW = Template("example:{}->", "{}", "\n", "Hendel et al. 2023, arXiv:2310.15916, its code")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query, its answer, and the pairs that are shown before it."""
+
+    text: str
+    answer: str
+    """As it follows the text, with the template's space."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs of an input and an output.
+
+    Args:
+        pairs: The pairs; an input occurs once.
+        name: What it is called.
+        template: How pairs become prompts.
+
+    Raises:
+        DataError: No pairs, an empty text, or an input with two outputs.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    name: str = "task"
+    template: Template = QA
+
+    def __post_init__(self) -> None:
+        pairs = tuple((x, y) for x, y in self.pairs)
+        object.__setattr__(self, "pairs", tuple(dict.fromkeys(pairs)))
+        if not pairs:
+            raise DataError(f"the task {self.name!r} has no pairs", "", "give pairs of an input and an output")
+        seen: dict[str, str] = {}
+        for pair in pairs:
+            if any(not isinstance(text, str) or not text.strip() for text in pair):
+                raise DataError(f"a pair {pair!r} of {self.name!r}", "input and output are texts", "leave it out")
+            if seen.setdefault(pair[0], pair[1]) != pair[1]:
+                raise DataError(
+                    f"two outputs of {pair[0]!r} in {self.name!r}: {seen[pair[0]]!r} and {pair[1]!r}", "an answer would be right and wrong", "keep one"
+                )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def with_template(self, template: Template) -> Task:
+        """The same pairs in another template."""
+        return replace(self, template=template)
+
+    def split(self, seed: int = 0, train: float = 0.5, validation: float = 0.25) -> Splits:
+        """Three parts without a pair in common; the same for the same seed, whatever the order of the pairs.
+
+        Raises:
+            DataError: A part would be empty.
+        """
+        pairs = sorted(self.pairs)
+        random.Random(seed).shuffle(pairs)
+        first, second = round(len(pairs) * train), round(len(pairs) * (train + validation))
+        parts = pairs[:first], pairs[first:second], pairs[second:]
+        if not all(parts):
+            raise DataError(f"{len(pairs)} pairs of {self.name!r} in three parts", "one would be empty", "give more pairs, or other shares")
+        return Splits(*(replace(self, pairs=tuple(part)) for part in parts))
+
+    def questions(self, shown: Task | None = None, shots: int = 0, n: int | None = None, *, seed: int = 0, shuffled: bool = False) -> list[Question]:
+        """Prompts with queries of this task.
+
+        Args:
+            shown: The task whose pairs are shown before a query; never the query's own.
+            shots: How many.
+            n: How many questions; None: every pair once. More than there are pairs repeat them with other pairs shown.
+            seed: Of the drawing.
+            shuffled: Permute the outputs of what is shown, so that no input has its own (a derangement by rotation).
+
+        Raises:
+            DataError: There are fewer pairs than are to be shown.
+        """
+        draw = random.Random(f"{seed} {self.name}")
+        order = list(self.pairs)
+        draw.shuffle(order)
+        asked = [order[i % len(order)] for i in range(len(order) if n is None else n)]
+        if not shots:
+            return [Question(self.template.prompt((), x), self.template.answer.format(y)) for x, y in asked]
+        source = (self if shown is None else shown).pairs
+        if len(source) <= shots:
+            raise DataError(
+                f"{shots} pairs to show of {self.name!r}", f"there are {len(source)}, and the query's own is not shown", "show fewer, or give more pairs"
+            )
+        found = []
+        for x, y in asked:
+            some = draw.sample([pair for pair in source if pair[0] != x], shots)
+            if shuffled:
+                outputs = [b for _, b in some]
+                some = [(a, b) for (a, _), b in zip(some, outputs[1:] + outputs[:1], strict=True)]
+            found.append(Question(self.template.prompt(some, x), self.template.answer.format(y)))
+        return found
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Parts of a task."""
+
+    train: Task
+    validation: Task
+    test: Task
+
+
+def names() -> list[str]:
+    """The tasks that ship; with `:first` or `:last` after a name they are about an item of a list."""
+    return sorted(
+        [file.name.removesuffix(".json") for file in (_DATA / "pairs").iterdir() if file.name.endswith(".json")] + ["capitalize", "uppercase", "copy"]
+    )
+
+
+def load(source: Any, template: Template = QA) -> Task:
+    """A task by name, from a file, or from a table.
+
+    Args:
+        source: A name of `names()`; `NAME:first` or `NAME:last` for lists of three inputs, of which one is asked for; the path of a
+            JSON file (a list of pairs, or an object with `pairs`) or a CSV file (two columns); or a pandas frame (its first two columns).
+        template: How pairs become prompts.
+
+    Raises:
+        DataError: No such task, or what was found are no pairs.
+    """
+    if hasattr(source, "itertuples"):
+        return Task(tuple((str(row[0]), str(row[1])) for row in source.itertuples(index=False)), "frame", template)
+    path = Path(source)
+    if path.suffix in (".json", ".csv"):
+        return Task(_read(path), path.stem, template)
+    name, _, item = str(source).partition(":")
+    if item:
+        if item not in ("first", "last"):
+            raise DataError(f"the task {source!r}", "an item of a list is first or last", f"write {name}:first")
+        return lists(load(name), item, template=template)
+    if name in ("capitalize", "uppercase", "copy"):
+        words = json.loads((_DATA / "words.json").read_text(encoding="utf-8"))["words"]
+        change = {"capitalize": str.capitalize, "uppercase": str.upper, "copy": str}[name]
+        return Task(tuple((word, change(word)) for word in words), name, template)
+    if name not in names():
+        raise DataError(f"no task {name!r}", "", f"use one of {', '.join(names())}, or a .json or .csv file")
+    data = json.loads((_DATA / "pairs" / f"{name}.json").read_text(encoding="utf-8"))
+    return Task(tuple((x, y) for x, y in data["pairs"]), name, template)
+
+
+def lists(task: Task, item: str, *, length: int = 3, n: int = 200, seed: int = 0, template: Template | None = None) -> Task:
+    """A task about lists: inputs of another task, of which the first or the last is answered.
+
+    Example:
+        >>> lists(Task((("a", "A"), ("b", "B"), ("c", "C"))), "last", n=1, length=2).pairs[0][1] in "ABC"
+        True
+    """
+    if item not in ("first", "last") or len(task) < length:
+        raise DataError(f"lists of {length} of {task.name!r}, the {item}", f"it has {len(task)} pairs", "use first or last, and lists that are no longer")
+    draw, found = random.Random(f"{seed} {task.name} {length}"), {}
+    for _ in range(20 * n):
+        some = draw.sample(task.pairs, length)
+        found[", ".join(x for x, _ in some)] = some[0 if item == "first" else -1][1]
+        if len(found) == n:
+            break
+    return Task(tuple(found.items()), f"{task.name}:{item}", task.template if template is None else template)
+
+
+def _read(path: Path) -> tuple[tuple[str, str], ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            rows: Any = [row for row in csv.reader(text.splitlines()) if row]
+            rows = rows[1:] if rows and [cell.strip().lower() for cell in rows[0][:2]] == ["input", "output"] else rows
+        else:
+            data = json.loads(text)
+            rows = data["pairs"] if isinstance(data, dict) else data
+        return tuple((str(row[0]), str(row[1])) for row in rows)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as pairs", f"{type(error).__name__}: {error}", "give a list of pairs, or two columns") from error
+
+
+_DATA: Any = files("hookbook") / "data"

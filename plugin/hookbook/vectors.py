@@ -1,0 +1,170 @@
+"""Vectors with where they come from: arithmetic that refuses what does not fit, files, and the way back into other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook.card import ModelCard
+from hookbook.errors import EditError, SiteError
+from hookbook.request import Edit, Op, Scope
+from hookbook.results import Result, View
+from hookbook.sites import Site
+from hookbook.tokens import Position
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Vector(Result):
+    """A direction in a model at a site.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> v = Vector.of(toy(), "resid_post.1", torch.arange(16.0))
+        >>> float((v + v - 2 * v).norm), round(v.cosine(3 * v), 6)
+        (0.0, 1.0)
+    """
+
+    card: ModelCard
+    site: Site
+    values: Tensor
+    """`[width]` of the site, on the CPU."""
+    position: str = "-1"
+    """The token it was read at."""
+    template: str = ""
+    """The prompt it was read in, if there is one."""
+    recipe: str = ""
+    """What made it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, Tensor) and type(self.values) is Tensor:
+            if tuple(self.values.shape) != (self.site.width(self.card),):
+                raise EditError(
+                    f"a vector of shape {list(self.values.shape)} at {self.site}", f"its width there is {self.site.width(self.card)}", "give [width]"
+                )
+            if not bool(torch.isfinite(self.values).all()):
+                raise EditError(f"a vector at {self.site} with NaN or infinity", "it would spread", "look for the step that made it")
+
+    @classmethod
+    def of(cls, model: Any, site: Site | str, values: Tensor, **more: Any) -> Vector:
+        """A bare tensor as a vector of a model."""
+        from hookbook.loading import wrap
+
+        card = wrap(model).card
+        return cls(card, Site.parse(site).check(card), torch.as_tensor(values).detach().cpu().float(), **more)
+
+    @property
+    def norm(self) -> Tensor:
+        """Its length."""
+        return self.values.norm()
+
+    def _with(self, other: Vector, sign: str) -> Vector:
+        if not isinstance(other, Vector):
+            return NotImplemented
+        mine, theirs = (_kind(vector) for vector in (self, other))
+        if mine != theirs:
+            raise SiteError(f"a vector of {mine} {sign} one of {theirs}", "they are directions in different spaces", "use vectors of one model and site")
+        values = self.values + other.values if sign == "+" else self.values - other.values
+        return replace(self, values=values, recipe=f"({self.recipe or 'vector'} {sign} {other.recipe or 'vector'})", settings={})
+
+    def __add__(self, other: Vector) -> Vector:
+        return self._with(other, "+")
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self._with(other, "-")
+
+    def __mul__(self, factor: float) -> Vector:
+        return replace(self, values=self.values * factor, recipe=f"{factor:g} {self.recipe or 'vector'}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> Vector:
+        return self * (1 / factor)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def cosine(self, other: Vector) -> float:
+        """The cosine of the angle to another."""
+        self._with(other, "-")
+        return float(torch.nn.functional.cosine_similarity(self.values.double(), other.values.double(), dim=0))
+
+    def project_out(self, other: Vector) -> Vector:
+        """What is left without the part along another."""
+        self._with(other, "-")
+        unit = other.values.double() / other.values.double().norm()
+        values = self.values.double() - (self.values.double() @ unit) * unit
+        return replace(self, values=values.to(self.values.dtype), recipe=f"({self.recipe or 'vector'} without {other.recipe or 'vector'})", settings={})
+
+    def edit(self, op: Op = "add", strength: float = 1.0, *, position: Position = -1, scope: Scope = "prompt", to: float = 0.0) -> Edit:
+        """An `Edit` for `hookbook.generate` and requests."""
+        return Edit(self.site, self.values * strength if op in ("add", "set") else self.values, op, position, to, scope)
+
+    def fwd_hooks(self, *, strength: float = 1.0, position: int | slice = -1, op: Op = "add") -> list[tuple[str, Callable]]:
+        """Hooks for TransformerLens: `bridge.run_with_hooks(tokens, fwd_hooks=vector.fwd_hooks())`.
+
+        Args:
+            strength: What it is multiplied by.
+            position: Index or slice of the token dimension, which must not be padded there.
+            op: `add` or `set`.
+        """
+        if op not in ("add", "set") or self.site.unit is not None:
+            raise EditError(f"{op} at {self.site} as a TransformerLens hook", "only add and set at a whole site are written as hooks", "use edit()")
+
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            value = (self.values * strength).to(x.device, x.dtype).reshape(x.shape[2:])
+            x = x.clone()
+            x[:, position] = x[:, position] + value if op == "add" else value
+            return x
+
+        return [(self.site.hook_name, hook)]
+
+    def apply(self, model: Any, *, strength: float = 1.0, position: int | slice = -1) -> None:
+        """Add it inside an open trace of an nnsight model: `with model.trace(prompt): vector.apply(model)`.
+
+        Only for sites of the stream: `resid_pre` and `resid_post`.
+        """
+        if self.site.name not in ("resid_pre", "resid_post"):
+            raise EditError(f"{self.site} inside a trace", "only the stream's sites are named there", "use edit()")
+        from hookbook.loading import nnsight_blocks
+
+        block = nnsight_blocks(model)[self.site.layer or 0]
+        if self.site.name == "resid_pre":
+            block.input[:, position] += (self.values * strength).to(block.input.dtype)
+            return
+        output = block.output
+        x = output[0] if isinstance(output, tuple) else output
+        x[:, position] += (self.values * strength).to(x.device, x.dtype)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each number: `dimension`, `value`."""
+        import pandas as pd
+
+        return pd.DataFrame({"dimension": range(len(self.values)), "value": self.values.tolist()})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Its numbers, sorted by size."""
+        from hookbook.plots import lines
+
+        return lines(ax, {"size": self.values.abs().sort(descending=True).values}, ("dimension, largest first", "absolute value"))
+
+    def view(self) -> View:
+        """A table of its largest numbers."""
+        top = self.values.abs().topk(min(20, len(self.values))).indices.tolist()
+        rows = "".join(f"<tr><td>{i}</td><td>{float(self.values[i]):.4g}</td></tr>" for i in top)
+        return View(
+            f"<table><caption>{self.site} of {self.card.model_id}, norm {float(self.norm):.4g}</caption><tr><th>dimension</th><th>value</th></tr>{rows}</table>"
+        )
+
+
+def _kind(vector: Vector) -> str:
+    card = vector.card
+    return f"{card.model_id} ({card.architecture}, {card.d_model} wide) at {vector.site}"

@@ -1,0 +1,69 @@
+"""Task vectors on every adapter, against a loop; and vectors handed back to the user's own tools."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hookbook as hb
+from hookbook.request import Readout, Request, Row
+from hookbook.tasks import Task, Template
+
+PAIRS = tuple((letter, letter.upper()) for letter in "abcdefghijklmnopqrst")
+TASK = Task(PAIRS, "letters", Template("{}>", "{}", ";"))
+
+
+@pytest.mark.parametrize("mode", ["replace", "difference"])
+def test_task_vectors_are_what_a_loop_finds(case, mode):
+    adapter, n_layers = case.adapter, case.adapter.card.n_layers
+    found = hb.task_vector(adapter, TASK, mode=mode, shots=2, n_prompts=4, queries=3, seed=5)
+    parts, sites = TASK.split(5), [hb.Site("resid_post", layer) for layer in range(n_layers)]
+
+    def mean(questions):
+        states = []
+        for question in questions:
+            _, read = case.plain(adapter.encode(question.text).ids, (), tuple(sites))
+            states.append(torch.stack([read[site][-1] for site in sites]))
+        return torch.stack(states).mean(0)
+
+    def accuracy(vectors, questions, layer):
+        right = 0
+        for question in questions:
+            tokens = adapter.encode(question.text)
+            answer = adapter.encode(question.text + question.answer).ids[len(tokens)]
+            edit = hb.Edit(sites[layer], vectors[layer], "set" if mode == "replace" else "add")
+            logits, _ = case.plain(tokens.ids, ((sites[layer], len(tokens) - 1, edit, []),))
+            right += int(logits[-1].argmax()) == answer
+        return right / len(questions)
+
+    vectors = mean(parts.train.questions(shots=2, n=4, seed=5))
+    wrong = mean(parts.train.questions(shots=2, n=4, seed=5, shuffled=True))
+    if mode == "difference":
+        without = mean(parts.train.questions(n=4, seed=5))
+        vectors, wrong = vectors - without, wrong - without
+    assert (found.values.double() - vectors).abs().max() < 1e-5 * vectors.abs().max()
+    for name, part, values in (("validation", parts.validation, vectors), ("accuracy", parts.test, vectors), ("shuffled labels", parts.test, wrong)):
+        ours = found.controls[name] if name in found.controls else getattr(found, name)
+        assert ours.tolist() == [accuracy(values, part.questions(n=3, seed=5), layer) for layer in range(n_layers)], name
+    assert torch.allclose(found.best.values, found.values[int(found.validation.argmax())])
+    assert len(found.to_frame()) == n_layers and found.plot() is not None
+
+
+def test_a_vector_goes_back_into_hooks_and_traces(case):
+    adapter = case.adapter
+    vector = hb.Vector.of(adapter.model if case.name != "toy" else adapter, "resid_post.1", torch.linspace(-2, 2, adapter.card.d_model))
+    tokens = adapter.encode("abcd")
+    want = adapter.run(Request([tokens], [Row(0, (vector.edit("add", 1.5),))], (), Readout(logits=True))).readout.logits
+    ids = torch.tensor([tokens.ids])
+    if case.name.startswith(("bridge", "hooked")):
+        more = {"prepend_bos": False} if case.name.startswith("hooked") else {}
+        logits = adapter.model.run_with_hooks(ids, fwd_hooks=vector.fwd_hooks(strength=1.5), **more)
+    elif case.name.startswith("nnsight"):
+        with adapter.model.trace(ids):
+            vector.apply(adapter.model, strength=1.5)
+            logits = adapter.model.output.logits.save()
+    else:
+        with pytest.raises(hb.errors.EditError, match="only the stream's sites"):
+            hb.Vector.of(adapter, "mlp_out.1", torch.ones(16)).apply(None)
+        return
+    assert (logits[0, -1] - want[0]).abs().max() < 1e-4
