@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def size(value: object) -> int:
         return value.nbytes
     if isinstance(value, (tuple, list)):
         return sum(map(size, value))
-    return sum(map(size, vars(value).values())) if is_dataclass(value) else 0
+    return sum(size(getattr(value, field.name)) for field in fields(value)) if is_dataclass(value) else 0
 
 
 def used(model: str, name: str) -> dict[str, float]:
