@@ -73,7 +73,7 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
     inputs = [torch.empty(len(prompts), read.site.width(card), dtype=output.dtype) for read in wrt]
     matrices = [torch.zeros(*lead, d_out, read.site.width(card), dtype=output.dtype) for read in wrt]
     if (account := planning.account()) is not None:
-        back = [part.peak_bytes + min(d_out, _chunk(adapter, request, part)) * _bytes_of_one(adapter, request, part) for part in parts]
+        back = [part.peak_bytes + min(d_out, _chunk(adapter, request, part, mean)) * _bytes_of_one(adapter, request, part) for part in parts]
         kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices))
         account.add([] if adapter.remote else parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
     if account is not None and not adapter.remote:
@@ -91,7 +91,7 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
                 held[rows] = state.detach().cpu()
             del reply, states
             into = matrices if mean or rows != list(range(len(prompts))) else None
-            found = vjps(out, leaves, _chunk(adapter, request, part), mean, bar.update)
+            found = vjps(out, leaves, _chunk(adapter, request, part, mean), mean, bar.update)
             if into is None:
                 matrices = found
             for matrix, some in zip(into or (), found, strict=False):
@@ -112,7 +112,7 @@ def _remote(adapter: Any, request: Request, parts: Sequence[planning.Part], mean
         leaves = [adapter.leaf(len(rows), read.site.width(adapter.card)) for read in wrt]
         reply = adapter.run(_request(adapter, request.prompts, of, wrt, rows, leaves), progress=False)
         out, *states = (reading.values for reading in reply.readings)
-        found = adapter.vjps(out, leaves, _chunk(adapter, request, part), mean)
+        found = adapter.vjps(out, leaves, _chunk(adapter, request, part, mean), mean)
         outputs.append(out)
         inputs.append(states)
         matrices.append([matrix * (len(rows) / len(request.prompts)) for matrix in found] if mean else found)
@@ -128,9 +128,11 @@ def _bytes_of_one(adapter: Adapter, request: Request, part: planning.Part) -> in
     return rows * (numbers + sum(read.site.width(card) for read in request.reads)) * card.itemsize
 
 
-def _chunk(adapter: Adapter, request: Request, part: planning.Part) -> int:
+def _chunk(adapter: Adapter, request: Request, part: planning.Part, mean: bool) -> int:
     """How many output dimensions go through one backward pass, so that it fits the byte budget beside the graph."""
-    return max(1, min(MOST, (planning.BUDGET_BYTES - part.peak_bytes) // _bytes_of_one(adapter, request, part)))
+    of, *wrt = request.reads
+    kept = of.site.width(adapter.card) * sum(read.site.width(adapter.card) for read in wrt) * (1 if mean else len(request.rows)) * adapter.card.itemsize
+    return max(1, min(MOST, (planning.BUDGET_BYTES - kept - part.peak_bytes) // _bytes_of_one(adapter, request, part)))
 
 
 def _request(
