@@ -199,7 +199,18 @@ class Service:
             return RemoteError(f"{self.model.to_model_key()} does not run on {self.host}", last, f"use one that does: {self._running()}", job=job, server=text)
         if refused := re.findall(r"refused: (.+?) \| (.+?) \| (.+)", text):  # the last one is the error, others are source
             return RemoteError(*(words.strip().rstrip(".") for words in refused[-1]), job=job, server=text)
-        return RemoteError(f"job {job} failed on {self.host}", last, "see error.server for the server's traceback", job=job, server=text)
+        drift = self._drift()
+        why = f"{last}; {drift}" if drift else last
+        return RemoteError(f"job {job} failed on {self.host}", why, "see error.server for the server's traceback", job=job, server=text)
+
+    def _drift(self) -> str:
+        """How the server's versions of what matters differ from ours, as far as it says; nnsight's comparison."""
+        try:
+            with httpx.Client(timeout=httpx.Timeout(3.0, read=5.0)) as client:
+                found = nnsight.ndif.EnvComparison(nnsight.ndif.get_local_env(), client.get(f"{self.host}/env").json())
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return ""
+        return ", ".join(f"{name} is {versions['local']} here and {versions['remote']} there" for name, versions in sorted(found.critical_mismatches.items()))
 
     def _running(self) -> str:
         """The models a server runs, as far as it says."""

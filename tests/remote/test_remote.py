@@ -249,14 +249,20 @@ def test_a_version_the_server_does_not_take(restored, remote):
         hb.logit_lens(remote, "ab")
 
 
-def test_what_the_server_raises_is_shown(remote):
+def test_what_the_server_raises_is_shown(remote, monkeypatch):
+    import nnsight
+
     from hookbook import deferred
+
+    monkeypatch.setattr(
+        nnsight.ndif, "get_local_env", lambda: {"python_version": "3.11", "packages": {"nnsight": "0.7.0", "torch": "2.13.0", "transformers": "5.23.0"}}
+    )
 
     with deferred.recording() as record:
         bad = deferred.tape(remote).note("module", {"path": "model.layers.0.mlp.no_such", "x": torch.zeros(1, 576)}, torch.zeros(1, 576, device="meta"))
-        with pytest.raises(RemoteError, match="no_such") as raised:
+        with pytest.raises(RemoteError, match="no_such.*nnsight is 0.7.0 here and 0.8.1 there") as raised:
             deferred.settle([bad], record)
-    assert "Traceback" in raised.value.server and "run_errand" in raised.value.server and raised.value.job
+    assert "Traceback" in raised.value.server and "reach" in raised.value.server and raised.value.job
 
 
 @trusted
