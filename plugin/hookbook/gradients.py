@@ -66,7 +66,7 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
     adapter = wrap(model)
     prompts = [adapter.encode(prompt) for prompt in prompts]
     request = _request(adapter, prompts, of, wrt)
-    card, parts = adapter.card, planning.plan(adapter, request)
+    card, parts = adapter.card, planning.plan(adapter, request, _answer_bytes(adapter, request, mean))
     d_out = of.site.width(card)
     lead = [] if mean else [len(prompts)]
     output = torch.empty(len(prompts), d_out, dtype=getattr(torch, card.dtype))
@@ -90,15 +90,7 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
             for held, state in zip(inputs, states, strict=True):
                 held[rows] = state.detach().cpu()
             del reply, states
-            into = matrices if mean or rows != list(range(len(prompts))) else None
-            found = vjps(out, leaves, _chunk(adapter, request, part, mean), mean, bar.update)
-            if into is None:
-                matrices = found
-            for matrix, some in zip(into or (), found, strict=False):
-                if mean:
-                    matrix += some * (len(rows) / len(prompts))
-                else:
-                    matrix[rows] = some
+            vjps(out, leaves, _chunk(adapter, request, part, mean), mean, bar.update, matrices, len(prompts) if mean else rows)
     return Jacobian(of, tuple(wrt), output, tuple(inputs), tuple(matrices))
 
 
@@ -128,10 +120,16 @@ def _bytes_of_one(adapter: Adapter, request: Request, part: planning.Part) -> in
     return rows * (numbers + sum(read.site.width(card) for read in request.reads)) * card.itemsize
 
 
+def _answer_bytes(adapter: Adapter, request: Request, mean: bool) -> int:
+    """How much memory the matrices take."""
+    of, *wrt = request.reads
+    numbers = of.site.width(adapter.card) * sum(read.site.width(adapter.card) for read in wrt)
+    return numbers * (1 if mean else len(request.rows)) * adapter.card.itemsize
+
+
 def _chunk(adapter: Adapter, request: Request, part: planning.Part, mean: bool) -> int:
     """How many output dimensions go through one backward pass, so that it fits the byte budget beside the graph."""
-    of, *wrt = request.reads
-    kept = of.site.width(adapter.card) * sum(read.site.width(adapter.card) for read in wrt) * (1 if mean else len(request.rows)) * adapter.card.itemsize
+    kept = _answer_bytes(adapter, request, mean)
     return max(1, min(MOST, (planning.BUDGET_BYTES - kept - part.peak_bytes) // _bytes_of_one(adapter, request, part)))
 
 

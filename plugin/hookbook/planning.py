@@ -299,8 +299,8 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     return int(total)
 
 
-def plan(adapter: Adapter, request: Request) -> list[Part]:
-    """Check a request and cut it into climbs. Runs nothing.
+def plan(adapter: Adapter, request: Request, held: int = 0) -> list[Part]:
+    """Check a request and cut it into climbs that fit the budget beside `held` bytes. Runs nothing.
 
     Raises:
         HookbookError: Something asked for is not in the model or a prompt, cannot be done, or would change nothing.
@@ -313,7 +313,7 @@ def plan(adapter: Adapter, request: Request) -> list[Part]:
     numbers, answer = max(each), sum(each) * adapter.card.itemsize
     if request.readout is not None and request.readout.logits:
         answer += 4 * len(rows) * adapter.card.d_vocab
-    budget = max(BUDGET_BYTES - answer, BUDGET_BYTES // 4)  # the answer grows from climb to climb
+    budget = max(BUDGET_BYTES - answer - held, BUDGET_BYTES // 8)  # the answer grows from climb to climb
     parts: list[list[PlannedRow]] = []
     used: dict[int, int] = {}  # prompts of the part, and their lengths
     width = 0  # tokens from the first edited one to the end
