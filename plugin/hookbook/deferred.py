@@ -169,6 +169,7 @@ class Tape:
         for condition, error in self.conditions:
             if not bool(numbers[condition.slot].all()):
                 raise error
+        self.conditions = []  # they hold
         for x in wanted:
             x.number = numbers[x.slot]
         if self.adapter is not None:
