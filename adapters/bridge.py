@@ -16,7 +16,7 @@ from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop
-from hookbook.travel.passes import cache_from, inputs, kept_of, length, widener
+from hookbook.travel.passes import cache_of, checked, inputs, part_of_linear, splits
 
 
 def accepts(model: Any) -> bool:
@@ -93,23 +93,30 @@ class BridgeAdapter(Adapter):
         # a hook of the user's would see packed rows as tokens of a row
         return not any(point.fwd_hooks for point in self.model.hook_dict.values())
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        cache = cache_from(kept) if kept is not None or keep else None
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
+        cache, kept = cache_of(climb, kept, keep)
         original = self.model.original_model
         taken = inputs(tokens, mask, cache, hf.takes_positions(original), hf.device(original))
-        with routed(self.blocks, climb, widener(cache, climb, keep), length(cache)) as handles:
+        with routed(self.blocks, climb) as handles:
             handles += [Hooked(self._hook_point(name, layer), name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(taken.pop("input_ids"), return_type=None, **taken)
             except Stop:
                 pass
-        return kept_of(cache, climb.last) if keep else None
+        return checked(kept) if keep else None
 
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]
 
-    def unembed(self, normed: Tensor) -> Tensor:
-        return self.model.adapter.apply_output_logits_transform(self.model.unembed(normed[:, None]))[:, 0]
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+        logits = self.model.unembed(normed[:, None])[:, 0] if words is None else part_of_linear(self.model.unembed.original_component, normed, words)
+        return self.model.adapter.apply_output_logits_transform(logits)
+
+    def splits(self) -> int:
+        hooks = [point for name, point in self.model.hook_dict.items() if name.startswith("unembed")]
+        if any(point.fwd_hooks for point in hooks) or self.model.unembed._forward_hooks or "_processed_W_U" in self.model.unembed._parameters:
+            return 0
+        return splits(self.model.unembed.original_component)
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop
+from hookbook.travel.kept import Kept, begin
 
 
 def accepts(model: Any) -> bool:
@@ -79,51 +80,34 @@ class HookedAdapter(Adapter):
             return lambda z: z @ block.attn.W_O.flatten(0, 1) + block.attn.b_O, block.ln1_post if norms else None
         return lambda x: x @ block.mlp.W_out + block.mlp.b_out, block.ln2_post if norms else None
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        pairs = list(kept or [])
-        if kept:
-            kept.clear()  # taken over
-        cache = self._cache(tokens, mask, pairs) if pairs or keep else None
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
+        cache = None if kept is None and not keep else self._cache(tokens, mask, climb, begin(climb, kept, self.card.n_layers, 1), keep)
         # always a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
         new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
-
-        def widen(layer: int) -> None:
-            if cache is None:
-                return
-            entry: Any = cache.entries[layer]
-            if pairs:
-                entry.past_keys, entry.past_values = map(climb.widen, pairs[layer])
-                pairs[layer] = ()
-            else:  # nothing yet, for as many rows as there are now
-                entry.past_keys, entry.past_values = climb.widen(entry.past_keys), climb.widen(entry.past_values)
-            if layer and not keep:
-                below: Any = cache.entries[layer - 1]
-                below.past_keys, below.past_values = below.past_keys[:0].clone(), below.past_values[:0].clone()
-
-        with routed(self.model.blocks, climb, widen) as handles:
+        with routed(self.model.blocks, climb) as handles:
             handles += [Hooked(self.model.hook_dict[Site(name, layer).hook_name], name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
             except Stop:
                 pass
-        entries: list[Any] = cache.entries if keep and cache is not None else []
-        return [(entry.past_keys, entry.past_values) for entry in entries[: climb.last]] if keep else None
+        entries: list[Any] = [] if cache is None else cache.entries
+        return [entry.kept for entry in entries] if keep else None
 
-    def _cache(self, tokens: Tensor, mask: Tensor | None, pairs: list) -> TransformerLensKeyValueCache:
-        """A cache of what is kept. TransformerLens looks at the batch of the first entry before the first block, where rows may join."""
+    def _cache(self, tokens: Tensor, mask: Tensor | None, climb: Climb, kept: list[Kept], keep: int) -> TransformerLensKeyValueCache:
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))
-        if pairs:
-            keys, values = pairs[0]
-            cache.entries[0] = TransformerLensKeyValueCacheEntry(keys[: len(tokens)], values[: len(tokens)])
-        n_kept = cache.entries[0].past_keys.shape[1]
-        before = torch.ones(len(tokens), n_kept, dtype=torch.long) if mask is None else mask[:, :n_kept]
+        n = kept[0].n()
+        cache.entries = [
+            KeptEntry(entry.past_keys.new_empty(1).expand(len(tokens), n, *entry.past_keys.shape[2:]), climb, one, keep)
+            for entry, one in zip(cache.entries, kept, strict=True)
+        ]
+        before = torch.ones(len(tokens), n, dtype=torch.long) if mask is None else mask[:, :n]
         cache.previous_attention_mask = before.to(self.card.device)
         return cache
 
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]
 
-    def unembed(self, normed: Tensor) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
         logits = self.model.unembed(normed[:, None])[:, 0]
         return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
 
@@ -131,3 +115,15 @@ class HookedAdapter(Adapter):
     def plain_logits(self, tokens: Tensor) -> Tensor:
         # a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
         return self.model(tokens.to(self.card.device), prepend_bos=False, attention_mask=torch.ones_like(tokens))
+
+
+class KeptEntry(TransformerLensKeyValueCacheEntry):
+    """What one block kept, as TransformerLens takes it; of `past_keys` it asks for the shape alone, which it wants before rows join."""
+
+    def __init__(self, like: Tensor, climb: Climb, kept: Kept, keep: int) -> None:
+        super().__init__(like, like)
+        self.climb, self.kept, self.keep = climb, kept, keep
+
+    def append(self, new_keys: Tensor, new_values: Tensor) -> Any:
+        """Called by attention with the new keys and values."""
+        return tuple(self.kept.update(self.climb, (new_keys, new_values), self.keep))

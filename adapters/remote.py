@@ -38,7 +38,7 @@ class RemoteAdapter(TracingAdapter):
         self.places = 0
         super().__init__(model, tokenizer)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
         self._tell(climb.inside())
         n_kept = 0 if kept is None else kept[1]
         keys = n_kept + tokens.shape[1]
@@ -48,7 +48,7 @@ class RemoteAdapter(TracingAdapter):
                 shape = (self.card.n_heads, keys) if name == "attn_pattern" else (Site(name, layer).width(self.card),)
                 found.append(slot)
                 like.append(torch.empty(len(rows), *shape, dtype=getattr(torch, self.card.dtype), device="meta"))
-        self.places += keep
+        self.places += bool(keep)
         data = {
             "climb": {
                 "n_trunk": climb.n_trunk,
@@ -62,6 +62,7 @@ class RemoteAdapter(TracingAdapter):
             "mask": mask,
             "kept": None if kept is None else kept[0],
             "keep": f"kept {self.places}" if keep else None,
+            "room": keep,
             "fires": sum(map(len, climb.edits.values())),
             "found": found,
         }
@@ -77,7 +78,7 @@ class RemoteAdapter(TracingAdapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return deferred.tape(self).note("final_norm", {"resid": resid}, torch.empty_like(resid, device="meta"))
 
-    def unembed(self, normed: Tensor) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
         return deferred.tape(self).note("unembed", {"normed": normed}, normed.new_empty(len(normed), self.card.d_vocab, device="meta"))
 
     def plain_logits(self, tokens: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class TracingAdapter(Adapter):
     def packs(self) -> bool:
         return not self.model._edits  # the user's edits would see packed rows as tokens of a row
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
         for name, layer in climb.inside():
             self.passes.paths[name, layer] = str(self.where.path(name, layer))
         return self.passes.forward(tokens, mask, climb, kept, keep)
@@ -118,8 +118,11 @@ class TracingAdapter(Adapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.passes.final_norm(resid)
 
-    def unembed(self, normed: Tensor) -> Tensor:
-        return self.passes.unembed(normed)
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+        return self.passes.unembed(normed, words)
+
+    def splits(self) -> int:
+        return self.passes.splits()
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:

@@ -38,18 +38,15 @@ class Adapter(ABC):
     """The model that was wrapped."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
         """One forward pass that shows `climb` the stream and the sites it wants, and ends at `climb.last`.
 
         Args:
             tokens: `[prompt, pos]` the new tokens.
             mask: `[prompt, kept + pos]`, 0 where a token is left padding; None if nothing is padded.
             climb: What to do on the way.
-            kept: Keys and values of the tokens before, as `keep` returned them: for each layer a pair of tensors whose
-                first dimension is the batch.
-            keep: Return keys and values of all tokens, for each layer below `climb.last`.
-
-        `kept` is consumed: its list is emptied as its tensors are taken over, so that they are not held twice.
+            kept: Keys and values of the tokens before, as `keep` returned them: for each layer a `hookbook.travel.kept.Kept`, which is consumed.
+            keep: Return keys and values of all tokens, for each layer below `climb.last`, with room for so many tokens more, less one; 0: do not.
         """
 
     @abstractmethod
@@ -57,8 +54,15 @@ class Adapter(ABC):
         """The final norm of the stream, `[n, d_model]`."""
 
     @abstractmethod
-    def unembed(self, normed: Tensor) -> Tensor:
-        """The unembedding and whatever the model does to logits afterwards: `[n, d_model]` after the final norm to `[n, d_vocab]`."""
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+        """The unembedding and whatever the model does to logits afterwards: `[n, d_model]` after the final norm to `[n, d_vocab]`.
+
+        `words` is a part of the vocabulary, which only an adapter that `splits` is asked for.
+        """
+
+    def splits(self) -> int:
+        """How many words the vocabulary has, if `unembed` gives parts of it; 0: it gives all alone."""
+        return 0
 
     @abstractmethod
     def writer(self, name: str, layer: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:

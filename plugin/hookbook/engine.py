@@ -174,10 +174,10 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     if split:
         climb = Climb(n_prompts, {}, {}, collect.reads(0), part.last, None if pads is None else pads[:, :split])
         with torch.no_grad():
-            kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=True)
+            kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=1)
         climbs.append(climb)
     body = Climb(n_prompts, part.layout.joining(), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
-    kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate > 0)
+    kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate)
     climbs.append(body)
     bar.update()
     n_groups = sum(map(len, edits.values()))
@@ -353,6 +353,7 @@ def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
         "ids": _ids(adapter, part),
         "mask": part.mask,
         "width": part.n,
+        "pack": 1 if part.pack_decoding == 1 or not selfcheck.packs(adapter) else part.pack_decoding,
         "items": [[item for item, number in items if number == i] for i in range(len(part.rows))],
         "late": late,
     }

@@ -40,6 +40,9 @@ LOGITS_BYTES = 256 << 20
 PASS_TOKENS = 64
 """A pass costs about as much time as this many more tokens in a pass that is there anyway, whatever the model's size."""
 
+PACK_DECODING = 10
+"""The most rows that share a row of the batch while decoding, where each slot has more and more tokens that the others do not see."""
+
 Place = tuple[int, int]
 
 
@@ -190,7 +193,7 @@ class Part:
         self.n = max(map(len, self.prompts))
         self.pads = [self.n - len(tokens) for tokens in self.prompts]
         self.split = self._split()
-        self.pack = self._pack()
+        self.pack, self.pack_decoding = self._packs()
 
     def _split(self) -> int:
         """Tokens before this column run once for each prompt, if that is worth a pass of its own."""
@@ -199,13 +202,14 @@ class Part:
         saved = sum(rows - len(self.prompts) for rows in self.layout.rows_at) * split
         return split if saved > PASS_TOKENS * self.last or self.request.grad else 0  # no graph is kept of a prefix
 
-    def _pack(self) -> int:
-        """How many rows of one token share a row of the batch: many save copies of the prefix, few leave fewer slots empty."""
+    def _packs(self) -> tuple[int, int]:
+        """How many rows of one token share a row of the batch, in the prompt and in decoding: many save copies of the prefix, few leave fewer slots empty."""
         sites = [read.site for read in self.request.reads] + [edit.site for row in self.rows for edit, _ in row.edits]
-        if not self.split or self.n - self.split > 1 or self.request.grad or self.request.generate or any(site.name == "attn_pattern" for site in sites):
-            return 1
-        rows = sum(self.layout.rows_at) / self.last / len(self.prompts)
-        return max(1, min(64, round((0.06 * rows * self.split) ** 0.5)))
+        if not self.split or self.request.grad or any(site.name == "attn_pattern" for site in sites):
+            return 1, 1
+        width, rows = self.n - self.split, sum(self.layout.rows_at) / self.last / len(self.prompts)
+        most = max(1, min(64, round((0.06 * rows * self.split) ** 0.5)))
+        return most if width == 1 else 1, min(most, PACK_DECODING)
 
     @property
     def mask(self) -> Tensor | None:
@@ -236,7 +240,9 @@ class Part:
     def peak_bytes(self) -> int:
         """About the most memory this climb takes beside the model."""
         numbers = max(row.numbers(self.request, self.card) for row in self.rows)
-        return peak_bytes(self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, numbers, self.pack)
+        return peak_bytes(
+            self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, numbers, self.pack, self.pack_decoding
+        )
 
 
 def logits_bytes() -> int:
@@ -260,7 +266,7 @@ def last_boundary(request: Request, n_layers: int) -> int:
     return max(places, default=0)
 
 
-def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, numbers: int, pack: int = 1) -> int:
+def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, numbers: int, pack: int = 1, decoding: int = 1) -> int:
     """About the most memory a climb takes beside the model: keys and values, what one block holds, and what is asked for.
 
     Args:
@@ -273,6 +279,7 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
         split: Tokens of the prefix.
         numbers: How many are read of each row.
         pack: Rows in a row of the batch.
+        decoding: The same while decoding.
     """
     kv, heads, size = card.n_kv_heads * card.d_head, card.n_heads * card.d_head, card.itemsize
 
@@ -288,9 +295,9 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     if request.grad:
         peak += batch * width * (8 * card.d_model + 6 * heads + 4 * kv + 6 * card.d_mlp) * card.n_layers
     if request.generate:
-        keys = n + request.generate
-        kept = rows * keys * per_key * card.n_layers
-        peak = max(peak + batch * width * per_key * card.n_layers, asked + kept + block(rows, rows, 1, keys))
+        own = width + request.generate
+        kept = prefix + batch * own * per_key * card.n_layers
+        peak = max(peak + kept - prefix, asked + kept + block(rows, rows / decoding, decoding, split + decoding * own))
     total = peak * size
     if request.readout is not None or request.generate:
         every = rows * card.d_vocab * 4
@@ -334,9 +341,9 @@ def plan(adapter: Adapter, request: Request, held: int = 0) -> list[Part]:
         parts[-1].append(row)
         used, width, room = trunk, wide, more * budget // max(1, need)  # it grows no faster than the number of rows
     laid_out = [Part(request, adapter.card, part) for part in parts]
-    if any(part.pack > 1 for part in laid_out) and not adapter.packs:
+    if any(max(part.pack, part.pack_decoding) > 1 for part in laid_out) and not adapter.packs:
         for part in laid_out:
-            part.pack = 1
+            part.pack = part.pack_decoding = 1
     return laid_out
 
 

@@ -12,14 +12,12 @@ from hookbook.travel.climb import Climb, Stop, enter
 
 
 @contextmanager
-def routed(blocks: Sequence[nn.Module], climb: Climb, kept_of: Callable[[int], None] = lambda layer: None, n_kept: int = 0) -> Iterator[list[Any]]:
+def routed(blocks: Sequence[nn.Module], climb: Climb) -> Iterator[list[Any]]:
     """Hooks that take a climb through `blocks`; all are gone afterwards, also when the pass raised.
 
     Args:
         blocks: The stack. Each block takes the stream first, or as `hidden_states`, and returns it, alone or in a tuple.
         climb: What to do at each boundary. `Stop` is raised at the last one; the caller catches it.
-        kept_of: Called before each block; widens what it keeps of earlier tokens.
-        n_kept: The number of these.
 
     Yields:
         A list for the caller's own handles, which are removed with the others.
@@ -27,10 +25,9 @@ def routed(blocks: Sequence[nn.Module], climb: Climb, kept_of: Callable[[int], N
 
     def before(layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            found = enter(climb, layer, args, kwargs, n_kept)
+            found = enter(climb, layer, args, kwargs)
             if layer == climb.last:
                 raise Stop
-            kept_of(layer)
             return found
 
         return hook

@@ -159,7 +159,7 @@ def _check_packs(adapter: Adapter) -> bool:
         prefix = Climb(1, {}, {}, {}, last)
         body = Climb(1, {0: (None, n([0] * 5))}, {("resid_pre", 0): [edit]}, reads, last, pack=pack)
         try:
-            adapter.forward(tokens[:, 1:], None, body, kept=adapter.forward(tokens[:, :1], None, prefix, keep=True))
+            adapter.forward(tokens[:, 1:], None, body, kept=adapter.forward(tokens[:, :1], None, prefix, keep=1))
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         found.append(body.found["x"])
@@ -180,10 +180,11 @@ def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
     try:
         adapter.forward(tokens[:1], None, alone)
         adapter.forward(tokens, mask, whole)
-        kept = adapter.forward(tokens[:, :1], mask[:, :1], prefix, keep=True)
+        kept = adapter.forward(tokens[:, :1], mask[:, :1], prefix, keep=1)
         adapter.forward(tokens[:, 1:], mask, rest, kept=kept)
         adapter.forward(tokens[1:, 1:], None, short)
-        logits = adapter.unembed(adapter.final_norm(alone.found["x"]))
+        normed, half = adapter.final_norm(alone.found["x"]), adapter.splits() // 2
+        logits = torch.cat([adapter.unembed(normed, part) for part in (slice(half), slice(half, None))], -1) if half else adapter.unembed(normed)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         return [(False, ModelError(f"{card.model_id} cannot be run as forks", why, _INSTEAD))]

@@ -16,6 +16,7 @@ from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.route import routed
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop
+from hookbook.travel.kept import begin
 
 
 @cache
@@ -44,12 +45,11 @@ class ToyBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
         self.pattern, self.attn_out, self.mlp_out = nn.Identity(), nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor, allowed: Tensor, kept: list, layer: int) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor, kept: list | None, layer: int) -> Tensor:
         heads = self.qkv(self.ln1(x)).unflatten(-1, (3, self.n_heads, self.d_head)).permute(2, 0, 3, 1, 4)
         q, k, v = heads
-        if kept[layer] is not None:
-            k, v = torch.cat([kept[layer][0], k], 2), torch.cat([kept[layer][1], v], 2)
-        kept[layer] = (k, v)
+        if kept is not None:
+            k, v = kept[layer](k, v)
         scores = (q @ k.mT * self.d_head**-0.5).masked_fill(~allowed, torch.finfo(x.dtype).min)
         x = x + self.attn_out(self.o((self.pattern(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)))
         return x + self.mlp_out(self.mlp(self.ln2(x)))
@@ -64,10 +64,8 @@ class ToyModel(nn.Module):
         self.blocks = nn.ModuleList(ToyBlock(d_model, n_heads, d_head, d_mlp) for _ in range(n_layers))
         self.norm, self.unembed = nn.LayerNorm(d_model), nn.Linear(d_model, d_vocab)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, kept: list | None = None) -> Tensor:
-        """Logits `[batch, pos, d_vocab]`; `mask` `[batch, kept + pos]`; `kept` is extended in place."""
-        kept = [None] * len(self.blocks) if kept is None else kept
-        before = 0 if kept[0] is None else kept[0][0].shape[2]
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, kept: list | None = None, before: int = 0) -> Tensor:
+        """Logits `[batch, pos, d_vocab]`; `mask` `[batch, kept + pos]`; `kept`, of each block, takes new keys and values and returns all, `before` of them earlier."""
         n = tokens.shape[1]
         mask = torch.ones(len(tokens), before + n, dtype=torch.long) if mask is None else mask
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
@@ -109,17 +107,11 @@ class ToyAdapter(Adapter):
     def eos_ids(self) -> frozenset[int]:
         return frozenset({self.tokenizer.eos_token_id})
 
-    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: bool = False) -> Any:
-        cache: list = [None] * self.card.n_layers
-        for layer, pair in enumerate(kept or ()):
-            cache[layer] = pair
-
-        def widen(layer: int) -> None:
-            if cache[layer] is not None:
-                cache[layer] = tuple(climb.widen(t) for t in cache[layer])
-
+    def forward(self, tokens: Tensor, mask: Tensor | None, climb: Climb, *, kept: Any = None, keep: int = 0) -> Any:
+        kept = begin(climb, kept, self.card.n_layers) if kept is not None or keep else None
+        cache = None if kept is None else [lambda *new, one=one: one.update(climb, new, keep) for one in kept]
         blocks: Any = self.model.blocks
-        with routed(blocks, climb, widen) as handles:
+        with routed(blocks, climb) as handles:
             for name, layer in climb.inside():
                 if name in ("head_z", "mlp_act"):
                     target = self.writer(name, layer)[0]
@@ -128,15 +120,15 @@ class ToyAdapter(Adapter):
                     target = self.model.embed if layer is None else blocks[layer].get_submodule(name.replace("attn_pattern", "pattern"))
                     handles.append(target.register_forward_hook(lambda module, args, output, name=name, layer=layer: climb.visit(name, layer, output)))
             try:
-                self.model(tokens, mask, cache)
+                self.model(tokens, mask, cache, sum(climb.before))
             except Stop:
                 pass
-        return cache[: climb.last] if keep else None
+        return kept if keep else None
 
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.norm(resid)
 
-    def unembed(self, normed: Tensor) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
         return self.model.unembed(normed)
 
     def writer(self, name: str, layer: int) -> Any:

@@ -57,6 +57,24 @@ def test_every_pair_of_adapters_agrees_under_edits(name):
         assert one.generated == other.generated
 
 
+def test_a_readout_in_parts_of_the_vocabulary_is_that_of_all_logits():
+    """Of both models: tied weights, a softcap or none, a bias of the bridge's; and a hook of the user's on the unembedding acts."""
+    for name in MODELS:
+        for adapter in adapters(name):
+            resid = 20 * torch.randn(40, adapter.card.d_model, generator=torch.Generator().manual_seed(0))
+            wanted = torch.randint(adapter.card.d_vocab, (40, 3), generator=torch.Generator().manual_seed(1))
+            found, whole = adapter.readout(resid, k=4, tokens=wanted), adapter.readout(resid, logits=True).logits.log_softmax(-1)
+            assert (adapter.splits() > 0) == (not adapter.card.backend.endswith("HookedTransformer"))
+            assert (found.topk_logprobs - whole.topk(4).values).abs().max() < 1e-4
+            assert (whole.gather(-1, found.topk_ids) - found.topk_logprobs).abs().max() < 1e-4
+            assert (found.token_logprobs - whole.gather(-1, wanted)).abs().max() < 1e-4
+    bridge = real(MODELS[0])
+    with bridge.model.hooks(fwd_hooks=[("unembed.hook_out", lambda x, hook: -x)]):
+        assert not bridge.splits()
+        some = 20 * torch.randn(2, bridge.card.d_model, generator=torch.Generator().manual_seed(2))
+        assert torch.equal(bridge.readout(some, k=1, normed=True).topk_ids[:, 0], bridge.unembed(some).argmax(-1))
+
+
 def test_a_prompt_is_cut_alike_on_every_backend():
     """TransformerLens gives every tokenizer a beginning-of-sequence token; SmolLM2's own adds none, Gemma's does."""
     for name, added in zip(MODELS, (True, False), strict=True):

@@ -7,7 +7,7 @@ import random
 import torch
 
 import hookbook as hb
-from hookbook import selfcheck
+from hookbook import planning, selfcheck
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.tokens import resolve
 from tests.conftest import assert_plain, flat
@@ -165,6 +165,33 @@ def test_generation_from_forks_equals_uncached_decoding(case):
             expected.append(token)
             ids.append(token)
         assert list(out) == expected
+
+
+def test_packed_rows_decode_as_rows_alone(case, monkeypatch):
+    """Many rows of two padded prompts; edits of generated tokens, rows that end early and rows that say the same."""
+    adapter, steps = case.adapter, 7
+    prompts = [adapter.encode(text) for text in ("The cat sat on the mat, and", "The dog sat on my hat!! And then")]
+    rows = [Row(0), Row(1)]
+    for i in range(36):
+        vector = (8, 0.5)[i % 5 == 0] * direction(i, adapter.card.d_model)
+        scope = ("prompt", "all", "generated", (len(prompts[i % 2]) - 1, len(prompts[i % 2]) + 2))[i // 2 % 4]
+        rows.append(Row(i % 2, (hb.Edit(hb.Site(("resid_pre", "attn_out", "mlp_out")[i % 3], i % adapter.card.n_layers), vector, scope=scope),)))
+    request = Request(prompts, rows, generate=steps)
+    (part,) = planning.plan(adapter, request)
+    packs = adapter.packs and selfcheck.packs(adapter)
+    assert part.split and (part.pack_decoding > 1 or not adapter.packs)
+    alone = [adapter.run(Request([prompts[row.prompt]], [Row(0, row.edits)], generate=steps)) for row in rows]
+    ends = frozenset({alone[7].generated[0][3], alone[20].generated[0][2]})
+    for adapter_ends in (adapter.eos_ids, ends):
+        monkeypatch.setattr(type(adapter), "eos_ids", adapter_ends)
+        reply = adapter.run(request)
+        want = [adapter.run(Request([prompts[row.prompt]], [Row(0, row.edits)], generate=steps)) for row in rows]
+        assert list(reply.generated) == [one.generated[0] for one in want]
+        assert all((reply.token_logprobs[i] - one.token_logprobs[0]).abs().max() < EXACT for i, one in enumerate(want))
+    assert len(set(reply.generated)) > 8 and len(set(map(len, reply.generated))) > 2, "rows end at different steps"
+    monkeypatch.setattr(planning, "PACK_DECODING", 3)
+    assert packs == (planning.plan(adapter, request)[0].pack_decoding == 3 and selfcheck.packs(adapter))
+    assert adapter.run(request).generated == reply.generated
 
 
 def test_a_row_stops_at_its_own_end_token(case, monkeypatch):

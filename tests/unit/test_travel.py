@@ -167,6 +167,40 @@ def test_earlier_tokens_run_again_give_the_same(folder):
     assert (whole.token_logprobs - again.token_logprobs).abs().max() < 1e-4
 
 
+class Head:
+    """An unembedding whose parts can be had."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.asked = weight, 0
+
+    def splits(self) -> int:
+        return len(self.weight)
+
+    def unembed(self, normed: torch.Tensor, words: slice | None = None) -> torch.Tensor:
+        self.asked = max(self.asked, len(self.weight[words or slice(None)]))
+        return 5 * torch.tanh(normed @ self.weight[words or slice(None)].T / 5)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 300])
+def test_a_vocabulary_read_part_by_part_is_the_same(monkeypatch, k):
+    from hookbook.travel import readout
+
+    draw = torch.Generator().manual_seed(0)
+    head, x = Head(torch.randn(5003, 16, generator=draw, dtype=torch.float64)), torch.randn(8, 16, generator=draw, dtype=torch.float64)
+    wanted = torch.randint(5003, (8, 4), generator=draw)
+    wanted[0] = torch.tensor([0, 5002, 1200, 1199])
+    logprobs = head.unembed(x).log_softmax(-1)
+    top = logprobs.topk(max(k, 1))
+    monkeypatch.setattr(readout, "PART_BYTES", 4 * 4 * 1200)
+    head.asked = 0
+    with torch.no_grad():
+        ids, values, said, logits = readout.readout(head, x, 4, k, wanted, normed=True)
+    assert 0 < head.asked < 3000 and logits is None, "it was asked for parts alone"
+    assert torch.equal(ids, top.indices[:, :k]) and (values - top.values[:, :k]).abs().max().item() < 1e-12 if k else ids.shape == (8, 0)
+    assert (said - logprobs.gather(-1, wanted)).abs().max() < 1e-12
+    assert readout.readout(head, x, 4, k, None, logits=True, normed=True)[3].shape == (8, 5003)
+
+
 class _Bar:
     def update(self, n: int = 1) -> None:
         pass

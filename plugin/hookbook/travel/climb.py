@@ -30,11 +30,10 @@ class Climb:
         pads: `[n_trunk, pos]`, True where a token is padding; None if none is.
         pack: How many rows of one token share a row of the batch, each seeing only what came before it and itself, so
             that the prefix's keys and values are copied once for all of them.
-        place: Where each row is in a batch that is packed from the start: batch row times `pack` plus the slot.
-        steps: How many tokens each slot has kept before.
+        base: `[n_trunk]` the prompt under each trunk row; None: each is a prompt's own. Rows of one prompt share rows of the batch.
     """
 
-    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1, place=None, steps=0):
+    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1, base=None):
         self.n_trunk = n_trunk
         self.forks = forks
         self.edits = edits
@@ -42,18 +41,24 @@ class Climb:
         self.last = last
         self.pads = pads if pack == 1 else None  # a packed token is a prompt's last, never padding
         self.pack = pack
-        self.steps = steps
-        self.place = torch.arange(n_trunk) * pack if place is None else place
-        self.index = torch.arange(n_trunk) if place is None else place // pack
+        self.base = torch.arange(n_trunk) if base is None else base
+        self.before = (0, 0)
+        """How many tokens were kept before this pass: of the prompt, and of each row."""
+        self.index = torch.arange(n_trunk)
         """The trunk row under each row."""
-        self.owner = torch.arange(n_trunk)
+        self.place = torch.arange(0)
+        """Where each row is in a packed batch: its row times `pack` plus the slot."""
+        self.owner = self.index if pack == 1 else torch.arange(0)
         """The trunk row under each row of the batch."""
-        self.free = {t: t * pack + 1 for t in range(n_trunk)}
+        self.free = {}
+        """Of each prompt the next free slot."""
         self.n_pos = None
         self.rows_at = []
         self.found = {}
         self.fired = 0
         self.token_layers = 0
+        if pack > 1:
+            self.seat(self.index)
 
     def shift(self, n, mask):
         """Take the pass to start `n` tokens earlier; `mask` is that of all its tokens."""
@@ -80,7 +85,8 @@ class Climb:
         """Called with the stream at each boundary up to `last`, in order."""
         after, before = self.forks.get(b, (None, None))
         if self.pack > x.shape[1]:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self.pack - 1))
+            apart, x = x, x.new_zeros(len(self.owner), self.pack, x.shape[2])
+            x.view(-1, x.shape[-1])[self.place.to(x.device)] = apart[:, 0]
         if self.pads is not None:
             # padding that may attend to nothing can be NaN, and NaN times an attention of 0 would reach real tokens
             x = x.masked_fill(take(self.pads, self.owner).to(x.device)[:, :, None], 0)
@@ -99,8 +105,8 @@ class Climb:
     def visit(self, name, layer, x, fresh=False):
         """Edit and read the tensor of one site; `fresh` if nobody else holds it."""
         shape = x.shape
-        if name != "attn_pattern":  # some families' MLPs see tokens without their rows, and some split heads
-            x = x.reshape(len(self.owner), self.n_pos or x.shape[1], -1)
+        if name != "attn_pattern" and self.n_pos is not None:  # some families' MLPs see tokens without their rows, and some split heads
+            x = x.reshape(len(self.owner), self.n_pos, -1)
         groups = self.edits.get((name, layer), ())
         if groups and not fresh:
             x = x.clone()
@@ -115,7 +121,7 @@ class Climb:
 
     def at(self, rows, cols):
         """Where rows and columns are in the batch."""
-        if self.pack == 1:
+        if self.pack == 1 or self.n_pos is None:
             return {"rows": rows, "cols": cols}
         place = self.place[rows]
         return {"rows": place // self.pack, "cols": place % self.pack}
@@ -128,24 +134,35 @@ class Climb:
         if self.pack == 1:
             self.owner = self.index
             return torch.cat([x, take(x, trunk_rows)])
+        new, more = self.seat(trunk_rows)
+        x = torch.cat([x, x.new_zeros(more, *x.shape[1:])])
+        flat = x.view(-1, x.shape[-1])
+        flat[new.to(x.device)] = take(flat, self.place[trunk_rows])
+        return x
+
+    def seat(self, trunk_rows):
+        """Give rows their places in a packed batch; returns these and how many rows the batch grew by."""
         new, owners = [], []
-        for trunk_row in trunk_rows.tolist():
-            slot = self.free[trunk_row]
-            if slot % self.pack == 0:  # its row of the batch is full
+        for trunk_row, prompt in zip(trunk_rows.tolist(), self.base[trunk_rows].tolist(), strict=True):
+            slot = self.free.get(prompt, 0)
+            if slot % self.pack == 0:  # there is none yet, or it is full
                 slot = (len(self.owner) + len(owners)) * self.pack
                 owners.append(trunk_row)
             new.append(slot)
-            self.free[trunk_row] = slot + 1
-        x = torch.cat([x, x.new_zeros(len(owners), *x.shape[1:])])
-        flat = x.view(-1, x.shape[-1])
-        flat[torch.tensor(new, device=x.device)] = take(flat, self.place[trunk_rows])
+            self.free[prompt] = slot + 1
         self.owner = torch.cat([self.owner, torch.tensor(owners, dtype=torch.long)])
         self.place = torch.cat([self.place, torch.tensor(new)])
-        return x
+        return torch.tensor(new), len(owners)
+
+    def unpacked(self, x):
+        """What a block computed, `[row, head, 1, width]`: of a packed batch `[batch, head, slot, width]`."""
+        if self.pack == 1:
+            return x
+        return take(x.transpose(1, 2).flatten(0, 1), self.place)[:, :, None]
 
     def widen(self, value):
-        """Whatever a block takes beside the stream (masks, rotations, kept keys and values), for the batch as it is now."""
-        if len(self.owner) == self.n_trunk:
+        """Whatever a block takes beside the stream (masks, rotations), for the batch as it is now."""
+        if torch.equal(self.owner, torch.arange(self.n_trunk)):
             return value
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] != self.n_trunk:
@@ -157,30 +174,28 @@ class Climb:
             return tuple(self.widen(item) for item in value)
         return value  # a list or an object is a cache, which the backend widens itself
 
-    def widen_mask(self, mask, x, n_kept):
+    def widen_mask(self, mask, x):
         """The attention mask. Packed rows see what a trunk row alone would see of the prefix, and what their own slot kept."""
         if self.pack == 1:
             return self.widen(mask)
+        n_shared, n_own = self.before
         if mask is None:
-            mask = torch.zeros(1, 1, 1, n_kept + self.steps + 1, dtype=x.dtype, device=x.device)
+            mask = torch.zeros(1, 1, 1, n_shared + n_own + 1, dtype=x.dtype, device=x.device)
         hide = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask[:, :, :1, : n_kept + self.steps + 1]
+        mask = mask[:, :, :1, : n_shared + n_own + 1]
         mask = take(mask.expand(self.n_trunk, -1, -1, -1), self.owner)
-        own = mask[..., n_kept:, None].expand(-1, -1, self.pack, -1, self.pack)
-        apart = ~torch.eye(self.pack, dtype=torch.bool, device=x.device)[:, None]
+        own = mask[..., None, n_shared:].expand(-1, -1, self.pack, self.pack, -1)
+        apart = ~torch.eye(self.pack, dtype=torch.bool, device=x.device)[..., None]
         own = own.masked_fill(apart, hide).flatten(3)
-        return torch.cat([mask[..., :n_kept].expand(-1, -1, self.pack, -1), own], -1)
+        return torch.cat([mask[..., :n_shared].expand(-1, -1, self.pack, -1), own], -1)
 
 
-def enter(climb, layer, args, kwargs, n_kept=0):
-    """A block's arguments, with the stream shown to the climb and everything else widened to the batch.
-
-    `n_kept` is the number of earlier tokens, which is needed only for packed rows.
-    """
+def enter(climb, layer, args, kwargs):
+    """A block's arguments, with the stream shown to the climb and everything else widened to the batch."""
     x = climb.boundary(layer, args[0] if args else kwargs["hidden_states"])
     beside = {key: climb.widen(value) for key, value in kwargs.items() if key not in ("hidden_states", "attention_mask")}
     if "attention_mask" in kwargs:
-        beside["attention_mask"] = climb.widen_mask(kwargs["attention_mask"], x, n_kept)
+        beside["attention_mask"] = climb.widen_mask(kwargs["attention_mask"], x)
     if args:
         return (x, *climb.widen(args[1:])), beside
     return args, {**beside, "hidden_states": x}

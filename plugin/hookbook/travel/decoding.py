@@ -3,7 +3,7 @@
 import torch
 
 from hookbook.travel.climb import Climb
-from hookbook.travel.edits import apply_edit, group_edits, take
+from hookbook.travel.edits import apply_edit, group_edits
 from hookbook.travel.layout import Layout
 from hookbook.travel.readout import readout
 
@@ -20,7 +20,7 @@ def decode(model, kept, normed, todo, tick=None):
         kept: Keys and values of the prompts' climb.
         normed: `[row, d_model]` after the final norm, at each row's last token.
         todo: `steps`; `ends`, the end tokens; `sampling` or None; `rows_at_once`, of logits; `last`, the number of blocks; `groups` and `joins`, of the
-            prompts' layout; of each trunk row `lengths` and `pads`; `ids`, `mask` and `width` of the prompts; for each row `items`, the edits of its prompt; and for each row `late`, the edits of
+            prompts' layout; `pack`, rows in a row of the batch; of each trunk row `lengths` and `pads`; `ids`, `mask` and `width` of the prompts; for each row `items`, the edits of its prompt; and for each row `late`, the edits of
             generated tokens, as `group_edits` takes them, with `join`, `at` (positions, or None for all) and, of a pattern, `seen` (keys, or None for all).
         tick: Called after each step with the number of steps that are done.
 
@@ -58,10 +58,8 @@ def decode(model, kept, normed, todo, tick=None):
         for i in alive:
             groups.setdefault((trunk_of[i], i if joins[i][0] < 0 else tuple(out[i])), []).append(i)
         before, layout = layout, Layout(list(groups.values()), joins, last)
-        for layer in range(0 if again else last):  # in place: a second copy of all keys and values would be the peak
-            at = [before.at(layer, i) for i in layout.first[: layout.rows_at[layer]]]
-            if at != list(range(before.rows_at[layer])):
-                kept[layer] = tuple(take(t, torch.tensor(at)) for t in kept[layer])
+        for layer in range(0 if again else last):
+            kept[layer].take([before.at(layer, i) for i in layout.first[: layout.rows_at[layer]]])
         first = layout.first[: layout.n_trunk]
         mask = todo["mask"]
         if mask is not None:
@@ -81,12 +79,13 @@ def decode(model, kept, normed, todo, tick=None):
             inside = [{**item, "row": layout.batch_row[i]} for i in alive for item in past[i]]
         rows_of = torch.tensor([layout.batch_row[i] for i in alive])
         reads = {("resid_post", last - 1): [("next", rows_of, torch.full_like(rows_of, column if again else 0))]}
-        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last, mask == 0 if again and mask is not None else None)
+        base, pads = torch.tensor([trunk_of[i] for i in first]), mask == 0 if again and mask is not None else None
+        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last, pads, 1 if again else todo["pack"], base)
         if again:
             whole = torch.cat([todo["ids"][[trunk_of[i] for i in first]], torch.tensor([out[i] for i in first])], 1)
             model.forward(whole, mask, climb)
         else:
-            kept = model.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=True)
+            kept = model.forward(torch.tensor([[new[i]] for i in first]), mask, climb, kept=kept, keep=steps - step)
         normed = edited(model.final_norm(climb.found["next"]), above)
         cost[0] += 1
         cost[1] += climb.token_layers

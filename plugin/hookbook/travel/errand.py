@@ -46,7 +46,7 @@ def step(passes, kind, data, held):
         if not passes.shares and any(name == "attn_pattern" for name, _ in climb.inside()):
             raise ValueError(f"refused: attention patterns in a server's sandbox | attention there cannot be made to compute them | {INSTEAD}")
         kept = held.pop(data["kept"], None)
-        kept = passes.forward(data["tokens"], data["mask"], climb, kept, data["keep"] is not None)
+        kept = passes.forward(data["tokens"], data["mask"], climb, kept, data["room"])
         if climb.fired != data["fires"]:
             raise ValueError(f"{data['fires'] - climb.fired} of {data['fires']} groups of edits were not reached")
         if data["keep"] is not None:

@@ -5,6 +5,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hookbook.travel.climb import Stop, enter
+from hookbook.travel.kept import begin
 
 PATTERN = "nn_functional_dropout_0"
 """The operation of transformers' eager attention that gives the pattern."""
@@ -39,7 +40,7 @@ class Passes:
         self.where = "cpu"
         """Where the last block's output was seen."""
 
-    def forward(self, tokens, mask, climb, kept=None, keep=False):
+    def forward(self, tokens, mask, climb, kept=None, keep=0):
         """See `hookbook.adapter.Adapter.forward`. Where no cache is shared, the tokens before are run again."""
         if isinstance(kept, dict):
             mask = torch.ones_like(torch.cat([kept["tokens"], tokens], 1)) if mask is None and kept["mask"] is not None else mask
@@ -48,9 +49,8 @@ class Passes:
         if keep and not self.shares:
             self.forward(tokens, mask, climb)
             return {"tokens": tokens, "mask": mask}
-        cache = cache_from(kept) if kept is not None or keep else None
+        cache, kept = cache_of(climb, kept, keep)
         taken = inputs(tokens, mask, cache, self.positions, self.device)
-        widen, n_kept = widener(cache, climb, keep), length(cache)
         config = self.model.config
         before = config._attn_implementation
         eager = before != "eager" and any(name == "attn_pattern" for name, _ in climb.inside())
@@ -58,7 +58,7 @@ class Passes:
             if eager:  # attention that computes its pattern, for one pass
                 config._attn_implementation = "eager"
             with self.model.trace(taken.pop("input_ids"), **taken):
-                self.climb(climb, widen, n_kept)
+                self.climb(climb)
                 if self.shares:
                     raise self.stop
         except Stop:
@@ -66,19 +66,18 @@ class Passes:
         finally:
             if eager:
                 config._attn_implementation = before
-        return kept_of(cache, climb.last) if keep else None
+        return checked(kept) if keep else None
 
-    def climb(self, climb, widen, n_kept):
+    def climb(self, climb):
         """The body of a trace, in the order of the pass."""
         if climb.wants("embed"):
             self.visit(climb, "embed", None)
         for layer, block in enumerate(self.blocks[: climb.last + 1]):
             if not self.shares and layer < climb.last and climb.passes(layer):  # every look into another process takes its time
                 continue
-            args, kwargs = enter(climb, layer, *block.inputs, n_kept=n_kept)
+            args, kwargs = enter(climb, layer, *block.inputs)
             if layer == climb.last:
                 return
-            widen(layer)
             block.inputs = (args, kwargs)
             for name in self.inner:
                 if climb.wants(name, layer):
@@ -117,12 +116,30 @@ class Passes:
         """The final norm of the stream, `[n, d_model]`."""
         return self.call(self.paths["norm"], resid[:, None])[:, 0]
 
-    def unembed(self, normed):
-        """Logits `[n, d_vocab]` of what the final norm gave."""
-        logits = self.call(self.paths["head"], normed[:, None])[:, 0]
+    def splits(self):
+        """See `hookbook.adapter.Adapter.splits`."""
+        return splits(reach(self.model, self.paths["head"])._module) if self.shares and not self.model._edits else 0
+
+    def unembed(self, normed, words=None):
+        """Logits `[n, d_vocab]` of what the final norm gave, or of some words."""
+        if words is None:
+            logits = self.call(self.paths["head"], normed[:, None])[:, 0]
+        else:
+            logits = part_of_linear(reach(self.model, self.paths["head"])._module, normed, words)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def splits(head):
+    """The number of words of an unembedding whose parts can be had: a plain linear layer on a CPU, without a hook of anybody's."""
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return len(head.weight) if type(head) is torch.nn.Linear and not hooked and head.weight.device.type == "cpu" else 0
+
+
+def part_of_linear(head, x, part):
+    """Some outputs of a linear layer."""
+    return torch.nn.functional.linear(x, head.weight[part], None if head.bias is None else head.bias[part])
 
 
 def reach(model, path):
@@ -147,42 +164,29 @@ def inputs(tokens, mask, cache, positions, device=None):
     return found
 
 
-def cache_from(kept):
-    """A cache that holds `kept`. Without a config every layer keeps all tokens; sliding windows are in the masks."""
-    cache = DynamicCache()
-    for i in range(len(kept or ())):
-        keys, values = kept[i]
-        kept[i] = None  # taken over
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
+def cache_of(climb, kept, keep):
+    """A cache for a pass, and what it keeps; None if nothing was kept and nothing is to be. Every layer keeps all tokens, sliding windows are in the masks."""
+    if kept is None and not keep:
+        return None, None
+    cache, kept = DynamicCache(), begin(climb, kept, climb.last)
+    cache.layers += [layer_of(one, climb, keep) for one in kept]
+    return cache, kept
 
 
-def length(cache):
-    """How many tokens a cache holds."""
-    return cache.layers[0].keys.shape[-2] if cache is not None and cache.layers else 0
+def layer_of(one, climb, keep):
+    """What one block kept, as transformers takes it. A class of our own would not arrive on a server as a subclass."""
+
+    def update(key_states, value_states, *args, **kwargs):
+        return tuple(one.update(climb, (key_states, value_states), keep))
+
+    layer = DynamicLayer()
+    layer.is_initialized, layer.get_seq_length, layer.update = True, one.n, update
+    return layer
 
 
-def kept_of(cache, n_layers):
-    """Keys and values of the first layers, as `cache_from` takes them."""
-    if len(cache.layers) < n_layers:
-        raise ValueError(f"a model whose blocks share or keep no keys and values: {n_layers} blocks kept {len(cache.layers)}")
-    return [(layer.keys, layer.values) for layer in cache.layers[:n_layers]]
-
-
-def widener(cache, climb, keep):
-    """Called before each block: gives its kept keys and values the rows of the batch, and frees those below."""
-
-    def widen(layer):
-        if cache is None:
-            return
-        if layer < len(cache.layers):
-            entry = cache.layers[layer]
-            entry.keys, entry.values = climb.widen(entry.keys), climb.widen(entry.values)
-        if layer and not keep:
-            below = cache.layers[layer - 1]
-            below.keys, below.values = below.keys[:0].clone(), below.values[:0].clone()  # a view would keep all of it
-
-    return widen
+def checked(kept):
+    """What a pass kept, if every block did."""
+    empty = sum(not one.n() for one in kept)
+    if empty:
+        raise ValueError(f"a model whose blocks share or keep no keys and values: {empty} blocks kept nothing")
+    return kept
