@@ -155,7 +155,8 @@ def from_steering_vectors(model: Any, steering: Any) -> dict[int, Vector]:
 
 def _by_layer(vectors: Any, names: tuple[str, ...], what: str) -> tuple[ModelCard, str, dict[int, Vector]]:
     """Vectors of one model and one of these sites, by layer."""
-    every = [vectors] if isinstance(vectors, Vector) else list(vectors.values() if isinstance(vectors, Mapping) else vectors)
+    vectors = vectors.values() if isinstance(vectors, Mapping) else vectors
+    every = list(vectors) if isinstance(vectors, Iterable) else [vectors]
     if not every or not all(isinstance(vector, Vector) for vector in every):
         raise SiteError(f"{what} of {every!r}"[:200], "it is made of vectors", "give a hookbook.Vector, or several")
     card = every[0].card

@@ -136,14 +136,15 @@ def test_half_precision_files_are_read(tmp_path):
         (["resid_post.1", "resid_post.1"], "several vectors at one layer"),
         (["resid_post.1", "resid_pre.2"], "several vectors at one layer"),
         ([], "made of vectors"),
-        ([torch.ones(16)], "made of vectors"),
+        (torch.ones(16), "made of vectors"),
+        (None, "made of vectors"),
         (["resid_post.1", "another"], "several models"),
     ],
 )
 def test_what_a_control_vector_cannot_hold_is_not_written(tmp_path, given, message):
     of = vector("resid_post.2")
     another = replace(of, card=replace(of.card, model_id="another"))
-    vectors = [another if site == "another" else vector(site) if isinstance(site, str) else site for site in given]
+    vectors = [another if site == "another" else vector(site) for site in given] if isinstance(given, list) else given
     with pytest.raises(SiteError, match=message):
         interop.to_repeng(vectors, tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
