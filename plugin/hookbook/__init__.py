@@ -39,12 +39,13 @@ _HOME = {
     "patchscope": "recipes.patchscopes",
     "wrap": "loading",
 }
-_MODULES = ("adapters", "doctor", "errors", "packages", "prompts", "recipes", "request", "results", "sites", "tasks", "testing", "tokens")
+_MODULES = ("adapters", "doctor", "errors", "interop", "packages", "prompts", "recipes", "request", "results", "sites", "tasks", "testing", "tokens")
 
-__all__ = sorted([*_HOME, "errors", "prompts", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "interop", "prompts", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
+    from hookbook import interop as interop
     from hookbook import prompts as prompts
     from hookbook import tasks as tasks
     from hookbook import testing as testing

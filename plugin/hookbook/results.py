@@ -73,14 +73,14 @@ class View:
         return path
 
 
-def need(module: str, what: str, extra: str = "viz") -> Any:
+def need(module: str, what: str, install: str = '"hookbook[viz]"') -> Any:
     """An optional library, or `Refused` with how to install it."""
     import importlib
 
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Refused(what, f"{module.split('.')[0]} is not installed", f'pip install "hookbook[{extra}]"') from error
+        raise Refused(what, f"{module.split('.')[0]} is not installed", f"pip install {install}") from error
 
 
 def show(token: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +34,27 @@ def write(path: str | os.PathLike[str], kind: str, data: dict[str, Any]) -> Path
         kind: What it is, which `read` must name.
         data: Tensors, plain data, tuples, dicts and hookbook's own data classes.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     packed = {"format": FORMAT, "kind": kind, "data": {name: _pack(value, name, tensors) for name, value in data.items()}}
+    with whole(path) as scratch:
+        save_file(tensors, scratch, metadata={"hookbook": json.dumps(packed)})
+    return Path(path)
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A scratch file to write, which becomes `path` if nothing is raised; missing folders are made."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     try:
-        save_file(tensors, scratch, metadata={"hookbook": json.dumps(packed)})
+        yield scratch
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
         os.unlink(scratch)
         raise
-    return path
 
 
 def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

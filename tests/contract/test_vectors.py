@@ -67,3 +67,19 @@ def test_a_vector_goes_back_into_hooks_and_traces(case):
             hb.Vector.of(adapter, "mlp_out.1", torch.ones(16)).apply(None)
         return
     assert (logits[0, -1] - want[0]).abs().max() < 1e-4
+
+
+def test_a_vector_steers_what_is_given_the_model_of_a_bridge(case):
+    """Harnesses take Hugging Face models, such as lm-eval's `HFLM(pretrained=bridge.original_model)`."""
+    if not case.name.startswith("bridge"):
+        return
+    adapter, vector = case.adapter, hb.Vector.of(case.adapter, "resid_post.1", torch.linspace(-2, 2, case.adapter.card.d_model))
+    tokens = adapter.encode("abcd")
+    want = adapter.run(Request([tokens], [Row(0, (vector.edit(position=slice(None)),))], (), Readout(logits=True))).readout.logits
+    model, ids = adapter.model.original_model, torch.tensor([tokens.ids])
+    with torch.no_grad():
+        before = model(ids).logits
+        with adapter.model.hooks(fwd_hooks=vector.fwd_hooks(position=slice(None))):
+            steered = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+    assert (steered[0, -1] - want[0]).abs().max() < 1e-10 and (steered - before).abs().max() > 0.1
