@@ -16,7 +16,7 @@ def test_english_goes_on_in_french():
     model = real("gemma-3-270m")
     found = hb.contrast_vector(model, *hb.tasks.contrast("language_french"), layers=[5], position=slice(1, None))
     assert found.auroc >= 0.9 and abs(float(found.shuffled) - 0.5) <= 0.1
-    said = hb.steer(model, found, hb.tasks.openings("english")[:16], strengths=[1, 2], score=hb.scores.french_score, generate=14)
+    said = hb.steer(model, found, hb.tasks.openings("english")[:12], strengths=[1, 2], score=hb.scores.french_score, generate=12)
     assert (said.scores.mean(0) >= 0.75).all()
     assert said.base.mean() <= 0.1 and (said.random.mean(0) <= 0.1).all()
 
@@ -25,15 +25,31 @@ def test_english_goes_on_in_french():
 def test_sentiment_moves_both_ways(name, layer):
     model = real(name)
     found = hb.contrast_vector(model, *hb.tasks.contrast("sentiment"), layers=[layer])
-    odds = hb.steer(model, found, hb.tasks.openings("neutral"), strengths=[-2, 2], tokens=(GOOD, BAD))
+    odds = hb.steer(model, found, hb.tasks.openings("neutral")[:24], strengths=[-2, 2], tokens=(GOOD, BAD))
     base, (down, up) = odds.base.mean(), odds.scores.mean(0)[0]
     assert found.auroc >= 0.9 and abs(float(found.shuffled) - 0.5) <= 0.1
     assert up >= base + 3 and down <= 0
     assert ((odds.random.mean(0) - base).abs() < 0.5 * torch.stack([base - down, up - base])).all()
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_in_context_vectors_turn_a_model_and_random_ones_do_not(name):
+    model = real(name)
+    sentiment = hb.tasks.contrast("sentiment")
+    found = hb.in_context_vector(model, list(zip(sentiment.negative[:10], sentiment.positive[:10], strict=True)))
+    edits, draw = found.edits(0.02), torch.Generator().manual_seed(0)
+    noise = [torch.randn(model.card.d_model, generator=draw) for _ in edits]
+    random = [hb.Edit(edit.site, 0.02 * x / x.norm(), "rotate", slice(None), scope="all") for edit, x in zip(edits, noise, strict=True)]
+    prompts = [model.encode(text) for text in hb.tasks.openings("neutral")[:24]]
+    ids = torch.tensor([[*(model.encode(f"It was{word}").ids[-1] for word in (*GOOD, *BAD))]] * (3 * len(prompts)))
+    rows = [Row(i, tuple(some)) for some in ([], edits, random) for i in range(len(prompts))]
+    said = model.run(Request(prompts, rows, (), Readout(tokens=ids))).readout.token_logprobs
+    base, turned, control = (said[:, :5].logsumexp(-1) - said[:, 5:].logsumexp(-1)).unflatten(0, (3, -1)).mean(1)
+    assert turned >= base + 3 and abs(control - base) <= 1.5
+
+
 def test_what_a_model_does_not_do_has_no_direction():
-    """The model does not refuse in the first place, so that the rule has nothing to choose; its weights without a candidate are the ablated run."""
+    """The model does not refuse in the first place, so that the rule has nothing to choose."""
     model = real("smollm2-135m-instruct")
     positive, negative = hb.tasks.contrast("refusal")
     found = hb.contrast_vector(
