@@ -284,7 +284,7 @@ def patchscope(
             f"this model reads at most {writer.card.n_ctx}",
             "shorten the target or decode less",
         )
-    wanted_ids = torch.tensor([[_wanted(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
+    wanted_ids = torch.tensor([[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
     for adapter, side in ((reader, 0), (writer, 1)):
         for pair in pairs:
             adapter.require(pair[side])
@@ -394,7 +394,8 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
 
 
-def _wanted(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:
+def wanted_id(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:
+    """The one token of a word as it follows a prompt up to a token."""
     if isinstance(word, int):
         if not 0 <= word < writer.card.d_vocab:
             raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {writer.card.d_vocab - 1}", "use one of them")

@@ -236,6 +236,10 @@ def formula(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
     if edit.op == "add":
         return x + value
     unit = value / value.norm()
+    if edit.op == "rotate":  # Liu et al. 2023, arXiv:2311.06668: lam is the length of the value
+        y = value.norm() * (1 + max(0.0, float(x @ -unit / x.norm()))) * unit
+        turned = x / x.norm() + y
+        return x.norm() * turned / turned.norm()
     return x - (x @ unit) * unit + (edit.to * unit if edit.op == "clamp" else 0)
 
 

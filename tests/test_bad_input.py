@@ -126,6 +126,8 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "number as a direction": (edit("resid_post.1", 1.0, "project_out"), EditError, "a vector is"),
     "direction left out": (edit("resid_post.1", 0.0, "clamp", to=2.0), EditError, "a vector is"),
     "several directions in one edit": (edit("resid_post.1", torch.ones(2, 16), "project_out", slice(0, 2)), EditError, "a direction is one vector"),
+    "rotation along nothing": (edit("resid_post.1", 0 * GOOD, "rotate"), EditError, "zero vector"),
+    "rotation of one number": (edit("mlp_act.1.3", GOOD[:1], "rotate"), EditError, "one number has no directions"),
     "clamp to NaN": (edit("resid_post.1", op="clamp", to=float("nan")), EditError, "NaN or infinity"),
     "NaN as a number": (edit("resid_post.1", float("nan"), "set"), EditError, "NaN or infinity"),
     "infinite attention": (edit("attn_pattern.1", float("inf"), "add"), EditError, "NaN or infinity"),

@@ -16,6 +16,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapter",
+    "ContrastVectors": "recipes.contrast_vectors",
+    "DirectionChoice": "recipes.refusal_direction",
+    "InContextVectors": "recipes.in_context_shift",
+    "Steering": "recipes.steering",
+    "contrast_vector": "recipes.contrast_vectors",
+    "directional_ablation": "recipes.refusal_direction",
+    "in_context_vector": "recipes.in_context_shift",
+    "orthogonalize": "recipes.weights",
+    "select_direction": "recipes.refusal_direction",
+    "steer": "recipes.steering",
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
@@ -39,14 +49,30 @@ _HOME = {
     "patchscope": "recipes.patchscopes",
     "wrap": "loading",
 }
-_MODULES = ("adapters", "doctor", "errors", "interop", "packages", "prompts", "recipes", "request", "results", "sites", "tasks", "testing", "tokens")
+_MODULES = (
+    "adapters",
+    "doctor",
+    "errors",
+    "interop",
+    "packages",
+    "prompts",
+    "recipes",
+    "request",
+    "results",
+    "scores",
+    "sites",
+    "tasks",
+    "testing",
+    "tokens",
+)
 
-__all__ = sorted([*_HOME, "errors", "interop", "prompts", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "interop", "prompts", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
     from hookbook import interop as interop
     from hookbook import prompts as prompts
+    from hookbook import scores as scores
     from hookbook import tasks as tasks
     from hookbook import testing as testing
     from hookbook.adapter import Adapter as Adapter
@@ -59,13 +85,23 @@ if TYPE_CHECKING:
     from hookbook.loading import wrap as wrap
     from hookbook.maps import Affine as Affine
     from hookbook.planning import Plan as Plan
+    from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
+    from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
     from hookbook.recipes.generation import Generation as Generation
     from hookbook.recipes.generation import generate as generate
+    from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
+    from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
     from hookbook.recipes.in_context_vectors import TaskVectors as TaskVectors
     from hookbook.recipes.in_context_vectors import task_vector as task_vector
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
+    from hookbook.recipes.refusal_direction import DirectionChoice as DirectionChoice
+    from hookbook.recipes.refusal_direction import directional_ablation as directional_ablation
+    from hookbook.recipes.refusal_direction import select_direction as select_direction
+    from hookbook.recipes.steering import Steering as Steering
+    from hookbook.recipes.steering import steer as steer
+    from hookbook.recipes.weights import orthogonalize as orthogonalize
     from hookbook.request import Edit as Edit
     from hookbook.request import Sampling as Sampling
     from hookbook.sites import Site as Site

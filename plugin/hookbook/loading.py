@@ -93,7 +93,7 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
         name: `gemma-3-270m` or `smollm2-135m-instruct`, found in their Python packages if installed; a local folder; or
             any other name, from the Hugging Face hub.
         backend: `transformer_lens` or `nnsight`.
-        dtype: `float32`, `float64`, `bfloat16` or `float16`.
+        dtype: `float32`, `float64`, `bfloat16`, `float16`, or `auto`: the checkpoint's own.
         device: Such as `cpu` or `cuda`; None: a GPU if there is one.
 
     Raises:
@@ -101,8 +101,8 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
     """
     if backend not in BACKENDS:
         raise ModelError(f"no backend {backend!r}", "", f"use one of {', '.join(BACKENDS)}")
-    if dtype not in ("float32", "float64", "bfloat16", "float16"):
-        raise ModelError(f"no dtype {dtype!r}", "", "use float32, float64, bfloat16 or float16")
+    if dtype not in ("float32", "float64", "bfloat16", "float16", "auto"):
+        raise ModelError(f"no dtype {dtype!r}", "", "use float32, float64, bfloat16, float16 or auto")
     try:
         importlib.import_module(backend)
     except ImportError as error:
@@ -127,7 +127,7 @@ def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # eager attention on every backend, as TransformerLens has it: patterns can be seen, and numbers agree
-        module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="eager")
+        module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype, dtype), attn_implementation="eager")
     except (OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not os.path.isdir(source)
         why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else str(error).splitlines()[0]

@@ -23,9 +23,10 @@ from hookbook.tokens import Position, Tokens, lines, resolve
 if TYPE_CHECKING:
     from hookbook.card import ModelCard
 
-Op = Literal["set", "add", "scale", "project_out", "clamp", "knock_out"]
-OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "knock_out")
+Op = Literal["set", "add", "scale", "project_out", "clamp", "rotate", "knock_out"]
+OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "rotate", "knock_out")
 PATTERN_OPS: tuple[str, ...] = ("set", "add", "scale", "knock_out")
+DIRECTION_OPS: tuple[str, ...] = ("project_out", "clamp", "rotate")
 
 Scope = Literal["prompt", "generated", "all"] | tuple[int, ...]
 
@@ -43,6 +44,7 @@ class Edit:
     | `scale` | `x * value` | a number |
     | `project_out` | `x - (x . u) u` | `[width]`, any length but 0 |
     | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[width]`, any length but 0 |
+    | `rotate` | `x` turned towards `value`, its length kept: along `x / |x| + (1 + max(0, -cos(x, u))) value` | `[width]`, its length says how far |
     | `knock_out` | of `attn_pattern` alone: `keys` get no attention, the others share it as the softmax would without them | none |
 
     `width` is that of the site (`Site.width`): `d_model`, or the width of one head for `head_z.9.3`. A row's edits at the
@@ -79,7 +81,7 @@ class Edit:
             )
         self._check_value_types()
         number = pattern or self.op == "scale" or not isinstance(self.value, Tensor)
-        if number and self.op not in ("project_out", "clamp"):
+        if number and self.op not in DIRECTION_OPS:
             if isinstance(self.value, Tensor) and self.value.numel() != 1:
                 raise EditError(f"{self.op} at {self.site} by a tensor of shape {list(self.value.shape)}", "this takes one number", "give a number")
             object.__setattr__(self, "value", float(self.value))
@@ -95,11 +97,11 @@ class Edit:
                     "check where the vector comes from",
                 )
             finite = torch.isfinite(value).all()
-            if self.op in ("project_out", "clamp"):
-                if value.dim() != 1:
+            if self.op in DIRECTION_OPS:
+                if value.dim() != 1 or (self.op == "rotate" and len(value) == 1):
                     raise EditError(
                         f"{self.op} at {self.site} with shape {list(value.shape)}",
-                        "a direction is one vector",
+                        "a direction is one vector, and one number has no directions to turn to" if self.op == "rotate" else "a direction is one vector",
                         "give [width]; use several edits for several directions",
                     )
                 hold(value.any(), EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length"))

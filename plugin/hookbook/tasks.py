@@ -1,6 +1,6 @@
-"""Tasks: pairs of an input and an output, the prompts that show them, and splits that leak nothing.
+"""Tasks: pairs of an input and an output, the prompts that show them, and splits that leak nothing. Contrasts: texts with and without something.
 
-The data that ships is our own: facts and words as JSON in `data/pairs`.
+The data that ships is our own: facts and words as JSON in `data/pairs`, texts in `data/contrasts`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hookbook.errors import DataError
 
@@ -187,6 +187,37 @@ def load(source: Any, template: Template = QA) -> Task:
         raise DataError(f"no task {name!r}", "", f"use one of {', '.join(names())}, or a .json or .csv file")
     data = json.loads((_DATA / "pairs" / f"{name}.json").read_text(encoding="utf-8"))
     return Task(tuple((x, y) for x, y in data["pairs"]), name, template)
+
+
+class Contrast(NamedTuple):
+    """Texts with something, and the same number without it; those at the same place are alike otherwise."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+def contrast(name: str) -> Contrast:
+    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or `sentiment`.
+
+    Example:
+        >>> contrast("sentiment").positive[0]
+        'The movie was wonderful and I loved every minute of it.'
+    """
+    data = _contrast_data(name, "positive", "a contrast")
+    return Contrast(tuple(data["positive"]), tuple(data["negative"]))
+
+
+def openings(name: str) -> tuple[str, ...]:
+    """Beginnings of texts that ship: `english`, or `neutral` (which may go on well or badly)."""
+    return tuple(_contrast_data(f"openings_{name}", "texts", "openings")["texts"])
+
+
+def _contrast_data(name: str, key: str, what: str) -> dict[str, Any]:
+    found = {f.name.removesuffix(".json"): json.loads(f.read_text(encoding="utf-8")) for f in (_DATA / "contrasts").iterdir() if f.name.endswith(".json")}
+    known = sorted(other.removeprefix("openings_") for other, data in found.items() if key in data)
+    if key not in found.get(name, {}):
+        raise DataError(f"no {name.removeprefix('openings_')!r} as {what}", "", f"use one of {', '.join(known)}, or texts of your own")
+    return found[name]
 
 
 def lists(task: Task, item: str, *, length: int = 3, n: int = 200, seed: int = 0, template: Template | None = None) -> Task:

@@ -222,6 +222,19 @@ def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def after_instruction(tokenizer: Any) -> list[int]:
+    """The tokens of a chat template that follow the instruction, as negative positions in order; for models that answer, where they decide what to say.
+
+    Raises:
+        TokenError: The tokenizer has no chat template, or nothing follows.
+    """
+    first, second = (encode(text, tokenizer, chat=True).ids[::-1] for text in ("Name a colour", "5 + 3"))
+    n = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    if not n:
+        raise TokenError("a chat template that ends with the instruction", "no token follows it", "use position=-1")
+    return list(range(-n, 0))
+
+
 _PROBE = "The quick brown fox, 1135 -> Ünïcödé; 北京 is the capital.\n\tdef f(x): return x ** 2"
 
 

@@ -35,7 +35,7 @@ def test_the_stream_is_the_sum_of_what_blocks_add(case):
         assert (pre + attn + mlp - post).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("op", ["set", "add", "scale", "project_out", "clamp"])
+@pytest.mark.parametrize("op", ["set", "add", "scale", "project_out", "clamp", "rotate"])
 @pytest.mark.parametrize("name", SITES)
 def test_an_edit_does_what_its_formula_says(case, name, op):
     adapter, site = case.adapter, hb.Site(name, 1)

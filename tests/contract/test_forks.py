@@ -30,7 +30,8 @@ def random_edit(pick: random.Random, adapter: hb.Adapter, n_tokens: int, sites: 
         op = pick.choice(["set", "add", "scale", "knock_out"])
         keys = pick.choice([None, 0, slice(0, 2)])
         return hb.Edit(site, 0.0 if op == "knock_out" else pick.choice([0.0, 0.4]), op, position, scope=scope, keys=keys)
-    op = pick.choice(["set", "add", "scale", "project_out", "clamp"])
+    ops = ["set", "add", "scale", "project_out", "clamp", "rotate"]
+    op = pick.choice(ops[: None if site.width(adapter.card) > 1 else -1])  # one number has nothing to turn to
     value = 0.7 if op == "scale" else 3 * direction(pick.randrange(1000), site.width(adapter.card))
     if op in ("set", "add") and pick.random() < 0.2:
         value = 0.3

@@ -57,7 +57,8 @@ def edits(draw: Draw, card: hb.ModelCard, tokens: hb.tokens.Tokens, sweep: bool 
         op = draw(st.sampled_from(PATTERN_OPS))
         value = 0.0 if op == "knock_out" else draw(st.sampled_from([0.0, 0.3, 1.7, -0.8]))
         return hb.Edit(site, value, op, position, scope=scope, keys=draw(st.none() | positions(n)))
-    op, seed = draw(st.sampled_from(["set", "add", "scale", "project_out", "clamp"])), draw(st.integers(0, 99))
+    ops = ["set", "add", "scale", "project_out", "clamp"] + ["rotate"] * (site.width(card) > 1)
+    op, seed = draw(st.sampled_from(ops)), draw(st.integers(0, 99))
     if op == "scale":
         return hb.Edit(site, draw(st.sampled_from([-1.3, 0.0, 0.7])), op, position, scope=scope)
     kind = draw(st.sampled_from(["vector", "vector", "number", "vectors"])) if op in ("set", "add") else "vector"

@@ -90,6 +90,21 @@ RECIPES = {
         model, PROMPTS, edits=[hb.Edit("resid_post.3", torch.linspace(-3, 3, 576), position=slice(None), scope="all")], max_new_tokens=6
     ),
     "task vector": lambda model: hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[9, 21], shots=3, n_prompts=4, queries=5),
+    "contrast vectors": lambda model: hb.contrast_vector(
+        model, *(texts[:6] for texts in hb.tasks.contrast("sentiment")), layers=[9, 21], position=[-1, slice(1, None)]
+    ),
+    "in-context vectors": lambda model: hb.in_context_vector(model, [("It is bad.", "It is good."), ("I am sad.", "I am glad."), ("No!", "Oh yes.")]),
+    "steering": lambda model: hb.steer(
+        model,
+        hb.Vector(model.card, hb.Site("resid_pre", 9), torch.linspace(-3, 3, 576)),
+        PROMPTS,
+        strengths=[-1, 2],
+        score=hb.scores.french_score,
+        generate=4,
+    ),
+    "steering towards words": lambda model: hb.steer(
+        model, hb.Vector(model.card, hb.Site("mlp_out", 9), torch.linspace(-3, 3, 576)), PROMPTS, layers=[9, 20], tokens=([" Paris"], [" name"])
+    ),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 
@@ -199,6 +214,25 @@ def test_several_calls_in_one_job(remote, local):
         hb.logit_lens(remote, PROMPTS[0])
         hb.logit_lens(remote, "")
     assert remote.service.jobs == before + 1
+
+
+def test_a_direction_is_found_chosen_and_added_in_one_job(remote, local):
+    """Vectors that are still promises, through three recipes."""
+    positive, negative = (list(texts[:4]) for texts in hb.tasks.contrast("sentiment"))
+
+    def run(model: hb.Adapter) -> tuple[Any, Any]:
+        found = hb.contrast_vector(model, positive, negative, layers=[5, 12], site="resid_pre", held_out=0)
+        chosen = hb.select_direction(model, found, positive, negative, tokens=[" I"], chat=False, filter=False)
+        return chosen, hb.steer(model, found.vector(12), PROMPTS, tokens=([" Paris"], [" name"]))
+
+    before = remote.service.jobs
+    with hb.job(remote):
+        ours = run(remote)
+    assert remote.service.jobs == before + 1
+    for a, b in zip(ours, run(local), strict=True):
+        a, b = fields(a), fields(b)
+        same({k: v for k, v in a.items() if k not in ("discarded", "why")}, {k: v for k, v in b.items() if k not in ("discarded", "why")})
+    assert ours[0].discarded and ours[0].to_frame() is not None
 
 
 def test_a_submitted_call_is_picked_up_by_another_process(remote, local, tmp_path):

@@ -104,6 +104,10 @@ def apply_edit(x, group):
         new = old + value
     elif op == "scale":
         new = old * value[:, None]
+    elif op == "rotate":
+        unit, towards = torch.nn.functional.normalize(old, dim=-1), torch.nn.functional.normalize(value, dim=-1)
+        against = (-(unit * towards).sum(-1, keepdim=True)).clamp(min=0)
+        new = old.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(unit + (1 + against) * value, dim=-1)
     else:
         unit = value / value.abs().amax(-1, keepdim=True)  # so that no length overflows
         unit = unit / unit.norm(dim=-1, keepdim=True)
