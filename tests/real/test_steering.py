@@ -1,4 +1,4 @@
-"""The published effects of steering, on real models, beside no vector and a random one; and that refusal, which these models lack, is not found."""
+"""The published effects of steering, on real models, beside no vector and a random one; and that no direction of refusal is found where none shows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_in_context_vectors_turn_a_model_and_random_ones_do_not(name):
 
 
 def test_what_a_model_does_not_do_has_no_direction():
-    """The model does not refuse in the first place, so that the rule has nothing to choose."""
+    """No request makes the first token of a refusal likelier than all others together, so that the rule has nothing to choose from."""
     model = real("smollm2-135m-instruct")
     positive, negative = hb.tasks.contrast("refusal")
     found = hb.contrast_vector(
