@@ -30,9 +30,16 @@ _HOME = {
     "At": "tokens",
     "Edit": "request",
     "Task": "tasks",
-    "TaskVectors": "recipes.in_context_vectors",
+    "Composition": "recipes.task_vectors",
+    "FunctionVectors": "recipes.function_vectors",
+    "HeadEffects": "recipes.function_vectors",
+    "TaskVectors": "recipes.task_vectors",
     "Vector": "vectors",
-    "task_vector": "recipes.in_context_vectors",
+    "compose": "recipes.task_vectors",
+    "function_vector": "recipes.function_vectors",
+    "head_effects": "recipes.function_vectors",
+    "known": "recipes.task_vectors",
+    "task_vector": "recipes.task_vectors",
     "Generation": "recipes.generation",
     "HookbookError": "errors",
     "ModelCard": "adapter",
@@ -87,12 +94,14 @@ if TYPE_CHECKING:
     from hookbook.planning import Plan as Plan
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
+    from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
+    from hookbook.recipes.function_vectors import HeadEffects as HeadEffects
+    from hookbook.recipes.function_vectors import function_vector as function_vector
+    from hookbook.recipes.function_vectors import head_effects as head_effects
     from hookbook.recipes.generation import Generation as Generation
     from hookbook.recipes.generation import generate as generate
     from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
     from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
-    from hookbook.recipes.in_context_vectors import TaskVectors as TaskVectors
-    from hookbook.recipes.in_context_vectors import task_vector as task_vector
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
@@ -101,6 +110,11 @@ if TYPE_CHECKING:
     from hookbook.recipes.refusal_direction import select_direction as select_direction
     from hookbook.recipes.steering import Steering as Steering
     from hookbook.recipes.steering import steer as steer
+    from hookbook.recipes.task_vectors import Composition as Composition
+    from hookbook.recipes.task_vectors import TaskVectors as TaskVectors
+    from hookbook.recipes.task_vectors import compose as compose
+    from hookbook.recipes.task_vectors import known as known
+    from hookbook.recipes.task_vectors import task_vector as task_vector
     from hookbook.recipes.weights import orthogonalize as orthogonalize
     from hookbook.request import Edit as Edit
     from hookbook.request import Sampling as Sampling
