@@ -49,9 +49,10 @@ def test_task_vectors_are_what_a_loop_finds(case, mode):
     assert len(found.to_frame()) == n_layers and found.plot() is not None
 
 
-def test_a_vector_goes_back_into_hooks_and_traces(case):
+def test_a_vector_goes_through_a_file_back_into_hooks_and_traces(case, tmp_path):
     adapter = case.adapter
-    vector = hb.Vector.of(adapter.model if case.name != "toy" else adapter, "resid_post.1", torch.linspace(-2, 2, adapter.card.d_model))
+    made = hb.Vector.of(adapter.model if case.name != "toy" else adapter, "resid_post.1", torch.linspace(-2, 2, adapter.card.d_model))
+    vector = hb.Vector.load(made.save(tmp_path / "v.safetensors"))
     tokens = adapter.encode("abcd")
     want = adapter.run(Request([tokens], [Row(0, (vector.edit("add", 1.5),))], (), Readout(logits=True))).readout.logits
     ids = torch.tensor([tokens.ids])

@@ -90,6 +90,13 @@ RECIPES = {
         model, PROMPTS, edits=[hb.Edit("resid_post.3", torch.linspace(-3, 3, 576), position=slice(None), scope="all")], max_new_tokens=6
     ),
     "task vector": lambda model: hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[9, 21], shots=3, n_prompts=4, queries=5),
+    "effects of heads": lambda model: hb.head_effects(
+        model, [hb.tasks.load("singular_plural"), hb.tasks.load("present_past")], shots=3, n_prompts=4, n_trials=2
+    ),
+    "function vector": lambda model: hb.function_vector(
+        model, hb.tasks.load("singular_plural"), heads=3, strength=4.0, layers=[9, 14], shots=3, n_prompts=4, n_trials=2, queries=4
+    ),
+    "sum of vectors": lambda model: hb.compose(model, hb.tasks.load("capitalize"), layers=[21], shots=3, n_prompts=4, queries=4),
     "contrast vectors": lambda model: hb.contrast_vector(
         model, *(texts[:6] for texts in hb.tasks.contrast("sentiment")), layers=[9, 21], position=[-1, slice(1, None)]
     ),
