@@ -274,3 +274,21 @@ def test_only_nnsight_models_go_elsewhere():
         pass
     with pytest.raises(hb.errors.RemoteError, match="asks 0 remote models.*submit a recipe on one remote model"):
         hb.logit_lens.submit(toy(), "ab")
+
+
+def test_a_vector_that_many_rows_share_travels_once():
+    """At all tokens of many rows: what is sent grows with indices, not with copies; and it is what single rows give."""
+    from hookbook.testing import toy
+    from hookbook.travel.edits import group_edits
+
+    adapter, draw = toy(), torch.Generator().manual_seed(0)
+    one, each = torch.randn(16, generator=draw, dtype=torch.float64), torch.randn(4, 16, generator=draw, dtype=torch.float64)
+    prompt = adapter.encode("abc")
+    values = [one, one, each, each[:1], 0.5, 0.5, each]
+    items = [{"row": i, "cols": [0, 1, 2, 3], "site": ("resid_post", 0), "width": 16, "op": "add", "value": value, "to": 0.0} for i, value in enumerate(values)]
+    ((group,),) = group_edits(items).values()
+    assert group["value"].shape == (1 + 4 + 1 + 1, 16) and group["of"].shape == (28,)
+    rows = [Row(0, (hb.Edit("resid_post.0", value, "add", slice(None)),)) for value in values]
+    together = adapter.run(Request([prompt], rows, (), Readout(logits=True))).readout.logits
+    alone = torch.cat([adapter.run(Request([prompt], [row], (), Readout(logits=True))).readout.logits for row in rows])
+    assert (together - alone).abs().max() < 1e-12 and len({round(float(x), 6) for x in together[:, 0]}) == 4

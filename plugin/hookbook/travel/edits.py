@@ -45,15 +45,25 @@ def _group(items):
     if first["op"] == "scale":
         group["value"] = torch.tensor([value for value, n in zip(values, counts, strict=True) for _ in range(n)], dtype=torch.float64)
     else:
-        width = first["width"]
-        values = [value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64) for value in values]
-        if all(value is values[0] for value in values) and values[0].dim() < 2:
-            group["value"] = values[0].expand(sum(counts), width)
-        else:
-            group["value"] = torch.cat([value.expand(n, width) for value, n in zip(values, counts, strict=True)])
+        group["value"], group["of"] = _distinct(values, counts, first["width"])
     if first["op"] == "clamp":
         group["to"] = torch.tensor([item["to"] for item, n in zip(items, counts, strict=True) for _ in range(n)], dtype=torch.float64)
     return group
+
+
+def _distinct(values, counts, width):
+    """Values, each once, `[m, width]`, and which of them each token of each edit takes, `[n]`: a vector that many share travels once."""
+    lines, first, of, end = [], {}, [], 0
+    for value, n in zip(values, counts, strict=True):
+        key = id(value) if isinstance(value, torch.Tensor) else value
+        if key not in first:
+            value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+            m = len(value) if value.dim() == 2 else 1
+            lines.append(value.expand(m, width))
+            first[key], end = (end, m), end + m
+        start, m = first[key]
+        of += [start] * n if m == 1 else range(start, start + n)
+    return lines[0] if len(lines) == 1 else torch.cat(lines), torch.tensor(of)
 
 
 def _pattern_group(items):
@@ -80,7 +90,7 @@ def _pattern_group(items):
 def apply_edit(x, group):
     """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is.
 
-    A group has `rows`, `cols`, `op`, `value` (`[n, width]`, or `[n]` of numbers for `scale`) and `to` `[n]`. With `units`
+    A group has `rows`, `cols`, `op`, `value` (`[m, width]`, of which each takes the one that `of` `[n]` says, or `[n]` of numbers for `scale`) and `to` `[n]`. With `units`
     `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads` and `cols` name
     lines, and `entries`, `keys` and `value` say what changes in which of these lines.
     """
@@ -96,6 +106,8 @@ def apply_edit(x, group):
     # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
     wide = x.dtype if op == "set" else torch.promote_types(x.dtype, torch.float32)
     value = group["value"].to(wide).to(x.device)
+    if "of" in group:
+        value = value[group["of"].to(x.device)]
     if op == "set":
         x[at] = value
         return
