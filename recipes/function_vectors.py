@@ -191,7 +191,7 @@ def function_vector(
     check_counts(shots=shots, n_prompts=n_prompts, n_trials=n_trials, queries=queries)
     given = None if isinstance(heads, int) else [(int(layer), int(head)) for layer, head in heads]
     if effects is not None and isinstance(heads, int):
-        if effects.card.model_id != card.model_id:
+        if not effects.card.same_model(card):
             raise EditError(f"effects of heads of {effects.card.model_id} in {card.model_id}", "they are other heads", "call head_effects on this model")
         given = effects.top(heads)
     n_heads = len(given) if given is not None else int(heads)  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def select_direction(
     adapter = wrap(model)
     if not isinstance(candidates, ContrastVectors) or any(site.name != "resid_pre" for site in candidates.sites):
         raise DataError("candidates that are not of resid_pre", "they are added where blocks begin", 'use hb.contrast_vector(..., site="resid_pre")')
-    if candidates.card.model_id != adapter.card.model_id or candidates.card.d_model != adapter.card.d_model:
+    if not candidates.card.same_model(adapter.card) or candidates.card.d_model != adapter.card.d_model:
         raise SiteError(f"candidates of {candidates.card.model_id} in {adapter.card.model_id}", "they are different spaces", "make them with this model")
     sides = [encode_prompts(adapter, prompts, bos, chat) for prompts in (positive, negative)]
     if {t.ids for t in sides[0]} & {t.ids for t in sides[1]}:

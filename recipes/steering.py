@@ -167,7 +167,11 @@ def steer(
     noise = [torch.randn(len(v.values), generator=torch.Generator().manual_seed(seed + i)) for i, v in enumerate(chosen)]
     noise = [x / x.norm() * v.norm for x, v in zip(noise, chosen, strict=True)]
     sets = [
-        [(Edit(v.site, values * strength, "add", position, scope=scope),) for v, values in zip(chosen, some, strict=True) for strength in strengths]
+        [
+            (Edit(v.site, values * strength, "add", position, scope=scope, card=v.card),)
+            for v, values in zip(chosen, some, strict=True)
+            for strength in strengths
+        ]
         for some in ([v.values for v in chosen], noise)
     ]
     n, cells = len(coded), len(chosen) * len(strengths)
@@ -213,10 +217,6 @@ def _chosen(adapter: Adapter, vectors: Any, layers: Any) -> list[Vector]:
             )
         if len({v.site for v in chosen}) < len(chosen):
             raise SiteError("several vectors at one site", "they would be one place in the result", "call steer for each")
-    for v in chosen:
-        if v.card.model_id != adapter.card.model_id:
-            what = f"a vector of {v.card.model_id} in {adapter.card.model_id}"
-            raise EditError(what, "they are different spaces", "if you know they are alike: hb.Vector.of(model, vector.site, vector.values)")
     return chosen
 
 

@@ -36,6 +36,10 @@ class ModelCard:
         """Bytes of one number."""
         return getattr(torch, self.dtype).itemsize
 
+    def same_model(self, other: ModelCard) -> bool:
+        """Whether vectors of one mean anything in the other: the same name, whoever published it and whatever runs it."""
+        return self.model_id.rsplit("/", 1)[-1].lower() == other.model_id.rsplit("/", 1)[-1].lower()
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)

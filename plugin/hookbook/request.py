@@ -66,6 +66,8 @@ class Edit:
     to: float = 0.0
     scope: Scope = "prompt"
     keys: Position | None = None
+    card: ModelCard | None = None
+    """The model the value comes from, if it is known; another one refuses it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", Site.parse(self.site))
@@ -162,6 +164,12 @@ class Edit:
 
     def check(self, card: ModelCard, n_positions: int) -> None:
         """Raise unless this edit fits a model and the number of tokens its position names."""
+        if self.card is not None and not self.card.same_model(card):
+            raise EditError(
+                f"a vector of {self.card.model_id} in {card.model_id}",
+                "they are different spaces",
+                "if you know they are alike: hb.Vector.of(model, vector.site, vector.values)",
+            )
         self.site.check(card)
         if isinstance(self.value, Tensor):
             width = self.site.width(card)

@@ -106,7 +106,7 @@ class Vector(Result):
 
     def edit(self, op: Op = "add", strength: float = 1.0, *, position: Position = -1, scope: Scope = "prompt", to: float = 0.0) -> Edit:
         """An `Edit` for `hookbook.generate` and requests."""
-        return Edit(self.site, self.values * strength if op in ("add", "set") else self.values, op, position, to, scope)
+        return Edit(self.site, self.values * strength if op in ("add", "set") else self.values, op, position, to, scope, card=self.card)
 
     def fwd_hooks(self, *, strength: float = 1.0, position: int | slice = -1, op: Op = "add") -> list[tuple[str, Callable]]:
         """Hooks for TransformerLens: `bridge.run_with_hooks(tokens, fwd_hooks=vector.fwd_hooks())`.

@@ -11,6 +11,7 @@ import hookbook as hb
 from hookbook.errors import EditError, ResultError, SiteError
 from hookbook.testing import toy
 
+TOY = toy()
 A, B = torch.arange(16.0) - 5, torch.linspace(2, -3, 16)
 
 
@@ -64,3 +65,23 @@ def test_an_edit_is_the_vector_in_a_run():
     want = adapter.run(Request([tokens], [Row(0, (hb.Edit("resid_post.1", 2 * A),))], (), Readout(logits=True)))
     assert torch.equal(ours.readout.logits, want.readout.logits)
     assert len(a.to_frame()) == 16 and a.plot() is not None and "resid_post.1" in a.view().html
+
+
+def test_a_vector_of_another_model_is_refused_wherever_it_is_used(tmp_path):
+    other = replace(TOY.card, model_id="somebody/another-toy")
+    theirs = hb.Vector.load(replace(vector(A), card=other).save(tmp_path / "other.safetensors"))
+    for use in (
+        lambda: hb.generate(TOY, "ab", edits=[theirs.edit()]),
+        lambda: hb.steer(TOY, theirs, "ab", tokens=(["a"], ["b"])),
+        lambda: vector(A) + theirs,
+    ):
+        with pytest.raises(hb.HookbookError, match="another-toy"):
+            use()
+    mine = replace(theirs, card=replace(TOY.card, model_id="Publisher/Toy", backend="nnsight"))  # the same, by its full name
+    assert hb.generate(TOY, "ab", edits=[mine.edit()], max_new_tokens=1).texts
+
+
+def test_a_task_of_three_pairs_says_so():
+    for call in (hb.task_vector, hb.function_vector, hb.compose):
+        with pytest.raises(hb.errors.DataError, match="3 pairs of 'few'"):
+            call(TOY, hb.Task((("a", "b"), ("c", "d"), ("e", "f")), "few"), **({"heads": 1} if call is hb.function_vector else {}))
