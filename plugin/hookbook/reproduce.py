@@ -272,13 +272,14 @@ def sentiment(model: Adapter, setup: Setup) -> Found:
     """The mean state of favourable reviews less that of unfavourable ones, added with strength 2 and -2, moves the log-odds of good against bad words both ways."""
     layer = setup.sentiment_layer if setup.sentiment_layer is not None else model.card.n_layers * 2 // 3
     found = contrast_vector(model, *tasks.contrast("sentiment"))
-    odds = steer(model, found, tasks.openings("neutral"), layers=[layer], strengths=[-2, 2], tokens=(GOOD, BAD))
+    odds = steer(model, found, tasks.openings("neutral"), layers=[layer], strengths=[-2, -1, 1, 2], tokens=(GOOD, BAD))
     return {"contrast_sentiment": found, "steer_sentiment": odds}, [sentiment_line(odds, layer, setup)]
 
 
 def sentiment_line(odds: Steering, layer: int, setup: Setup) -> Line:
     """Log-odds under +2, beside those under -2, under none and under random vectors."""
-    base, (down, up), (below, above) = float(odds.base.mean()), odds.scores.mean(0)[0].tolist(), odds.random.mean(0)[0].tolist()
+    base = float(odds.base.mean())
+    (down, *_, up), (below, *_, above) = odds.scores.mean(0)[0].tolist(), odds.random.mean(0)[0].tolist()
     controls = {"no vector": base, "strength -2": down, "random +2": above, "random -2": below}
     rule = (_least("rise", up - base, 3), ("strength -2 <= 0", down <= 0))
     what = f"log-odds, layer {layer}, strength 2"
