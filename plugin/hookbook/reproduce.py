@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
 Check = tuple[str, bool]
-SIZES: dict[str, Any] = {"n_prompts": 32, "queries": 40}
+SIZES: dict[str, Any] = {"n_prompts": 24, "queries": 40}
 OTHERS = {"country_capital": "present_past", "singular_plural": "present_past", "present_past": "country_capital", "capitalize": "country_capital"}
 """Tasks, and the other task whose vector is the control."""
 GOOD, BAD = [" good", " great", " wonderful", " excellent", " amazing"], [" bad", " terrible", " awful", " horrible", " poor"]
