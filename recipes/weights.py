@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook import storage
 from hookbook.errors import ModelError, Refused
 from hookbook.loading import load, wrap
 from hookbook.vectors import Vector
@@ -57,12 +57,9 @@ def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) ->
     writers = [names.writer_paths(name, layer) for layer in range(adapter.card.n_layers) for name in ("head_z", "mlp_act")]
     with torch.no_grad():
         _edit(new, writers, vector.values.double())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        made = Path(scratch) / "new"
+    with storage.whole_folder(path) as made:
         new.save_pretrained(made)
         adapter.tokenizer.save_pretrained(made)
-        made.rename(path)
     return path
 
 

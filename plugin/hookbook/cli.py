@@ -52,7 +52,48 @@ def _app() -> Any:  # typer is imported only here
         if not _doctor(model):
             raise typer.Exit(1)
 
+    reproduce = typer.Typer(no_args_is_help=True, help="Published effects on a model of yours, each beside its controls.")
+    app.add_typer(reproduce, name="reproduce")
+
+    @reproduce.command()
+    def vectors(
+        model: str = typer.Option("gemma-3-270m", help="A model name, as for hookbook.load."),
+        out: Path | None = typer.Option(None, help="A new folder for tables, pictures and report.html; otherwise hookbook-vectors-MODEL."),
+        only: list[str] = typer.Option([], help="One effect; may be given again: task-vectors, function-vectors, sums, french, sentiment, refusal."),  # noqa: B008
+        as_json: bool = typer.Option(False, "--json", help="Print the table as JSON, and nothing else."),
+    ) -> None:
+        """Task vectors, function vectors, their sums, and steering. Exit code 1: something that was expected of the model does not hold.
+
+        Example: hookbook reproduce vectors --model smollm2-135m-instruct --only french
+        """
+        if not _vectors(model, out or Path(f"hookbook-vectors-{model.strip('/').replace('/', '-')}"), only, as_json):
+            raise typer.Exit(1)
+
     return app
+
+
+def _vectors(model: str, out: Path, only: list[str], as_json: bool) -> bool:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from hookbook import reproduce
+
+    lines = reproduce.vectors(model, out, only)
+    if as_json:
+        print(json.dumps([line.cells() for line in lines], indent=1))
+    else:
+        console = Console()
+        table = Table(title=f"Vectors in {model}", title_justify="left", caption=reproduce.verdict(lines), caption_justify="left")
+        for head in ("effect", "what", "measured", "controls", "the paper says", "holds here"):
+            table.add_column(head, justify="right" if head == "measured" else "left", overflow="fold")
+        for line in lines:
+            holds = {"yes": "[green]yes[/]", "partly": "[yellow]partly[/]", "no": "[red]no[/]"}[line.holds]
+            table.add_row(line.effect, line.what, f"{line.measured:.2f}", reproduce.controls_text(line), line.paper, holds)
+        console.print(table)
+        console.print(f"Report: {(out / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+    return all(line.holds == "yes" for line in lines if line.counts)
 
 
 def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> None:

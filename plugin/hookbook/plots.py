@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -91,10 +92,10 @@ def lines(
     for style, (name, value) in zip(("--", ":", "-."), (levels or {}).items(), strict=False):
         ax.axhline(value, color="0.35", linestyle=style, linewidth=1, label=name)
     if labels is not None:
-        step = max(1, len(labels) // 20)
+        step = max(1, -(-len(labels) // 20))
         ax.set_xticks(range(0, len(labels), step), labels[::step])
     ax.set_xlabel(names[0])
-    ax.set_ylabel(names[1])
+    ax.set_ylabel(textwrap.fill(names[1], 40))
     if len(curves) + len(levels or {}) > 1:
         ax.legend(frameon=False, fontsize=8)
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a; background: #fff }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 p { max-width: 50rem } code { background: #f2f2f2; padding: 0 .25em }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto } img { max-width: 100%; display: block; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .8rem } caption { text-align: left; padding-bottom: .5rem; color: #555 }
 th { font-weight: 600; padding: .2rem .4rem; text-align: left; white-space: nowrap } td { padding: .2rem .4rem; border: 1px solid #fff }
 td { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
@@ -58,11 +59,17 @@ def grid_table(result: Patchscope, prompt: int = 0) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     """A plain table of texts."""
     head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table class=text><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    words = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table class=text>{words}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def picture(png: bytes, alt: str) -> str:
+    """A picture that is part of the page; `alt` is for who cannot see it."""
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def page(title: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:

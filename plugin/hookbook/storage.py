@@ -57,6 +57,20 @@ def whole(path: str | os.PathLike[str]) -> Iterator[str]:
         raise
 
 
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch folder to fill, which becomes `path`, new or empty, if nothing is raised; missing folders above it are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        yield made
+        if path.exists():
+            path.rmdir()
+        made.rename(path)
+
+
 def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """What `write` wrote.
 

@@ -1,0 +1,164 @@
+"""`hookbook reproduce vectors` without a real model: the rules on planted results, the folder, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+import hookbook as hb
+from hookbook import cli, loading, reproduce
+from hookbook.recipes.function_vectors import HeadEffects
+from hookbook.recipes.task_vectors import Composition, TaskVectors
+from hookbook.reproduce import EFFECTS, Line, Setup
+from hookbook.testing import toy
+
+SETUP = Setup(layer=1, dead=(0, 2))
+
+
+def sweep(cls, accuracy, zero=0.0, mode="replace", **controls):
+    """A result of three layers as if it had been measured."""
+    sites = tuple(hb.Site("resid_post", layer) for layer in range(3))
+    values = dict(validation=torch.tensor(accuracy), accuracy=torch.tensor(accuracy), values=torch.ones(3, 16))
+    named = {name.replace("_", " "): torch.full((3,), x) for name, x in controls.items()}
+    own = dict(card=toy().card, task="plural", template="", mode=mode, sites=sites, settings={})
+    return cls(**own, **values, controls=named, zero_shot=torch.tensor(zero), few_shot=torch.tensor(0.9))
+
+
+def planted(accuracy, zero=0.0, other=0.0, random=0.0, mode="replace"):
+    return reproduce.task_line(sweep(TaskVectors, accuracy, zero, mode, shuffled_labels=0.5, other_task=other, random=random), SETUP)
+
+
+@pytest.mark.parametrize(
+    ("line", "holds"),
+    [
+        (planted([0.0, 0.8, 0.1]), "yes"),
+        (planted([0.0, 0.4, 0.1]), "no"),
+        (planted([0.0, 0.8, 0.5]), "partly"),  # late layers work
+        (planted([0.0, 0.8, 0.5], mode="difference"), "yes"),  # as they may
+        (planted([0.0, 0.8, 0.0], zero=0.3), "partly"),
+        (planted([0.0, 0.8, 0.0], other=0.3), "partly"),
+        (planted([0.0, 0.8, 0.0], random=0.3), "partly"),
+        (planted([0.0, float("nan"), 0.0]), "no"),
+    ],
+)
+def test_a_task_vector_holds_if_its_controls_do_nothing(line, holds):
+    assert line.holds == holds
+    assert line.effect.startswith("task vector, ") and line.controls["shuffled labels"] == 0.5 and line.controls["with examples"] == pytest.approx(0.9)
+
+
+def test_where_replacing_works_is_said():
+    assert planted([0.0, 0.8, 0.1]).note == "plural, replace: at least half of the best at layers 1 of those tried, and at most 0.10 after them."
+
+
+def test_without_a_layer_the_best_on_validation_is_judged():
+    found = sweep(TaskVectors, [0.0, 0.2, 0.9], other_task=0.0, random=0.0)
+    assert reproduce.task_line(found, Setup()).what == "plural, layer 2"
+
+
+@pytest.mark.parametrize(("first", "last", "holds"), [(0.1, 0.1, "yes"), (0.4, 0.1, "partly"), (0.1, 0.4, "partly")])
+def test_a_sum_must_be_better_than_each_of_its_parts(first, last, holds):
+    found = sweep(Composition, [0.0, 0.6, 0.0], first_answer=first, last_copy=last, first_copy=0.0, direct=0.7, random=0.0)
+    assert reproduce.sum_line("plural", found, SETUP).holds == holds
+
+
+@pytest.mark.parametrize(("other", "holds"), [(0.05, "yes"), (0.15, "partly"), (0.4, "no")])
+def test_the_heads_that_matter_are_named(other, holds):
+    effects = torch.zeros(1, 3, 2)
+    effects[0, 1, 0], effects[0, 2, 1], effects[0, 0, 0] = 0.4, 0.2, other
+    found = HeadEffects(card=toy().card, tasks=("plural",), effects=effects, misled=torch.zeros(1), settings={})
+    assert reproduce.heads_line(found, Setup(top_heads=((1, 0, 0.2), (2, 1, 0.08)))).holds == holds
+
+
+def test_only_what_was_expected_decides():
+    good, bad = Line("a", "", 1.0, {}, "", (("", True),)), Line("b", "", 0.0, {}, "", (("", False),), counts=False)
+    assert reproduce.verdict([good, bad]).startswith("1 of 1 ")
+
+
+def planted_effect(line, fails=None):
+    """An effect of one real result of the toy model."""
+
+    def effect(model, setup):
+        """What is planted."""
+        if fails is not None:
+            raise fails
+        return {"lens": hb.logit_lens(model, "ab")}, [line]
+
+    return "Planted", effect
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Run the command on the toy model in an empty folder; gives its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load", lambda name: print("loading") or toy())
+    for name in EFFECTS:
+        monkeypatch.setitem(EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),))))
+
+    def run(*words: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", "vectors", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code
+
+    return run
+
+
+def test_the_folder_has_a_table_and_a_picture_of_every_result_and_a_page_that_needs_nothing_else(command, tmp_path):
+    assert command("--only", "french", "--out", "new") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]  # no scratch stays
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lens.csv", "lens.png", "report.html", "summary.csv"]
+    page = (tmp_path / "new/report.html").read_text()
+    assert 'src="data:image/png;base64,' in page and 'alt="lens' in page and "http" not in page.replace("http-equiv", "")
+    assert pd.read_csv(tmp_path / "new/summary.csv")[["effect", "measured", "holds"]].values.tolist() == [["french", 0.9, "yes"]]
+
+
+def test_json_is_all_that_is_printed(command, capsys, tmp_path):
+    assert command("--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [line["effect"] for line in said] == list(EFFECTS) and (tmp_path / "hookbook-vectors-gemma-3-270m/report.html").exists()
+    assert said[0]["controls"] == {"random": 0.0, "none": None} and set(said[0]) == {*"effect what measured controls paper holds rule counts note".split()}
+
+
+def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeypatch, capsys):
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),))))
+    assert command("--only", "sums", "--out", "a") == 1
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),), counts=False)))
+    assert command("--only", "sums", "--out", "b") == 0
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=hb.errors.Refused("heads", "it has none", "use another model")))
+    assert command("--only", "sums", "--only", "french", "--json", "--out", "c") == 1  # the others run all the same
+    assert "heads: it has none" in capsys.readouterr().out
+
+
+def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda name: pytest.fail("loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/note").write_text("mine")
+    assert command("--out", "full") == 1 and "full exists" in capsys.readouterr().err
+    assert command("--only", "magic") == 1 and "no effect 'magic'" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["note"]
+
+
+def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=ZeroDivisionError()))
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        reproduce.vectors("toy", tmp_path / "new", ["sums"])
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
+    assert command("--only", "french", "--out", "new") == 0  # an empty folder may be there
+
+
+def test_the_help_names_every_effect(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", "vectors", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert ", ".join(EFFECTS) in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_steering_to_french_runs_on_any_model():
+    results, (line,) = EFFECTS["french"][1](toy(n_ctx=160), Setup())
+    assert set(results) == {"contrast_french", "steer_french"} and line.holds == "no" and line.counts
