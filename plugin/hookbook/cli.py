@@ -89,8 +89,8 @@ def _vectors(model: str, out: Path, only: list[str], as_json: bool) -> bool:
         for head in ("effect", "what", "measured", "controls", "the paper says", "holds here"):
             table.add_column(head, justify="right" if head == "measured" else "left", overflow="fold")
         for line in lines:
-            holds = {"yes": "[green]yes[/]", "partly": "[yellow]partly[/]", "no": "[red]no[/]"}[line.holds]
-            table.add_row(line.effect, line.what, f"{line.measured:.2f}", reproduce.controls_text(line), line.paper, holds)
+            holds = {"yes": "[green]yes[/]", "partly": "[yellow]partly[/]", "no": "[red]no[/]"}.get(line.holds, line.holds)
+            table.add_row(line.effect, line.what, reproduce.number(line.measured), reproduce.controls_text(line), line.paper, holds)
         console.print(table)
         console.print(f"Report: {(out / 'report.html').resolve()}", highlight=False, soft_wrap=True)
     return all(line.holds == "yes" for line in lines if line.counts)

@@ -56,7 +56,10 @@ class Line:
 
     @property
     def holds(self) -> str:
-        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not there."""
+        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not there;
+        `not run`: there is no rule."""
+        if not self.rule:
+            return "not run"
         return "yes" if all(ok for _, ok in self.rule) else "partly" if self.rule[0][1] else "no"
 
     def cells(self) -> dict[str, Any]:
@@ -225,7 +228,8 @@ def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
     measured, controls = _numbers(found, at)
     rule = (_least("accuracy", measured, 0.55), *_most(controls, {"random heads": 0.2}))
     what = f"{found.task}, {len(found.heads)} heads x {found.settings['strength']:g}, layer {layer}"
-    return Line(effect, what, measured, controls, "works", rule, effect == "function vector" and setup.expects(effect, found.task))
+    note = f"{found.task}: {len(found.heads)} heads added with strength {found.settings['strength']:g} give {measured:.2f}, {controls['with examples']:.2f} with examples."
+    return Line(effect, what, measured, controls, "works", rule, effect == "function vector" and setup.expects(effect, found.task), note)
 
 
 def sums(model: Adapter, setup: Setup) -> Found:
@@ -294,8 +298,9 @@ def refusal(model: Adapter, setup: Setup) -> Found:
     """
     effect, paper = "refusal direction", "one direction decides"
     if not getattr(model.tokenizer, "chat_template", None):
-        rule = (("a direction is chosen", False),)
-        return {}, [Line(effect, "not run", float("nan"), {}, paper, rule, False, "This model has no chat template: it is no chat model, and refuses nothing.")]
+        return {}, [
+            Line(effect, "needs a chat model", float("nan"), {}, paper, (), False, "This model has no chat template: it is no chat model, and refuses nothing.")
+        ]
     asked, ordinary = tasks.contrast("refusal")
     n, tail = model.card.n_layers, tokens.after_instruction(model.tokenizer)
     where: dict[str, Any] = {"site": "resid_pre", "layers": [n // 3, n * 2 // 5, n // 2, n * 3 // 5], "position": tail[-1:], "chat": True}
@@ -392,14 +397,19 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([line.cells() | {"controls": controls_text(line)} for line in lines])
 
 
+def number(value: float) -> str:
+    """Two decimals; a dash for what is not known."""
+    return "–" if value != value else f"{value:z.2f}"
+
+
 def controls_text(line: Line) -> str:
     """Controls with their names."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in line.controls.items())
+    return ", ".join(f"{name} {number(value)}" for name, value in line.controls.items())
 
 
 def _summary(lines: Sequence[Line]) -> str:
     header = ["effect", "what", "measured", "controls", "the paper says", "holds here", "rule", "expected here"]
-    rows = [[*map(str, (line.effect, line.what)), f"{line.measured:.2f}", controls_text(line), line.paper, line.holds] for line in lines]
+    rows = [[*map(str, (line.effect, line.what)), number(line.measured), controls_text(line), line.paper, line.holds] for line in lines]
     ends = [[line.cells()["rule"], "yes" if line.counts else "not known before"] for line in lines]
     return report.table(header, [row + end for row, end in zip(rows, ends, strict=True)], caption="Each effect beside its controls")
 

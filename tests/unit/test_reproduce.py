@@ -78,6 +78,11 @@ def test_only_what_was_expected_decides():
     assert reproduce.verdict([good, bad]).startswith("1 of 1 ")
 
 
+def test_a_model_that_is_no_chat_model_has_no_refusal_to_look_for():
+    results, (line,) = EFFECTS["refusal"][1](toy(), Setup())
+    assert not results and line.holds == "not run" and not line.counts and reproduce.number(line.measured) == "–"
+
+
 def planted_effect(line, fails=None):
     """An effect of one real result of the toy model."""
 
