@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hookbook import loading, report, scores, storage, tasks, tokens
+from hookbook import report, scores, storage, tasks, tokens
 from hookbook.card import ModelCard
 from hookbook.errors import DataError, HookbookError, ResultError
+from hookbook.loading import load
 from hookbook.recipes.contrast_vectors import contrast_vector
 from hookbook.recipes.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
 from hookbook.recipes.refusal_direction import select_direction
@@ -351,7 +352,7 @@ def vectors(name: str, out: str | os.PathLike[str], only: Sequence[str] = ()) ->
     need("pandas", "a report")
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they load
-        model = loading.load(name)
+        model = load(name)
     setup, lines, sections = SETUPS.get(name, Setup()), [], []
     with storage.whole_folder(out) as scratch, tqdm([key for key in EFFECTS if not only or key in only], desc="effects", file=sys.stderr) as bar:
         for key in bar:

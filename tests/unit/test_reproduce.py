@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook import cli, loading, reproduce
+from hookbook import cli, reproduce
 from hookbook.recipes.function_vectors import HeadEffects
 from hookbook.recipes.task_vectors import Composition, TaskVectors
 from hookbook.reproduce import EFFECTS, Line, Setup
@@ -99,7 +99,7 @@ def planted_effect(line, fails=None):
 def command(monkeypatch, tmp_path):
     """Run the command on the toy model in an empty folder; gives its exit code."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load", lambda name: print("loading") or toy())
+    monkeypatch.setattr(reproduce, "load", lambda name: print("loading") or toy())
     for name in EFFECTS:
         monkeypatch.setitem(EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),))))
 
@@ -139,7 +139,7 @@ def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeyp
 
 
 def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(reproduce, "load", lambda name: pytest.fail("loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/note").write_text("mine")
     assert command("--out", "full") == 1 and "full exists" in capsys.readouterr().err
