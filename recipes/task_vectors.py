@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hookbook.deferred import later
@@ -193,7 +193,7 @@ def _kept(task: Task, right: Any) -> Task:
     pairs = tuple(pair for pair, ok in zip(task.pairs, right.tolist(), strict=True) if ok)
     if not pairs:
         raise DataError(f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model")
-    return Task(pairs, task.name, task.template)
+    return replace(task, pairs=pairs)
 
 
 def _op(mode: str) -> Op:

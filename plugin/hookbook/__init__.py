@@ -29,6 +29,7 @@ _HOME = {
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
+    "Relation": "relations",
     "Task": "tasks",
     "Composition": "recipes.task_vectors",
     "FunctionVectors": "recipes.function_vectors",
@@ -64,6 +65,7 @@ _MODULES = (
     "packages",
     "prompts",
     "recipes",
+    "relations",
     "request",
     "results",
     "scores",
@@ -73,12 +75,13 @@ _MODULES = (
     "tokens",
 )
 
-__all__ = sorted([*_HOME, "errors", "interop", "prompts", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
     from hookbook import interop as interop
     from hookbook import prompts as prompts
+    from hookbook import relations as relations
     from hookbook import scores as scores
     from hookbook import tasks as tasks
     from hookbook import testing as testing
@@ -116,6 +119,7 @@ if TYPE_CHECKING:
     from hookbook.recipes.task_vectors import known as known
     from hookbook.recipes.task_vectors import task_vector as task_vector
     from hookbook.recipes.weights import orthogonalize as orthogonalize
+    from hookbook.relations import Relation as Relation
     from hookbook.request import Edit as Edit
     from hookbook.request import Sampling as Sampling
     from hookbook.sites import Site as Site

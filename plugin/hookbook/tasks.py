@@ -185,8 +185,13 @@ def load(source: Any, template: Template = QA) -> Task:
         return Task(tuple((word, change(word)) for word in words), name, template)
     if name not in names():
         raise DataError(f"no task {name!r}", "", f"use one of {', '.join(names())}, or a .json or .csv file")
-    data = json.loads((_DATA / "pairs" / f"{name}.json").read_text(encoding="utf-8"))
-    return Task(tuple((x, y) for x, y in data["pairs"]), name, template)
+    return Task(tuple((x, y) for x, y in data(name)["pairs"]), name, template)
+
+
+def data(name: str) -> dict[str, Any]:
+    """What is in the file of a task that ships; nothing of one that is made from words."""
+    file = _DATA / "pairs" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 class Contrast(NamedTuple):

@@ -192,11 +192,22 @@ def _find(at: At, tokens: Tokens) -> tuple[int, ...]:
         start = starts[at.occurrence or 0]
     except IndexError:
         raise TokenError(f"no occurrence {at.occurrence} of {at.text!r}", f"it occurs {len(starts)} times", "use a smaller number") from None
-    end = start + len(at.text)
-    inside = [i for i, (a, b) in enumerate(tokens.offsets) if a < end and b > start and b > a]
+    inside = covering(tokens, start, start + len(at.text))
+    return {"first": inside[:1], "last": inside[-1:], "all": inside}[at.part]
+
+
+def covering(tokens: Tokens, start: int, end: int) -> tuple[int, ...]:
+    """The tokens that hold characters from `start` to before `end` of a prompt's text.
+
+    Raises:
+        TokenError: None does, or the prompt came as token ids.
+    """
+    if tokens.offsets is None:
+        raise TokenError("characters of a prompt that came as token ids", "it has no text", "give the prompt as text")
+    inside = tuple(i for i, (a, b) in enumerate(tokens.offsets) if a < end and b > start and b > a)
     if not inside:
-        raise TokenError(f"no token holds {at.text!r}", "the tokenizer drops these characters", "give an index")
-    return tuple({"first": inside[:1], "last": inside[-1:], "all": inside}[at.part])
+        raise TokenError(f"no token holds {tokens.text[start:end]!r}", "the tokenizer drops these characters", "give an index")
+    return inside
 
 
 def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:

@@ -1,0 +1,118 @@
+"""Relations: subjects and their objects, the sentences that state them, and where in a prompt the subject is.
+
+Those that ship are the pairs in `data/pairs` that have sentences: facts (country_capital, landmark_city, ...), words
+(present_past, antonym, ...) and translations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hookbook import tasks
+from hookbook.errors import DataError
+from hookbook.tasks import Question, Task, Template
+from hookbook.tokens import Tokens, covering
+
+SOURCE = "Hernandez et al. 2023, arXiv:2308.09124"
+
+
+@dataclass(frozen=True)
+class Statement(Question):
+    """A question that knows where its subject is."""
+
+    start: int
+    """The subject's first character in `text`."""
+    end: int
+    """The character after its last."""
+
+    def subject_at(self, tokens: Tokens) -> int:
+        """The subject's last token: the last that holds one of its characters, wherever else the same text occurs."""
+        return covering(tokens, self.start, self.end)[-1]
+
+
+@dataclass(frozen=True)
+class Relation(Task):
+    """A task whose inputs are subjects and whose prompts are sentences, one on each line.
+
+    Args:
+        pairs: Subjects and their objects.
+        name: What it is called.
+        templates: Sentences that end where the object begins, with `{}` for the subject; the first is used.
+        phrase: Words that mean the object, such as `"the capital of {}"`, to ask about it in turn.
+
+    Raises:
+        DataError: As `Task`; or no template, or one without a single `{}`.
+
+    Example:
+        >>> capitals = Relation((("Peru", "Lima"), ("Cuba", "Havana")), templates=("The capital of {} is",))
+        >>> capitals.ask("Cuba", capitals.pairs).text
+        'The capital of Peru is Lima\\nThe capital of Cuba is'
+    """
+
+    templates: tuple[str, ...] = ()
+    phrase: str = ""
+
+    def __post_init__(self) -> None:
+        templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
+        if not templates:
+            raise DataError(f"the relation {self.name!r} has no templates", "a subject needs a sentence", "give such as 'The capital of {} is'")
+        for text in (*templates, *([self.phrase] * bool(self.phrase))):
+            if text.count("{}") != 1:
+                raise DataError(f"the template {text!r} of {self.name!r}", "the subject is in it once", "write {} where it goes")
+        object.__setattr__(self, "templates", templates)
+        object.__setattr__(self, "template", Template(templates[0], " {}", "\n", SOURCE))
+        super().__post_init__()
+
+    def with_template(self, template: str | Template) -> Task:
+        """The same pairs in another sentence; or, in a `Template`, as a plain task."""
+        return Task(self.pairs, self.name, template) if isinstance(template, Template) else replace(self, templates=(template,))
+
+    def object_of(self, subject: str) -> str:
+        """What a subject's object is; `DataError` if it is not in this relation."""
+        for x, y in self.pairs:
+            if x == subject:
+                return y
+        raise DataError(f"no subject {subject!r} in {self.name!r}", "", "use one of its pairs, or a Relation with this pair added")
+
+    def ask(self, subject: str, shown: Sequence[tuple[str, str]] = (), answer: str = "") -> Statement:
+        """A prompt about a subject, behind statements about others; pairs of the same subject are not shown.
+
+        Args:
+            subject: Any text.
+            shown: Pairs to state before.
+            answer: Its object; empty: the one in this relation, which must have it then.
+        """
+        text = self.template.prompt([pair for pair in shown if pair[0] != subject], "{}")
+        start = text.rindex("{}")
+        answer = self.template.answer.format(answer or self.object_of(subject))
+        return Statement(text[:start] + subject + text[start + 2 :], answer, start, start + len(subject))
+
+
+def names() -> list[str]:
+    """The relations that ship."""
+    return [name for name in tasks.names() if "templates" in tasks.data(name)]
+
+
+def load(source: Any, templates: str | Sequence[str] = (), *, phrase: str = "") -> Relation:
+    """A relation by name, from a file, or from a table.
+
+    Args:
+        source: A name of `names()`; the path of a JSON file (an object with `pairs` and `templates`, or a list of pairs) or a CSV file (two
+            columns); or a pandas frame (its first two columns).
+        templates: Sentences; none: those of the source.
+        phrase: Words for the object; empty: those of the source.
+
+    Raises:
+        DataError: No such relation, or what was found are no pairs, or there are no templates.
+    """
+    task = tasks.load(source)
+    found = tasks.data(task.name) if isinstance(source, str) and source in names() else {}
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".json":
+        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        found = found if isinstance(found, dict) else {}
+    templates = templates or found.get("templates", ())
+    return Relation(task.pairs, task.name, templates=(templates,) if isinstance(templates, str) else tuple(templates), phrase=phrase or found.get("phrase", ""))
