@@ -67,9 +67,13 @@ class Relation(Task):
         object.__setattr__(self, "template", Template(templates[0], " {}", "\n", SOURCE))
         super().__post_init__()
 
-    def with_template(self, template: str | Template) -> Task:
-        """The same pairs in another sentence; or, in a `Template`, as a plain task."""
-        return Task(self.pairs, self.name, template) if isinstance(template, Template) else replace(self, templates=(template,))
+    def with_sentence(self, template: str) -> Relation:
+        """The same pairs in another sentence."""
+        return replace(self, templates=(template,))
+
+    def with_template(self, template: Template) -> Task:
+        """The same pairs as a plain task."""
+        return Task(self.pairs, self.name, template)
 
     def object_of(self, subject: str) -> str:
         """What a subject's object is; `DataError` if it is not in this relation."""
