@@ -114,12 +114,13 @@ class RemoteAdapter(TracingAdapter):
         dtype = getattr(torch, self.card.dtype)
         return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def vjps(self, out: Tensor, leaves: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
+    def vjps(self, out: Tensor, leaves: list[Tensor], states: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
         """See `hookbook.travel.vjps.vjps`."""
-        like = tuple(torch.empty(*([] if mean else [len(out)]), out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves)
+        like = [torch.empty(*([] if mean else [len(out)]), out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves]
+        like += [torch.empty(out.shape, dtype=leaf.dtype, device="meta") for leaf in leaves]
         tape = deferred.tape(self)
         tape.grad = True
-        return list(tape.note("vjps", {"out": out, "leaves": leaves, "chunk": chunk, "mean": mean}, like))
+        return list(tape.note("vjps", {"out": out, "leaves": leaves, "states": states, "chunk": chunk, "mean": mean}, tuple(like)))
 
     def size(self, tape: Tape, wanted: list[Deferred]) -> int:
         """How many bytes a tape is when it is sent."""

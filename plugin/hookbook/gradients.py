@@ -41,6 +41,8 @@ class Jacobian:
     """For each source `[n, d_in]`: its state in each prompt."""
     matrices: tuple[Tensor, ...]
     """For each source `[n, d_out, d_in]`; the mean over prompts, `[d_out, d_in]`, if that was asked for."""
+    products: tuple[Tensor, ...]
+    """For each source `[n, d_out]`: the matrix of each prompt, also where only their mean is kept, times the source's state there."""
 
 
 @recipe
@@ -72,12 +74,13 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
     output = torch.empty(len(prompts), d_out, dtype=getattr(torch, card.dtype))
     inputs = [torch.empty(len(prompts), read.site.width(card), dtype=output.dtype) for read in wrt]
     matrices = [torch.zeros(*lead, d_out, read.site.width(card), dtype=output.dtype) for read in wrt]
+    products = [torch.zeros_like(output) for _ in wrt]
     if (account := planning.account()) is not None:
         back = [part.peak_bytes + min(d_out, _chunk(adapter, request, part, mean)) * _bytes_of_one(adapter, request, part) for part in parts]
-        kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices))
+        kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices, *products))
         account.add([] if adapter.remote else parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
     if account is not None and not adapter.remote:
-        return Jacobian(of, tuple(wrt), output.zero_(), tuple(x.zero_() for x in inputs), tuple(matrices))
+        return Jacobian(of, tuple(wrt), output.zero_(), tuple(x.zero_() for x in inputs), tuple(matrices), tuple(products))
     if adapter.remote:
         return _remote(adapter, request, parts, mean)
     with tqdm(total=len(parts) * d_out, desc="jacobian", leave=False, disable=not (len(parts) > 1 if progress is None else progress)) as bar:
@@ -90,26 +93,31 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
             for held, state in zip(inputs, states, strict=True):
                 held[rows] = state.detach().cpu()
             del reply, states
-            vjps(out, leaves, _chunk(adapter, request, part, mean), mean, bar.update, matrices, len(prompts) if mean else rows)
-    return Jacobian(of, tuple(wrt), output, tuple(inputs), tuple(matrices))
+            points, all_rows = [held[rows] for held in inputs], len(prompts) if mean else rows
+            found = vjps(out, leaves, points, _chunk(adapter, request, part, mean), mean, bar.update, matrices, all_rows)
+            for held, product in zip(products, found[len(wrt) :], strict=True):
+                held[rows] = product
+    return Jacobian(of, tuple(wrt), output, tuple(inputs), tuple(matrices), tuple(products))
 
 
 def _remote(adapter: Any, request: Request, parts: Sequence[planning.Part], mean: bool) -> Jacobian:
     """The same beside the model, of which only promises come back."""
     of, *wrt = request.reads
     order = torch.argsort(torch.tensor([row.number for part in parts for row in part.rows]))
-    outputs, inputs, matrices = [], [], []
+    outputs, inputs, matrices, products = [], [], [], []
     for part in parts:
         rows = [row.number for row in part.rows]
         leaves = [adapter.leaf(len(rows), read.site.width(adapter.card)) for read in wrt]
         reply = adapter.run(_request(adapter, request.prompts, of, wrt, rows, leaves), progress=False)
         out, *states = (reading.values for reading in reply.readings)
-        found = adapter.vjps(out, leaves, _chunk(adapter, request, part, mean), mean)
+        found = adapter.vjps(out, leaves, states, _chunk(adapter, request, part, mean), mean)
+        products.append(found[len(wrt) :])
         outputs.append(out)
         inputs.append(states)
-        matrices.append([matrix * (len(rows) / len(request.prompts)) for matrix in found] if mean else found)
+        matrices.append([matrix * (len(rows) / len(request.prompts)) for matrix in found[: len(wrt)]] if mean else found[: len(wrt)])
     several = [torch.stack(pieces).sum(0) if mean else torch.cat(pieces)[order] for pieces in zip(*matrices, strict=True)]
-    return Jacobian(of, tuple(wrt), torch.cat(outputs)[order], tuple(torch.cat(pieces)[order] for pieces in zip(*inputs, strict=True)), tuple(several))
+    points, products = (tuple(torch.cat(pieces)[order] for pieces in zip(*some, strict=True)) for some in (inputs, products))
+    return Jacobian(of, tuple(wrt), torch.cat(outputs)[order], points, tuple(several), products)
 
 
 def _bytes_of_one(adapter: Adapter, request: Request, part: planning.Part) -> int:

@@ -57,6 +57,9 @@ def test_the_mean_over_prompts_and_a_small_budget_give_the_same_numbers(case, mo
     cut = jacobian(adapter, prompts, of, wrt)
     for a, b, c in zip(whole.matrices, cut.matrices, mean.matrices, strict=True):
         assert (a - b).abs().max() < EXACT and (a.mean(0) - c).abs().max() < EXACT
+    for found in (whole, mean, cut):
+        for a, state, product in zip(whole.matrices, whole.inputs, found.products, strict=True):
+            assert product.any() and (torch.einsum("noi,ni->no", a, state) - product).abs().max() < EXACT * (1 + product.abs().max())
     assert (whole.output - cut.output).abs().max() < EXACT
 
 

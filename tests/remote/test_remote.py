@@ -202,7 +202,7 @@ def test_jacobians_where_the_key_is_trusted(remote, local):
     before = remote.service.jobs
     for mean in (False, True):
         a, b = (hb.jacobian(model, PROMPTS, of, wrt, mean=mean) for model in (remote, local))
-        same((a.output, a.inputs, a.matrices), (b.output, b.inputs, b.matrices))
+        same((a.output, a.inputs, a.matrices, a.products), (b.output, b.inputs, b.matrices, b.products))
     assert remote.service.jobs == before + 2
 
 

@@ -74,7 +74,7 @@ def step(passes, kind, data, held):
             raise ValueError(f"refused: gradients in a server's sandbox | no graph leaves it | {INSTEAD}")
         return torch.zeros(data["shape"], dtype=data["dtype"], requires_grad=True)
     if kind == "vjps":
-        return vjps(data["out"], data["leaves"], data["chunk"], data["mean"])
+        return vjps(data["out"], data["leaves"], data["states"], data["chunk"], data["mean"])
     raise ValueError(f"no step {kind}")
 
 
