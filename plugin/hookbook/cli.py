@@ -27,6 +27,8 @@ def main() -> None:
 def _app() -> Any:  # typer is imported only here
     import typer
 
+    from hookbook.reproduce import SUITES
+
     app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Published interpretability methods as one call each.")
 
     @app.command()
@@ -54,43 +56,65 @@ def _app() -> Any:  # typer is imported only here
 
     reproduce = typer.Typer(no_args_is_help=True, help="Published effects on a model of yours, each beside its controls.")
     app.add_typer(reproduce, name="reproduce")
-
-    @reproduce.command()
-    def vectors(
-        model: str = typer.Option("gemma-3-270m", help="A model name, as for hookbook.load."),
-        out: Path | None = typer.Option(None, help="A new folder for tables, pictures and report.html; otherwise hookbook-vectors-MODEL."),
-        only: list[str] = typer.Option([], help="One effect; may be given again: task-vectors, function-vectors, sums, french, sentiment, refusal."),  # noqa: B008
-        as_json: bool = typer.Option(False, "--json", help="Print the table as JSON, and nothing else."),
-    ) -> None:
-        """Task vectors, function vectors, their sums, and steering. Exit code 1: something that was expected of the model does not hold.
-
-        Example: hookbook reproduce vectors --model smollm2-135m-instruct --only french
-        """
-        if not _vectors(model, out or Path(f"hookbook-vectors-{model.strip('/').replace('/', '-')}"), only, as_json):
-            raise typer.Exit(1)
-
+    for suite in SUITES:
+        _add(reproduce, suite)
     return app
 
 
-def _vectors(model: str, out: Path, only: list[str], as_json: bool) -> bool:
+def _add(commands: Any, suite: str) -> None:
+    """A suite as a command."""
+    import typer
+    from typer.core import TyperCommand
+
+    from hookbook import reproduce
+
+    class SuiteCommand(TyperCommand):
+        """Its help names the effects, and only its help: they take seconds to import."""
+
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            only: Any = next(option for option in self.params if option.name == "only")
+            only.help = f"One effect; may be given again: {', '.join(reproduce.get(suite).effects)}."
+            super().format_help(ctx, formatter)
+
+    about, example = reproduce.SUITES[suite]
+
+    @commands.command(
+        suite,
+        cls=SuiteCommand,
+        help=f"{about} Exit code 1: something that was expected of the model does not hold.\n\n"
+        f"Example: hookbook reproduce {suite} --model smollm2-135m-instruct --only {example}",
+    )
+    def command(
+        model: str = typer.Option("gemma-3-270m", help="A model name, as for hookbook.load."),
+        out: Path | None = typer.Option(None, help=f"A new folder for tables, pictures and report.html; otherwise hookbook-{suite}-MODEL."),
+        only: list[str] = typer.Option([]),
+        as_json: bool = typer.Option(False, "--json", help="Print the table as JSON, and nothing else."),
+    ) -> None:
+        if not _reproduce(suite, model, out or Path(f"hookbook-{suite}-{model.strip('/').replace('/', '-')}"), only, as_json):
+            raise typer.Exit(1)
+
+
+def _reproduce(name: str, model: str, out: Path, only: list[str], as_json: bool) -> bool:
     import json
 
     from rich.console import Console
     from rich.table import Table
 
     from hookbook import reproduce
+    from hookbook.reproduce.suite import controls_text, number, run, verdict
 
-    lines = reproduce.vectors(model, out, only)
+    suite = reproduce.get(name)
+    lines = run(suite, model, out, only)
     if as_json:
         print(json.dumps([line.cells() for line in lines], indent=1))
     else:
         console = Console()
-        table = Table(title=f"Vectors in {model}", title_justify="left", caption=reproduce.verdict(lines), caption_justify="left")
+        table = Table(title=f"{suite.title} in {model}", title_justify="left", caption=verdict(lines), caption_justify="left")
         for head in ("effect", "what", "measured", "controls", "the paper says", "holds here"):
             table.add_column(head, justify="right" if head == "measured" else "left", overflow="fold")
         for line in lines:
             holds = {"yes": "[green]yes[/]", "partly": "[yellow]partly[/]", "no": "[red]no[/]"}.get(line.holds, line.holds)
-            table.add_row(line.effect, line.what, reproduce.number(line.measured), reproduce.controls_text(line), line.paper, holds)
+            table.add_row(line.effect, line.what, number(line.measured), controls_text(line), line.paper, holds)
         console.print(table)
         console.print(f"Report: {(out / 'report.html').resolve()}", highlight=False, soft_wrap=True)
     return all(line.holds == "yes" for line in lines if line.counts)

@@ -1,9 +1,11 @@
-"""`hookbook reproduce vectors` without a real model: the rules on planted results, the folder, and what it prints."""
+"""`hookbook reproduce` without a real model: the rules on planted results, the folder, and what it prints."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +15,9 @@ import hookbook as hb
 from hookbook import cli, reproduce
 from hookbook.recipes.function_vectors import HeadEffects
 from hookbook.recipes.task_vectors import Composition, TaskVectors
-from hookbook.reproduce import EFFECTS, Line, Setup
+from hookbook.reproduce import suite, vectors
+from hookbook.reproduce.suite import Line
+from hookbook.reproduce.vectors import EFFECTS, Setup
 from hookbook.testing import toy
 
 SETUP = Setup(layer=1, dead=(0, 2))
@@ -29,7 +33,7 @@ def sweep(cls, accuracy, zero=0.0, mode="replace", **controls):
 
 
 def planted(accuracy, zero=0.0, other=0.0, random=0.0, mode="replace"):
-    return reproduce.task_line(sweep(TaskVectors, accuracy, zero, mode, shuffled_labels=0.5, other_task=other, random=random), SETUP)
+    return vectors.task_line(sweep(TaskVectors, accuracy, zero, mode, shuffled_labels=0.5, other_task=other, random=random), SETUP)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +60,13 @@ def test_where_replacing_works_is_said():
 
 def test_without_a_layer_the_best_on_validation_is_judged():
     found = sweep(TaskVectors, [0.0, 0.2, 0.9], other_task=0.0, random=0.0)
-    assert reproduce.task_line(found, Setup()).what == "plural, layer 2"
+    assert vectors.task_line(found, Setup()).what == "plural, layer 2"
 
 
 @pytest.mark.parametrize(("first", "last", "holds"), [(0.1, 0.1, "yes"), (0.4, 0.1, "partly"), (0.1, 0.4, "partly")])
 def test_a_sum_must_be_better_than_each_of_its_parts(first, last, holds):
     found = sweep(Composition, [0.0, 0.6, 0.0], first_answer=first, last_copy=last, first_copy=0.0, direct=0.7, random=0.0)
-    assert reproduce.sum_line("plural", found, SETUP).holds == holds
+    assert vectors.sum_line("plural", found, SETUP).holds == holds
 
 
 @pytest.mark.parametrize(("other", "holds"), [(0.05, "yes"), (0.15, "partly"), (0.4, "no")])
@@ -70,17 +74,17 @@ def test_the_heads_that_matter_are_named(other, holds):
     effects = torch.zeros(1, 3, 2)
     effects[0, 1, 0], effects[0, 2, 1], effects[0, 0, 0] = 0.4, 0.2, other
     found = HeadEffects(card=toy().card, tasks=("plural",), effects=effects, misled=torch.zeros(1), settings={})
-    assert reproduce.heads_line(found, Setup(top_heads=((1, 0, 0.2), (2, 1, 0.08)))).holds == holds
+    assert vectors.heads_line(found, Setup(top_heads=((1, 0, 0.2), (2, 1, 0.08)))).holds == holds
 
 
 def test_only_what_was_expected_decides():
     good, bad = Line("a", "", 1.0, {}, "", (("", True),)), Line("b", "", 0.0, {}, "", (("", False),), counts=False)
-    assert reproduce.verdict([good, bad]).startswith("1 of 1 ")
+    assert suite.verdict([good, bad]).startswith("1 of 1 ")
 
 
 def test_a_model_that_is_no_chat_model_has_no_refusal_to_look_for():
     results, (line,) = EFFECTS["refusal"][1](toy(), Setup())
-    assert not results and line.holds == "not run" and not line.counts and reproduce.number(line.measured) == "–"
+    assert not results and line.holds == "not run" and not line.counts and suite.number(line.measured) == "–"
 
 
 def planted_effect(line, fails=None):
@@ -99,7 +103,7 @@ def planted_effect(line, fails=None):
 def command(monkeypatch, tmp_path):
     """Run the command on the toy model in an empty folder; gives its exit code."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "load", lambda name: print("loading") or toy())
+    monkeypatch.setattr(suite, "load", lambda name: print("loading") or toy())
     for name in EFFECTS:
         monkeypatch.setitem(EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),))))
 
@@ -139,7 +143,7 @@ def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeyp
 
 
 def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "load", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(suite, "load", lambda name: pytest.fail("loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/note").write_text("mine")
     assert command("--out", "full") == 1 and "full exists" in capsys.readouterr().err
@@ -151,17 +155,50 @@ def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
     monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=ZeroDivisionError()))
     (tmp_path / "new").mkdir()
     with pytest.raises(ZeroDivisionError):
-        reproduce.vectors("toy", tmp_path / "new", ["sums"])
+        suite.run(vectors.SUITE, "toy", tmp_path / "new", ["sums"])
     assert [path.name for path in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
     assert command("--only", "french", "--out", "new") == 0  # an empty folder may be there
 
 
-def test_the_help_names_every_effect(monkeypatch, capsys):
+def test_every_module_with_effects_is_a_command():
+    modules = {path.stem for path in Path(reproduce.__file__).parent.glob("*.py")} - {"__init__", "suite"}
+    assert modules == set(reproduce.SUITES)
+
+
+@pytest.mark.parametrize("name", reproduce.SUITES)
+def test_the_help_names_every_effect(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", "vectors", "--help"])
+    monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", name, "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert ", ".join(EFFECTS) in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    effects = reproduce.get(name).effects
+    assert f": {', '.join(effects)}." in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert reproduce.SUITES[name][1] in effects
+
+
+def test_saying_which_commands_there_are_loads_no_torch():
+    code = "import sys; from hookbook import cli; cli._app()(['reproduce', '--help'], standalone_mode=False); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(name in said for name in reproduce.SUITES) and said.split()[-1] == "False"
+
+
+def test_every_picture_that_needs_no_argument_is_drawn(monkeypatch, tmp_path):
+    found = hb.logit_lens(toy(), "ab")
+
+    class Pictured(type(found)):
+        def plot_twice(self, ax=None):
+            """The same again."""
+            return self.plot(ax)
+
+        def plot_token(self, token):
+            raise AssertionError("nobody said which")
+
+    monkeypatch.setattr(suite, "load", lambda name: toy())
+    planted = suite.Suite("Pictures", {"one": ("One", lambda model, setup: ({"lens": Pictured(**vars(found))}, []))}, {}, suite.Expected())
+    suite.run(planted, "toy", tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lens.csv", "lens.png", "lens_twice.png", "report.html", "summary.csv"]
+    page = (tmp_path / "new/report.html").read_text()
+    assert page.count("<img") == 2 and 'alt="lens twice: The same again."' in page and page.count("The numbers are in lens.csv.") == 1
 
 
 def test_steering_to_french_runs_on_any_model():

@@ -1,39 +1,25 @@
-"""`hookbook reproduce vectors`: published effects of vectors on one model, each beside its controls and judged by a rule that was fixed before.
-
-An effect is a function of a model and its `Setup` that gives results, and lines of the summary. Its docstring stands in the report.
-"""
+"""Effects of vectors: task vectors, function vectors, their sums, and steering."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-import os
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hookbook import report, scores, storage, tasks, tokens
+from hookbook import scores, tasks, tokens
 from hookbook.card import ModelCard
-from hookbook.errors import DataError, HookbookError, ResultError
-from hookbook.loading import load
 from hookbook.recipes.contrast_vectors import contrast_vector
 from hookbook.recipes.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
 from hookbook.recipes.refusal_direction import select_direction
 from hookbook.recipes.steering import Steering, steer
 from hookbook.recipes.task_sweep import TaskSweep
 from hookbook.recipes.task_vectors import Composition, TaskVectors, compose, task_vector
-from hookbook.results import Result, need
+from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
+from hookbook.results import Result
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from hookbook.adapter import Adapter
 
-Check = tuple[str, bool]
 SIZES: dict[str, Any] = {"n_prompts": 24, "queries": 40}
 OTHERS = {"country_capital": "present_past", "singular_plural": "present_past", "present_past": "country_capital", "capitalize": "country_capital"}
 """Tasks, and the other task whose vector is the control."""
@@ -41,46 +27,7 @@ GOOD, BAD = [" good", " great", " wonderful", " excellent", " amazing"], [" bad"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the summary."""
-
-    effect: str
-    what: str
-    measured: float
-    controls: dict[str, float]
-    paper: str
-    rule: tuple[Check, ...]
-    """What must be true, and whether it is: the effect itself first, then its controls."""
-    counts: bool = True
-    """Whether this was expected of this model beforehand."""
-    note: str = ""
-
-    @property
-    def holds(self) -> str:
-        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not there;
-        `not run`: there is no rule."""
-        if not self.rule:
-            return "not run"
-        return "yes" if all(ok for _, ok in self.rule) else "partly" if self.rule[0][1] else "no"
-
-    def cells(self) -> dict[str, Any]:
-        """The columns of the summary, as plain data; a number that is not known is None."""
-        numbers = {name: None if value != value else round(value, 3) for name, value in {"": self.measured, **self.controls}.items()}
-        return {
-            "effect": self.effect,
-            "what": self.what,
-            "measured": numbers.pop(""),
-            "controls": numbers,
-            "paper": self.paper,
-            "holds": self.holds,
-            "rule": "; ".join(f"{words}{'' if ok else ' (not so)'}" for words, ok in self.rule),
-            "counts": self.counts,
-            "note": self.note,
-        }
-
-
-@dataclass(frozen=True)
-class Setup:
+class Setup(Expected):
     """Where an effect is looked for, and how large it must be. The defaults are the papers', for models that were not measured before."""
 
     layer: int | None = None
@@ -100,12 +47,6 @@ class Setup:
     sum: float = 0.35
     french_layer: int | None = None
     sentiment_layer: int | None = None
-    counted: frozenset[tuple[str, str]] | None = None
-    """Effects and tasks that decide the exit code; None: all with a rule of their own."""
-
-    def expects(self, effect: str, task: str = "") -> bool:
-        """Whether an effect on a task decides the exit code."""
-        return self.counted is None or (effect, task) in self.counted
 
     def near(self, card: ModelCard) -> list[int]:
         """Some layers: around the one that matters, and a few early and late ones."""
@@ -147,8 +88,6 @@ SETUPS = {
     ),
 }
 
-Found = tuple[dict[str, Result], list[Line]]
-
 
 def task_vectors(model: Adapter, setup: Setup) -> Found:
     """The mean state behind examples, set or added at the last token of a query without examples (Hendel et al. 2023; Todd et al. 2023).
@@ -168,12 +107,12 @@ def task_line(found: TaskVectors, setup: Setup) -> Line:
     """A task's vector at the layer that is judged."""
     at, layer = _place(found, setup.layer)
     measured, controls = _numbers(found, at)
-    rule = [_least("accuracy", measured, setup.task), *_most(controls, {"zero-shot": setup.zero_shot, "random": setup.random, "other task": setup.other_task})]
+    rule = [least("accuracy", measured, setup.task), *most(controls, {"zero-shot": setup.zero_shot, "random": setup.random, "other task": setup.other_task})]
     by_layer = [(site.layer or 0, float(x)) for site, x in zip(found.sites, found.accuracy, strict=True)]
     if found.mode == "replace" and setup.dead is not None:
         early, late = setup.dead
         controls["early or late"] = max(x for at, x in by_layer if at <= early or at >= late)
-        rule += _most(controls, {"early or late": 0.15})
+        rule += most(controls, {"early or late": 0.15})
     works = [at for at, x in by_layer if x >= max(0.1, 0.5 * max(x for _, x in by_layer))]
     after = [x for at, x in by_layer if works and at > works[-1]]
     where = f"{found.task}, {found.mode}: at least half of the best at layers {', '.join(map(str, works)) or 'none'} of those tried"
@@ -213,10 +152,10 @@ def heads_line(found: HeadEffects, setup: Setup) -> Line:
     if setup.top_heads:
         wanted = {(layer, head) for layer, head, _ in setup.top_heads}
         rule = [("the first two are " + " and ".join(f"{layer}.{head}" for layer, head in sorted(wanted)), set(top[:2]) == wanted)]
-        rule += [_least(f"effect of {layer}.{head}", float(found.mean[layer, head]), least) for layer, head, least in setup.top_heads]
+        rule += [least(f"effect of {layer}.{head}", float(found.mean[layer, head]), limit) for layer, head, limit in setup.top_heads]
         rule.append(("third <= 0.1", sizes[2] <= 0.1))
     else:
-        rule = [_least("largest effect", sizes[0], 0.08), ("median of all <= 0.01", abs(controls["median of all"]) <= 0.01)]
+        rule = [least("largest effect", sizes[0], 0.08), ("median of all <= 0.01", abs(controls["median of all"]) <= 0.01)]
     note = f"The largest mean indirect effects: {', '.join(f'{name} {size:+.2f}' for name, size in zip(names, sizes, strict=True))}."
     return Line(
         "heads", f"largest, {names[0]}", sizes[0], {f"second, {names[1]}": sizes[1], **controls}, "few matter", tuple(rule), setup.expects("heads"), note
@@ -227,7 +166,7 @@ def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
     """A function vector at the layer that was best on validation pairs."""
     at, layer = _place(found, None)
     measured, controls = _numbers(found, at)
-    rule = (_least("accuracy", measured, 0.55), *_most(controls, {"random heads": 0.2}))
+    rule = (least("accuracy", measured, 0.55), *most(controls, {"random heads": 0.2}))
     what = f"{found.task}, {len(found.heads)} heads x {found.settings['strength']:g}, layer {layer}"
     note = f"{found.task}: {len(found.heads)} heads added with strength {found.settings['strength']:g} give {measured:.2f}, {controls['with examples']:.2f} with examples."
     return Line(effect, what, measured, controls, "works", rule, effect == "function vector" and setup.expects(effect, found.task), note)
@@ -248,7 +187,7 @@ def sum_line(task: str, found: Composition, setup: Setup) -> Line:
     at, layer = _place(found, setup.layer)
     measured, controls = _numbers(found, at)
     parts = max(controls[name] for name in ("first answer", "last copy", "first copy"))
-    rule = (_least("accuracy", measured, setup.sum), _least("above the best of its parts", measured - parts, 0.25))
+    rule = (least("accuracy", measured, setup.sum), least("above the best of its parts", measured - parts, 0.25))
     return Line("sum of vectors", f"{task}, layer {layer}", measured, controls, "adds up", rule, setup.expects("sum of vectors", task))
 
 
@@ -267,7 +206,7 @@ def french_line(said: Steering, layer: int, setup: Setup) -> Line:
     """The better strength of two, beside the worst of the controls."""
     measured, at = said.scores.mean(0)[0].max(0)
     controls = {"no vector": float(said.base.mean()), "random": float(said.random.mean(0).max())}
-    rule = (_least("share in French", float(measured), 0.75), *_most(controls, {"no vector": 0.1, "random": 0.1}))
+    rule = (least("share in French", float(measured), 0.75), *most(controls, {"no vector": 0.1, "random": 0.1}))
     note = f"An example: {said.prompts[0].text!r} goes on {said.said[0][1 + int(at)]!r}."
     what = f"layer {layer}, better of strengths {' and '.join(f'{x:g}' for x in said.strengths)}"
     return Line("steering to French", what, float(measured), controls, "steers", rule, setup.expects("steering to French"), note)
@@ -286,7 +225,7 @@ def sentiment_line(odds: Steering, layer: int, setup: Setup) -> Line:
     base = float(odds.base.mean())
     (down, *_, up), (below, *_, above) = odds.scores.mean(0)[0].tolist(), odds.random.mean(0)[0].tolist()
     controls = {"no vector": base, "strength -2": down, "random +2": above, "random -2": below}
-    rule = (_least("rise", up - base, 3), ("strength -2 <= 0", down <= 0))
+    rule = (least("rise", up - base, 3), ("strength -2 <= 0", down <= 0))
     what = f"log-odds, layer {layer}, strength 2"
     return Line("steering sentiment", what, up, controls, "steers", rule, setup.expects("steering sentiment"))
 
@@ -324,108 +263,9 @@ EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
     "refusal": ("The refusal direction", refusal),
 }
 
-
-def vectors(name: str, out: str | os.PathLike[str], only: Sequence[str] = ()) -> list[Line]:
-    """Run the effects on a model, and write a folder: a table and a picture of every result, `summary.csv`, and `report.html`.
-
-    Args:
-        name: A model name, as for `hookbook.load`.
-        out: A new or empty folder; it appears whole or not at all.
-        only: Names of `EFFECTS`; none: all of them.
-
-    Raises:
-        ResultError: The folder has something in it.
-        DataError: No such effect.
-        ModelError: The model cannot be found.
-        Refused: What draws pictures is not installed.
-    """
-    from tqdm.auto import tqdm
-
-    import hookbook
-
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ResultError(f"{out} exists", "a report does not overwrite", "name a new folder with --out, or remove it")
-    if unknown := [one for one in only if one not in EFFECTS]:
-        raise DataError(f"no effect {unknown[0]!r}", "", f"use some of {', '.join(EFFECTS)}")
-    plt = need("matplotlib.pyplot", "a report")
-    need("pandas", "a report")
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they load
-        model = load(name)
-    setup, lines, sections = SETUPS.get(name, Setup()), [], []
-    with storage.whole_folder(out) as scratch, tqdm([key for key in EFFECTS if not only or key in only], desc="effects", file=sys.stderr) as bar:
-        for key in bar:
-            bar.set_postfix_str(key)
-            title, effect = EFFECTS[key]
-            begun = time.perf_counter()
-            try:
-                results, found = effect(model, setup)
-            except HookbookError as error:  # of a model that cannot do this one
-                results, found = {}, [Line(key, "not run", float("nan"), {}, "", (("it runs", False),), True, str(error))]
-            seconds = time.perf_counter() - begun
-            pictures = [_save(scratch, file, result, plt) for file, result in results.items()]
-            words = f"{' '.join((inspect.getdoc(effect) or '').split())} {' '.join(line.note for line in found if line.note)} ({seconds:.0f} s)"
-            sections.append((title, words, "".join(pictures)))
-            lines += found
-        frame(lines).to_csv(scratch / "summary.csv", index=False)
-        seconds = time.perf_counter() - start
-        page = report.page(
-            f"Vectors in {name}",
-            [("Summary", f"{verdict(lines)} {RULE} {len(EFFECTS) if not only else len(only)} effects took {seconds:.0f} s.", _summary(lines)), *sections],
-            f"hookbook {hookbook.__version__}; {model.card.model_id} through {model.card.backend}, {model.card.dtype}; {seconds:.0f} s.",
-        )
-        report.write(scratch / "report.html", page)
-    return lines
-
-
-RULE = (
-    "Holds here: yes, if the whole rule holds; partly, if the effect is there and a control or a layer is not as the rule has it; no, if the effect is not there. "
-    "Rules were fixed before these runs. Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0."
+SUITE = Suite(
+    "Vectors", EFFECTS, SETUPS, Setup(), "Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0."
 )
-
-
-def verdict(lines: Sequence[Line]) -> str:
-    """How many of the lines that count hold."""
-    counted = [line for line in lines if line.counts]
-    return f"{sum(line.holds == 'yes' for line in counted)} of {len(counted)} effects that were expected of this model hold."
-
-
-def frame(lines: Sequence[Line]) -> pd.DataFrame:
-    """The summary as pandas, with controls as text."""
-    import pandas as pd
-
-    return pd.DataFrame([line.cells() | {"controls": controls_text(line)} for line in lines])
-
-
-def number(value: float) -> str:
-    """Two decimals; a dash for what is not known."""
-    return "–" if value != value else f"{value:z.2f}"
-
-
-def controls_text(line: Line) -> str:
-    """Controls with their names."""
-    return ", ".join(f"{name} {number(value)}" for name, value in line.controls.items())
-
-
-def _summary(lines: Sequence[Line]) -> str:
-    header = ["effect", "what", "measured", "controls", "the paper says", "holds here", "rule", "expected here"]
-    rows = [[*map(str, (line.effect, line.what)), number(line.measured), controls_text(line), line.paper, line.holds] for line in lines]
-    ends = [[line.cells()["rule"], "yes" if line.counts else "not known before"] for line in lines]
-    return report.table(header, [row + end for row, end in zip(rows, ends, strict=True)], caption="Each effect beside its controls")
-
-
-def _save(folder: Path, file: str, result: Result, plt: Any) -> str:
-    """Write a result's table and picture; the picture as HTML."""
-    result.to_frame().to_csv(folder / f"{file}.csv", index=False)
-    figure: Any = result.plot().figure
-    title = file.replace("_", " ")
-    figure.suptitle(title)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110)
-    plt.close(figure)
-    (folder / f"{file}.png").write_bytes(drawn.getvalue())
-    return report.picture(drawn.getvalue(), f"{title}: {(inspect.getdoc(type(result).plot) or '').splitlines()[0]} The numbers are in {file}.csv.")
 
 
 def _place(found: TaskSweep, layer: int | None) -> tuple[int, int]:
@@ -439,11 +279,3 @@ def _numbers(found: TaskSweep, at: int) -> tuple[float, dict[str, float]]:
     """Accuracy at a site, and of the controls."""
     controls = {name: float(values[at]) for name, values in found.controls.items()}
     return float(found.accuracy[at]), {"zero-shot": float(found.zero_shot), "with examples": float(found.few_shot), **controls}
-
-
-def _least(name: str, value: float, limit: float) -> Check:
-    return f"{name} >= {limit:g}", value >= limit
-
-
-def _most(controls: dict[str, float], limits: dict[str, float | None]) -> list[Check]:
-    return [(f"{name} <= {limit:g}", controls[name] <= limit) for name, limit in limits.items() if limit is not None]

@@ -1,0 +1,20 @@
+"""`hookbook reproduce`: published effects on one model, each beside its controls and judged by a rule that was fixed before.
+
+A suite is a module here with a `SUITE`, and a line in `SUITES`, which makes it a command.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hookbook.reproduce.suite import Suite
+
+SUITES = {"vectors": ("Task vectors, function vectors, their sums, and steering.", "french")}
+"""By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what it does at once."""
+
+
+def get(name: str) -> Suite[Any]:
+    """One of `SUITES`."""
+    return importlib.import_module(f"{__name__}.{name}").SUITE
