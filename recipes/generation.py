@@ -166,6 +166,6 @@ def generate(
         control_ids=later(lines, tokens[control], tokens[control]),
         control_logprobs=later(lines, tokens[control], logprobs[control]),
         vocab=later(vocabulary, adapter, tokens),
-        edits=tuple(str(edit) for edit in edits),
+        edits=tuple(later(str, edit) for edit in edits),
         settings=settings | {"bos": bos, "chat": chat, "cost": later(total, *(reply.cost for reply in replies))},
     )

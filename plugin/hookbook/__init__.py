@@ -42,6 +42,12 @@ _HOME = {
     "known": "recipes.task_vectors",
     "task_vector": "recipes.task_vectors",
     "Generation": "recipes.generation",
+    "LinearRelation": "recipes.linear_relations",
+    "RelationEdits": "recipes.relation_edits",
+    "attribute_lens": "recipes.linear_relations",
+    "change_answer": "recipes.relation_edits",
+    "edit_relation": "recipes.relation_edits",
+    "linear_relation": "recipes.linear_relations",
     "HookbookError": "errors",
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
@@ -105,12 +111,18 @@ if TYPE_CHECKING:
     from hookbook.recipes.generation import generate as generate
     from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
     from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
+    from hookbook.recipes.linear_relations import LinearRelation as LinearRelation
+    from hookbook.recipes.linear_relations import attribute_lens as attribute_lens
+    from hookbook.recipes.linear_relations import linear_relation as linear_relation
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
     from hookbook.recipes.refusal_direction import DirectionChoice as DirectionChoice
     from hookbook.recipes.refusal_direction import directional_ablation as directional_ablation
     from hookbook.recipes.refusal_direction import select_direction as select_direction
+    from hookbook.recipes.relation_edits import RelationEdits as RelationEdits
+    from hookbook.recipes.relation_edits import change_answer as change_answer
+    from hookbook.recipes.relation_edits import edit_relation as edit_relation
     from hookbook.recipes.steering import Steering as Steering
     from hookbook.recipes.steering import steer as steer
     from hookbook.recipes.task_vectors import Composition as Composition
