@@ -42,6 +42,7 @@ _HOME = {
     "task_vector": "recipes.task_vectors",
     "Generation": "recipes.generation",
     "HookbookError": "errors",
+    "LogitLens": "recipes.logit_lens",
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
     "Plan": "planning",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from hookbook.recipes.generation import generate as generate
     from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
     from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
+    from hookbook.recipes.logit_lens import LogitLens as LogitLens
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope
