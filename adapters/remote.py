@@ -16,7 +16,7 @@ from hookbook import deferred
 from hookbook.adapters.tracing import TracingAdapter
 from hookbook.deferred import Deferred, Tape
 from hookbook.jobs import Handle, Service
-from hookbook.request import TokenReadout
+from hookbook.request import LensReadout, TokenReadout
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
 
@@ -102,6 +102,11 @@ class RemoteAdapter(TracingAdapter):
         ]
         data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed}
         return TokenReadout(*deferred.tape(self).note("readout", data, (*like[:3], like[3] if logits else None)))
+
+    def _lens(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
+        shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
+        data = {"states": states, "rows": rows, "k": k, "tokens": tokens, "ranked": ranked}
+        return LensReadout(*deferred.tape(self).note("lens", data, shapes))
 
     def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         self._tell(edit["site"] for row in todo["late"] for edit in row if edit["site"][0] not in ("resid_pre", "resid_post", "final_norm"))

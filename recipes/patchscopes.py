@@ -21,10 +21,10 @@ from hookbook.deferred import later
 from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.loading import wrap
 from hookbook.maps import Affine, Map
-from hookbook.plots import heat_map
+from hookbook.plots import Cells, heat_map, samples, site_labels
 from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
-from hookbook.results import Result, View, need, show
+from hookbook.results import Result, View
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
 
@@ -123,7 +123,7 @@ class Patchscope(Result):
         reads, writes = {read for read, _ in self.pairs}, {write for _, write in self.pairs}
         return len(writes) > 1 and len(self.pairs) == len(reads) * len(writes)
 
-    def cells(self, prompt: int = 0) -> tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]:
+    def cells(self, prompt: int = 0) -> Cells:
         """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
         if not -len(self.sources) <= prompt < len(self.sources):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.sources) - 1}", "use one of them")
@@ -131,11 +131,11 @@ class Patchscope(Result):
             reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
             where = {pair: p for p, pair in enumerate(self.pairs)}
             cells = [[(prompt, where[read, write]) for write in writes] for read in reads]
-            return _labels(reads), _labels(writes), "source layer", "target layer", cells
+            return site_labels(reads), site_labels(writes), "source layer", "target layer", cells
         reads, writes = zip(*self.pairs, strict=True)
-        columns = _labels(reads)
+        columns = site_labels(reads)
         if reads != writes and set(writes) != {Site("resid_post", self.target_card.n_layers - 1)}:
-            columns = [f"{read}→{write}" for read, write in zip(columns, _labels(writes), strict=True)]
+            columns = [f"{read}→{write}" for read, write in zip(columns, site_labels(writes), strict=True)]
         cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
         return [source.text[-30:] for source in self.sources], columns, "prompt", "layer", cells
 
@@ -164,16 +164,7 @@ class Patchscope(Result):
 
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability, and what was generated."""
-        samples = need("circuitsvis.topk_samples", "view()")
-        rows, columns, row_name, column_name, cells = self.cells(prompt)
-        words, values = [], []
-        for line in cells:
-            words.append(
-                [[[show(self.token(n, p, r)) + " " for r in range(self.token_ids.shape[-1])], *([[self.texts[n][p]]] if self.texts else [])] for n, p in line]
-            )
-            values.append([[self.logprobs[n, p].exp().tolist(), *([[0.0]] if self.texts else [])] for n, p in line])
-        picture = samples.topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns)
-        return View.of(picture)
+        return samples(self.cells(prompt), self.token, self.logprobs, self.texts)
 
 
 @recipe
@@ -358,10 +349,6 @@ def patchscope(
 def _texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
     texts = decoded(adapter, tokens)
     return tuple(texts[start : start + pairs] for start in range(0, len(texts), pairs))
-
-
-def _labels(sites: Sequence[Site]) -> list[str]:
-    return [str(site.layer) if len({s.name for s in sites}) == 1 else str(site) for site in sites]
 
 
 def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:

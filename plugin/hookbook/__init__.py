@@ -49,6 +49,7 @@ _HOME = {
     "edit_relation": "recipes.relation_edits",
     "linear_relation": "recipes.linear_relations",
     "HookbookError": "errors",
+    "LogitLens": "recipes.logit_lens",
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
     "Plan": "planning",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from hookbook.recipes.linear_relations import LinearRelation as LinearRelation
     from hookbook.recipes.linear_relations import attribute_lens as attribute_lens
     from hookbook.recipes.linear_relations import linear_relation as linear_relation
+    from hookbook.recipes.logit_lens import LogitLens as LogitLens
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
     from hookbook.recipes.patchscopes import Patchscope as Patchscope
     from hookbook.recipes.patchscopes import patchscope as patchscope

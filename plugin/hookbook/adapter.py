@@ -17,14 +17,14 @@ from torch import Tensor
 from hookbook import engine, planning, selfcheck
 from hookbook.card import ModelCard as ModelCard
 from hookbook.card import versions as versions
-from hookbook.deferred import here, hold
+from hookbook.deferred import Tape, here, hold
 from hookbook.errors import ModelError, Refused
-from hookbook.request import Reply, Request, TokenReadout
+from hookbook.request import LensReadout, Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
 from hookbook.travel.climb import Climb
 from hookbook.travel.decoding import decode
-from hookbook.travel.readout import readout
+from hookbook.travel.readout import lens, readout
 
 
 class Adapter(ABC):
@@ -168,6 +168,30 @@ class Adapter(ABC):
 
     def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
         return TokenReadout(*readout(self, resid, rows, k, tokens, logits, normed))
+
+    def lens(self, states: Tensor, *, k: int = 1, tokens: Tensor | None = None, ranked: int = 0) -> LensReadout:
+        """What several states say about the next token, each beside the last of them; see `hookbook.travel.readout.lens`.
+
+        Args:
+            states: `[n, site, d_model]` before the final norm; the last is the last block's output.
+            k: How many of the likeliest tokens.
+            tokens: Token ids `[n, m]` whose log-probabilities are wanted.
+            ranked: Of how many of these, the first, the ranks are wanted.
+        """
+        if (account := planning.account()) is not None:
+            account.add([], unembedded=states.shape[0] * states.shape[1])
+            if not self.remote:
+                shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
+                return LensReadout(*Tape().note("lens", {}, shapes))
+        selfcheck.check(self)
+        rows = planning.rows_at_once(self.card)
+        if not self.remote:
+            states, tokens = here((states, tokens))
+        return self._lens(states, rows, k, tokens, ranked)
+
+    @torch.no_grad()
+    def _lens(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
+        return LensReadout(*lens(self, states, rows, k, tokens, ranked))
 
     def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hookbook.results import need, show
+from hookbook.results import View, need, show
+from hookbook.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Cells = tuple[list[str], list[str], str, str, list[list[tuple[int, int]]]]
+"""Labels of rows and columns of a picture, names of the axes, and which (first, second) index of a result is in each cell."""
+
+
+def site_labels(sites: Sequence[Site]) -> list[str]:
+    """Layers, or whole sites if they are of several kinds or have no layer."""
+    return [str(site.layer) if len({s.name for s in sites}) == 1 and site.layer is not None else str(site) for site in sites]
+
+
+def samples(cells: Cells, token: Callable[[int, int, int], str], logprobs: Tensor, texts: Sequence[Sequence[str]] = ()) -> View:
+    """An interactive picture (circuitsvis): choose a row and a column, see the likeliest tokens by probability, and a text.
+
+    Args:
+        cells: What is where.
+        token: The text of a cell's likeliest token, by both indices and rank.
+        logprobs: Of these `[first, second, rank]`.
+        texts: What was generated, by both indices; empty: nothing.
+    """
+    topk_samples = need("circuitsvis.topk_samples", "view()").topk_samples
+    rows, columns, row_name, column_name, where = cells
+    words, values = [], []
+    for line in where:
+        words.append([[[show(token(n, p, r)) + " " for r in range(logprobs.shape[-1])], *([[texts[n][p]]] if texts else [])] for n, p in line])
+        values.append([[logprobs[n, p].exp().tolist(), *([[0.0]] if texts else [])] for n, p in line])
+    return View.of(topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns))
 
 
 def heat_map(
@@ -64,7 +91,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def lines(
-    ax: Axes | None, curves: dict[str, Tensor], names: tuple[str, str], *, labels: Sequence[str] | None = None, levels: dict[str, float] | None = None
+    ax: Axes | None,
+    curves: dict[str, Tensor],
+    names: tuple[str, str],
+    *,
+    labels: Sequence[str] | None = None,
+    levels: dict[str, float] | None = None,
+    bands: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Axes:
     """Curves over the same places, and levels to compare them with.
 
@@ -74,6 +107,7 @@ def lines(
         names: Of the places and of the values.
         labels: Of the places; None: their numbers.
         levels: By name a value that is drawn across.
+        bands: By name of a curve what is shaded around it, from and to `[place]`.
     """
     plt = need("matplotlib.pyplot", "plot()")
     if ax is None:
@@ -89,6 +123,8 @@ def lines(
             marker="o" if len(values) < 60 else None,
             markersize=3,
         )
+        if bands and name in bands:
+            ax.fill_between(range(len(values)), *bands[name], color=COLOURS[at % len(COLOURS)], alpha=0.2, linewidth=0)
     for style, (name, value) in zip(("--", ":", "-."), (levels or {}).items(), strict=False):
         ax.axhline(value, color="0.35", linestyle=style, linewidth=1, label=name)
     if labels is not None:

@@ -14,6 +14,7 @@ import torch
 from hookbook.results import need, show
 
 if TYPE_CHECKING:
+    from hookbook.recipes.logit_lens import LogitLens
     from hookbook.recipes.patchscopes import Patchscope
 
 _STYLE = """
@@ -29,8 +30,8 @@ footer { margin-top: 3rem; font-size: .8rem; color: #555 }
 """
 
 
-def grid_table(result: Patchscope, prompt: int = 0) -> str:
-    """The likeliest tokens of an all-pairs patchscope, coloured by probability: source layers down, target layers across."""
+def grid_table(result: Patchscope | LogitLens, prompt: int = 0) -> str:
+    """The likeliest token in each cell of what `result.plot` draws, coloured by probability."""
     need("jinja2", "a report")
     need("matplotlib", "a report")
     import pandas as pd

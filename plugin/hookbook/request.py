@@ -322,6 +322,33 @@ class TokenReadout:
 
 
 @dataclass(frozen=True, eq=False)
+class LensReadout:
+    """What several states say about the next token, each beside the last of them; on the CPU, in nats."""
+
+    topk_ids: Tensor
+    """`[n, site, k]`"""
+    topk_logprobs: Tensor
+    """`[n, site, k]`"""
+    end_logprobs: Tensor
+    """`[n, site, k]`: what the last state gives these tokens."""
+    token_logprobs: Tensor
+    """`[n, site, m]` for the tokens asked for."""
+    token_ranks: Tensor
+    """`[n, site, ranked]`: how many tokens are likelier than each of the first of these."""
+    entropy: Tensor
+    """`[n, site]`"""
+    kl: Tensor
+    """`[n, site]`: the divergence KL(last || site)."""
+
+    @staticmethod
+    def shapes(states: Tensor, d_vocab: int, k: int, m: int, ranked: int) -> tuple[Tensor, ...]:
+        """Its fields for states `[n, site, d_model]`, without numbers."""
+        wide, k = torch.promote_types(states.dtype, torch.float32), min(k, d_vocab)
+        widths = ((k,), torch.long), ((k,), wide), ((k,), wide), ((m,), wide), ((ranked,), torch.long), ((), wide), ((), wide)
+        return tuple(torch.empty(*states.shape[:2], *width, dtype=dtype, device="meta") for width, dtype in widths)
+
+
+@dataclass(frozen=True, eq=False)
 class Reply:
     """What came back. `readings` follow the request's reads."""
 

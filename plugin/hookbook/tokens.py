@@ -233,6 +233,35 @@ def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def beginnings(word: str, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens with which a word can begin: each that is a non-empty part of it from its first character on, alone or after a space.
+
+    Where the first character is not one token, tokens of its first bytes count, too.
+
+    Raises:
+        TokenError: The word is empty, or the tokenizer has neither SentencePiece's nor byte-level BPE's mark of a space.
+    """
+    if not isinstance(word, str) or not word.strip():
+        raise TokenError(f"{word!r} is not a word", "no token begins it", "give some letters")
+    vocab, word = tokenizer.get_vocab(), word.strip()
+    if "▁" in vocab:
+        texts = [mark + word[:end].replace(" ", "▁") for mark in ("", "▁") for end in range(1, len(word) + 1)]
+        texts += [f"<0x{word.encode()[0]:02X}>"] if word[0] not in vocab else []
+    elif "Ġ" in vocab:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        letters = "".join(piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(word))  # one for each byte
+        ends = {len(word[:end].encode()) for end in range(1, len(word) + 1)}
+        ends |= set(range(1, len(word[0].encode()))) if letters[: len(word[0].encode())] not in vocab else set()
+        texts = [mark + letters[:end] for mark in ("", "Ġ") for end in sorted(ends)]
+    else:
+        raise TokenError("a tokenizer without a mark of spaces", "its tokens do not say where words begin", "give token ids in tokens=")
+    found = tuple(vocab[text] for text in texts if text in vocab)
+    if not found:
+        raise TokenError(f"no token begins {word!r}", "the tokenizer cannot write its first character", "give another word")
+    return found
+
+
 def after_instruction(tokenizer: Any) -> list[int]:
     """The tokens of a chat template that follow the instruction, as negative positions in order; for models that answer, where they decide what to say.
 

@@ -189,20 +189,20 @@ def test_a_token_before_the_patch_says_nothing_about_it(position):
 def test_the_last_target_layer_is_the_logit_lens():
     lens = hb.logit_lens(TOY.adapter, SOURCES, k=ALL)
     want = everything(lens.token_ids, lens.logprobs)
-    for target in ("cd?", "another, longer target"):
+    for target in (SOURCES, "cd?", "another, longer target"):
         out = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers=-1, k=ALL)
-        assert close(everything(out.token_ids, out.logprobs), want)
+        assert close(everything(out.token_ids, out.logprobs), want) and torch.equal(out.precision, lens.precision) and close(out.surprisal, lens.surprisal)
 
 
 @pytest.mark.parametrize("position", [-1, 0, 2, "cat", hb.At("c", "first")])
 def test_the_logit_lens_is_the_unembedded_state(position):
     lens: Any = hb.logit_lens(TOY.adapter, "The cat sat", position=position, k=ALL)
-    (i,) = hb.tokens.resolve(position, lens.sources[0])
+    (i,) = hb.tokens.resolve(position, lens.prompts[0])
     said = everything(lens.token_ids, lens.logprobs)[0]
-    for p, (read, _) in enumerate(lens.pairs):
+    for p, read in enumerate(lens.sites):
         assert close(said[p], TOY.adapter.unembed(TOY.adapter.final_norm(state(TOY, "The cat sat", i, read))).detach().log_softmax(-1)), read
-    own = TOY.adapter.plain_logits(torch.tensor([lens.sources[0].ids]))[0, i].log_softmax(-1)
-    assert close(said[-1], own) and bool(lens.precision[0, -1]) and int(lens.source_ids[0]) == int(own.argmax())
+    own = TOY.adapter.plain_logits(torch.tensor([lens.prompts[0].ids]))[0, i].log_softmax(-1)
+    assert close(said[-1], own) and bool(lens.precision[0, -1]) and int(lens.own_ids[0]) == int(own.argmax())
 
 
 def test_at_the_last_layers_the_source_says_its_own_next_token():

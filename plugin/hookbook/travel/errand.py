@@ -5,7 +5,7 @@ import torch
 from hookbook.travel.climb import Climb
 from hookbook.travel.decoding import decode, edited
 from hookbook.travel.names import find
-from hookbook.travel.readout import readout
+from hookbook.travel.readout import lens, readout
 from hookbook.travel.vjps import vjps
 
 INSTEAD = "run the model here, or use a key the service trusts"
@@ -65,6 +65,8 @@ def step(passes, kind, data, held):
     if kind == "readout":
         found = readout(passes, data["resid"].to(passes.where), data["rows"], data["k"], data["tokens"], data["logits"], data["normed"])
         return [x for x in found]
+    if kind == "lens":
+        return lens(passes, data["states"].to(passes.where), data["rows"], data["k"], data["tokens"], data["ranked"])
     if kind == "decode":
         return decode(passes, held.pop(data["kept"]), data["normed"].to(passes.where), data["todo"])
     if kind == "edited":

@@ -44,6 +44,51 @@ def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False):
     return whole(top_ids), whole(top_logprobs), whole(logprobs), whole(kept) if kept else None
 
 
+def lens(model, states, rows, k, tokens=None, ranked=0):
+    """What each of several states says about the next token, and how far that is from what the last of them says; on the CPU.
+
+    Args:
+        model: What has `final_norm` and `unembed`.
+        states: `[n, site, d_model]`, before the final norm; the last site is the end of the stream.
+        rows: How many rows of logits are held at once, beside the ends of the stream among them.
+        k: How many of the likeliest tokens.
+        tokens: Token ids `[n, m]` that are wanted at every site.
+        ranked: Of how many of these, the first, the rank is wanted.
+
+    Returns:
+        Ids `[n, site, k]`, their log-probabilities, and those which the end of the stream gives them; of `tokens` the log-probabilities
+        `[n, site, m]` and of the first of them how many tokens are likelier `[n, site, ranked]`; the entropy and the divergence
+        KL(end || site) `[n, site]`, in nats.
+    """
+    n, sites, _ = states.shape
+    wanted = torch.empty(n, 0, dtype=torch.long) if tokens is None else tokens
+    wide, deep, found = max(1, rows // sites), min(sites, rows), []
+    for start in range(0, n, wide):
+        some, asked, ends, parts = states[start : start + wide], wanted[start : start + wide].to(states.device), [], []
+        for stop in range(sites, 0, -deep):  # from the end, with which the others are compared
+            part = some[:, max(0, stop - deep) : stop]
+            values = model.unembed(model.final_norm(part.flatten(0, 1)))
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            top, ids = topk(values, min(k, values.shape[-1]))
+            values = values - logsumexp(values, values.amax(-1, keepdim=True))
+            ends = ends or [line[-1].clone() for line in values.split(part.shape[1])]
+            per_row = [
+                judged(line, picked, ask, ranked, end)
+                for line, picked, ask, end in zip(values.split(part.shape[1]), ids.split(part.shape[1]), asked, ends, strict=True)
+            ]
+            parts.append([ids.unflatten(0, (len(some), -1)).cpu(), *(torch.stack(column).cpu() for column in zip(*per_row, strict=True))])
+        found.append([torch.cat(column[::-1], 1) for column in zip(*parts, strict=True)])
+    return [whole(column) for column in zip(*found, strict=True)]
+
+
+def judged(logprobs, ids, wanted, ranked, end):
+    """Of log-probabilities `[site, d_vocab]` those of `ids` `[site, k]`, and what `lens` returns after them, given those at the end of the stream `[d_vocab]`."""
+    said = logprobs[:, wanted]
+    likelier = torch.stack([(logprobs > said[:, at : at + 1]).sum(-1) for at in range(ranked)], -1) if ranked else torch.empty_like(ids[:, :0])
+    entropy, divergence = -(logprobs.exp() * logprobs).sum(-1), (end.exp() * (end - logprobs)).sum(-1)
+    return logprobs.gather(-1, ids), end[ids], said, likelier, entropy, divergence.clamp(min=0)
+
+
 def part_of(n, width, k):
     """How many words of a vocabulary to unembed at once."""
     return max(PART_BYTES // (4 * n), 4 * BLOCK, 4 * k)
