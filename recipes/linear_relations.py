@@ -50,6 +50,8 @@ class LinearRelation(Result):
     card: ModelCard
     relation: str
     template: str
+    answer: str
+    """How the object follows the template."""
     train: tuple[Pair, ...]
     """The pairs whose expansions are averaged, and which every prompt states first."""
     validation: tuple[Pair, ...]
@@ -137,7 +139,7 @@ class LinearRelation(Result):
 
     def ask(self, subject: str, answer: str = "?") -> Statement:
         """The relation's prompt about any subject, behind the training pairs."""
-        return Relation(self.train, self.relation, templates=(self.template,)).ask(subject, self.train, answer)
+        return Relation(self.train, self.relation, templates=(self.template,), answer=self.answer).ask(subject, self.train, answer)
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each site: `site`, `layer`, `beta`, `validation`, `faithfulness`, one column for each control, `known`, `asked`."""
@@ -262,6 +264,7 @@ def linear_relation(
         card=card,
         relation=relation.name,
         template=relation.templates[0],
+        answer=relation.answer,
         train=train,
         validation=validation,
         test=test,

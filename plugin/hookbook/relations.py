@@ -43,6 +43,7 @@ class Relation(Task):
         name: What it is called.
         templates: Sentences that end where the object begins, with `{}` for the subject; the first is used.
         phrase: Words that mean the object, such as `"the capital of {}"`, to ask about it in turn.
+        answer: How the object follows the sentence.
 
     Raises:
         DataError: As `Task`; or no template, or one without a single `{}`.
@@ -55,6 +56,7 @@ class Relation(Task):
 
     templates: tuple[str, ...] = ()
     phrase: str = ""
+    answer: str = " {}"
 
     def __post_init__(self) -> None:
         templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
@@ -64,7 +66,7 @@ class Relation(Task):
             if text.count("{}") != 1:
                 raise DataError(f"the template {text!r} of {self.name!r}", "the subject is in it once", "write {} where it goes")
         object.__setattr__(self, "templates", templates)
-        object.__setattr__(self, "template", Template(templates[0], " {}", "\n", SOURCE))
+        object.__setattr__(self, "template", Template(templates[0], self.answer, "\n", SOURCE))
         super().__post_init__()
 
     def with_sentence(self, template: str) -> Relation:
