@@ -14,8 +14,9 @@ import jacobian
 import layers
 import memory
 import overhead
+import relation
 from common import main
 
 if __name__ == "__main__":
-    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory)
+    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation)
     main({part.__name__: part.bench for part in parts})

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hookbook.reproduce.suite import Suite
 
-SUITES = {"vectors": ("Task vectors, function vectors, their sums, and steering.", "french")}
+SUITES = {
+    "vectors": ("Task vectors, function vectors, their sums, and steering.", "french"),
+    "knowledge": ("Linear relations and edits through them.", "edits"),
+}
 """By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what it does at once."""
 
 

@@ -78,7 +78,7 @@ def least(name: str, value: float, limit: float) -> Check:
     return f"{name} >= {limit:g}", value >= limit
 
 
-def most(controls: dict[str, float], limits: dict[str, float | None]) -> list[Check]:
+def most(controls: Mapping[str, float], limits: Mapping[str, float | None]) -> list[Check]:
     """Controls must be at most this large; one whose limit is None may be anything."""
     return [(f"{name} <= {limit:g}", controls[name] <= limit) for name, limit in limits.items() if limit is not None]
 
