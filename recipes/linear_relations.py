@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import hold, later
+from hookbook.deferred import Deferred, hold, later
 from hookbook.errors import DataError, EditError, SiteError, TokenError
 from hookbook.gradients import Jacobian, jacobian
 from hookbook.loading import wrap
@@ -309,6 +309,8 @@ def least_squares(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
 
 def _share(adapter: Adapter, outputs: Tensor, answers: Tensor, known: Tensor) -> Tensor:
     """Of outputs `[map, n, d_model]` how often each map says the answer, over what is known, `[map]`."""
+    if not isinstance(known, Deferred):  # the others need not be read; while it is not here which these are, all are
+        outputs, answers, known = outputs[:, known], answers[known], known[known]
     said = adapter.readout(outputs.flatten(0, 1), k=1).topk_ids[:, 0].unflatten(0, (len(outputs), -1))
     return ((said == answers) & known).sum(1).double() / known.sum().clamp(min=1)
 
