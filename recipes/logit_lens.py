@@ -248,9 +248,9 @@ def logit_lens(
 
     end = Site("resid_post", card.n_layers - 1)
     reads = [*(site for site in sites if site != end), end]
-    distinct = list(dict.fromkeys(coded))
+    distinct = {prompt: at for at, prompt in enumerate(dict.fromkeys(coded))}
     each = Each(tuple(resolve(position, prompt) for prompt in coded))
-    request = Request(distinct, [Row(distinct.index(prompt)) for prompt in coded], [Read(site, each) for site in reads])
+    request = Request(list(distinct), [Row(distinct[prompt]) for prompt in coded], [Read(site, each) for site in reads])
     reply = adapter.run(request, progress=progress, checkpoint=checkpoint)
     states = torch.stack([reading.values for reading in reply.readings], 1)
     asked = torch.cat([wanted_ids, language_ids.clamp(min=0).flatten(1)], 1)

@@ -179,7 +179,9 @@ class Adapter(ABC):
             ranked: Of how many of these, the first, the ranks are wanted.
         """
         if (account := planning.account()) is not None:
-            account.add([], unembedded=states.shape[0] * states.shape[1])
+            n = states.shape[0] * states.shape[1]
+            held = 2 * n * self.card.d_model * self.card.itemsize + 3 * min(4 * n * self.card.d_vocab, planning.logits_bytes())
+            account.add([], unembedded=n, peak_bytes=held)
             if not self.remote:
                 shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
                 return LensReadout(*Tape().note("lens", {}, shapes))

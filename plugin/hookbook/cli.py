@@ -185,7 +185,11 @@ def _demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> N
                     f"repeats words; each cell shows the next token. {saved} Unpatched, the target says {show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
                     report.grid_table(grid),
                 ),
-                ("The same states through the logit lens", "Straight to the final norm and the unembedding.", report.grid_table(lens)),
+                (
+                    "The same states through the logit lens",
+                    f"Straight to the final norm and the unembedding. From the layer below the last, the model's own answer is still {float(lens.kl[0, -2]):.1f} nats away; from the first, {float(lens.kl[0, 0]):.1f}.",
+                    report.grid_table(lens),
+                ),
                 (
                     f"Entity description by layer: {name!r}",
                     "The state of the last token of the name replaces “x” at the same layer of a prompt that describes entities." + control,

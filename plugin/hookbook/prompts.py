@@ -1,12 +1,16 @@
-"""Target prompts for patchscopes: what a state is patched into so that the model says what it holds."""
+"""Target prompts for patchscopes: what a state is patched into so that the model says what it holds; and prompts that translate words."""
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import dataclass
-from typing import Any
+from importlib.resources import files
+from typing import Any, NamedTuple
 
-from hookbook.errors import TokenError
-from hookbook.tokens import At, Tokens, resolve
+from hookbook.errors import DataError, TokenError
+from hookbook.loading import wrap
+from hookbook.tokens import At, Tokens, beginnings, resolve
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,60 @@ def locate(target: Any, tokens: Tokens, position: Any) -> int:
     if len(found) != 1:
         raise TokenError(f"the target position {position!r} is {len(found)} tokens", "one token is patched", "give one index or text")
     return found[0]
+
+
+class Translations(NamedTuple):
+    """Prompts, and words for the `languages` of `hookbook.logit_lens`."""
+
+    prompts: tuple[str, ...]
+    languages: tuple[dict[str, str], ...]
+    """Of each prompt the answer, the pivot language's word, and as a control an unrelated word of the pivot language."""
+
+
+def translation(model: Any, source: str, target: str, *, pivot: str = "English", shots: int = 4, seed: int = 0) -> Translations:
+    """Prompts that show translations of words and ask for one more, such as `Français: "fleur" - 中文: "`, in words of our own.
+
+    A word is left out where the model's tokens cannot tell its languages apart: where the answer and the pivot's word begin with a
+    token in common, or the answer holds the pivot's word.
+
+    Args:
+        model: Any model `hookbook.wrap` takes; its tokenizer alone is used.
+        source, target: Languages: English, French, German, Spanish or Chinese.
+        pivot: The language in which the model may think.
+        shots: How many translations are shown.
+        seed: Of what is shown, and of the unrelated words.
+
+    Raises:
+        DataError: No such language, twice the same, or too few words.
+
+    Source: Wendler et al. 2024, arXiv:2402.10588, the translation task.
+    """
+    data = json.loads((files("hookbook") / "data" / "languages.json").read_text(encoding="utf-8"))
+    names, tokenizer, draw = data["languages"], wrap(model).tokenizer, random.Random(seed)
+    for name in (source, target, pivot):
+        if name not in names:
+            raise DataError(f"no words in {name!r}", "", f"use {', '.join(names)}")
+    if source == target:
+        raise DataError(f"a translation from {source} to {target}", "nothing is translated", "use two languages")
+    table = [dict(zip(names, row, strict=True)) for row in data["words"]]
+    if not 0 <= shots < len(table):
+        raise DataError(f"{shots} translations to show", f"there are {len(table)} words, and the one asked for is not shown", "show fewer")
+
+    first = {word: {*beginnings(word, tokenizer)} for words in table for word in words.values()}
+
+    def apart(word: str, other: str) -> bool:
+        return word.lower() not in other.lower() and not first[word] & first[other]
+
+    prompts, languages = [], []
+    for words in table:
+        others = [other for other in table if other is not words]
+        shown = draw.sample(others, shots)
+        asked = dict.fromkeys((target, pivot))
+        unrelated = [other[pivot] for other in others if all(apart(other[pivot], words[name]) for name in asked)]
+        if (pivot == target or apart(words[pivot], words[target])) and unrelated:
+            lines = [f'{names[source]}: "{other[source]}" - {names[target]}: "{other[target]}"\n' for other in shown]
+            prompts.append("".join(lines) + f'{names[source]}: "{words[source]}" - {names[target]}: "')
+            languages.append({name: words[name] for name in asked} | {f"unrelated {pivot}": draw.choice(unrelated)})
+    if not prompts:
+        raise DataError(f"no words from {source} to {target}", f"this tokenizer cannot tell them from {pivot}", "use other languages")
+    return Translations(tuple(prompts), tuple(languages))

@@ -243,20 +243,22 @@ def beginnings(word: str, tokenizer: Any) -> tuple[int, ...]:
     """
     if not isinstance(word, str) or not word.strip():
         raise TokenError(f"{word!r} is not a word", "no token begins it", "give some letters")
-    vocab, word = tokenizer.get_vocab(), word.strip()
-    if "▁" in vocab:
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenError("this tokenizer's tokens cannot be looked up", "it is not a fast tokenizer", "load it with use_fast=True")
+    find, word = tokenizer.backend_tokenizer.token_to_id, word.strip()
+    if find("▁") is not None:  # which byte-level BPE writes as three letters
         texts = [mark + word[:end].replace(" ", "▁") for mark in ("", "▁") for end in range(1, len(word) + 1)]
-        texts += [f"<0x{word.encode()[0]:02X}>"] if word[0] not in vocab else []
-    elif "Ġ" in vocab:
+        texts += [f"<0x{word.encode()[0]:02X}>"] if find(word[0]) is None else []
+    elif find("Ġ") is not None:
         from tokenizers.pre_tokenizers import ByteLevel
 
         letters = "".join(piece for piece, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(word))  # one for each byte
-        ends = {len(word[:end].encode()) for end in range(1, len(word) + 1)}
-        ends |= set(range(1, len(word[0].encode()))) if letters[: len(word[0].encode())] not in vocab else set()
-        texts = [mark + letters[:end] for mark in ("", "Ġ") for end in sorted(ends)]
+        first = len(word[0].encode())
+        ends = [len(word[:end].encode()) for end in range(1, len(word) + 1)] + ([*range(1, first)] if find(letters[:first]) is None else [])
+        texts = [mark + letters[:end] for mark in ("", "Ġ") for end in ends]
     else:
         raise TokenError("a tokenizer without a mark of spaces", "its tokens do not say where words begin", "give token ids in tokens=")
-    found = tuple(vocab[text] for text in texts if text in vocab)
+    found = tuple(i for i in map(find, texts) if i is not None)
     if not found:
         raise TokenError(f"no token begins {word!r}", "the tokenizer cannot write its first character", "give another word")
     return found

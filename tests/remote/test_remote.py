@@ -82,6 +82,9 @@ def fields(result: Any) -> dict[str, Any]:
 
 RECIPES = {
     "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
+    "logit lens of several tokens and languages": lambda model: hb.logit_lens(
+        model, PROMPTS, position=[-2, -1], layers=[3, "mlp_out.9", 28], tokens=[" Paris"], languages=[{"a": "Paris", "b": "the"}, {"a": "friend", "b": "name"}]
+    ),
     "all pairs": lambda model: hb.patchscope(model, "The Eiffel Tower is in", target_layers="all", k=5),
     "descriptions": lambda model: hb.patchscope(
         model, ["Bob Dylan", "Barack Obama"], target=hb.prompts.ENTITY_DESCRIPTION, source_layers=[2, 9, 20], generate=6

@@ -124,15 +124,31 @@ def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
         vector = first.readings[0].values[:2].mean(0)
         drawn = model.run(Request(prompts, [Row(0, (hb.Edit("resid_pre.2", vector),)), Row(1)], generate=3, sampling=hb.Sampling(1, top_k=9)), progress=False)
         jacobian = hb.jacobian(model, prompts, Read("resid_post.2"), [Read("resid_post.0")], progress=False)
-        return first, drawn, jacobian
+        lens = hb.logit_lens(model, prompts, position=slice(None), layers=[0, "mlp_out.1", 1], tokens=[7, 9], languages={"a": ["dog", "cat"], "b": "maus"})
+        return first, drawn, jacobian, lens
 
     ours, theirs = arrives(remote, folder, tmp_path, ask), ask(local)
-    (first, drawn, jacobian), (first_here, drawn_here, jacobian_here) = ours, theirs
+    (first, drawn, jacobian, lens), (first_here, drawn_here, jacobian_here, lens_here) = ours, theirs
     for a, b in zip(first.readings, first_here.readings, strict=True):
         assert (a.values - b.values).abs().max() < 1e-4 and torch.equal(a.rows, b.rows)
     assert (first.readout.logits - first_here.readout.logits).abs().max() < 1e-4
     assert torch.equal(first.tokens, first_here.tokens) and torch.equal(drawn.tokens, drawn_here.tokens) and first.cost == first_here.cost
     assert (jacobian.matrices[0] - jacobian_here.matrices[0]).abs().max() < 1e-4
+    for name in ("logprobs", "own_logprobs", "entropy", "kl", "wanted_logprobs", "language_logprobs"):
+        assert (getattr(lens, name) - getattr(lens_here, name)).abs().max() < 1e-4, name
+    for name in ("token_ids", "own_ids", "wanted_ranks", "language_ids"):
+        assert torch.equal(getattr(lens, name), getattr(lens_here, name)), name
+    assert (lens.vocab, lens.own_tokens, lens.rows, lens.settings) == (lens_here.vocab, lens_here.own_tokens, lens_here.rows, lens_here.settings)
+
+
+def test_of_a_lens_on_a_server_only_what_was_asked_for_comes_back(folder):
+    from nnsight import TransformersModel
+
+    remote = hb.wrap(TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9")
+    remote.model.to_model_key = lambda: "a name, which only a server reads"
+    plan = hb.logit_lens.plan(remote, "a" * 30, position=slice(None), k=2, tokens=[7])
+    asked = 31 * 3 * (2 * (8 + 4 + 4) + 2 * 4 + (8 + 4)) + 31 * 8  # of each state, and the model's own next token
+    assert plan.jobs == 1 and asked <= plan.bytes_down < 1.02 * asked
 
 
 def test_earlier_tokens_run_again_give_the_same(folder):

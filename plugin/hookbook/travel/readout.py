@@ -68,25 +68,22 @@ def lens(model, states, rows, k, tokens=None, ranked=0):
         for stop in range(sites, 0, -deep):  # from the end, with which the others are compared
             part = some[:, max(0, stop - deep) : stop]
             values = model.unembed(model.final_norm(part.flatten(0, 1)))
-            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            values = values.to(torch.promote_types(values.dtype, torch.float32)).log_softmax(-1)
             top, ids = topk(values, min(k, values.shape[-1]))
-            values = values - logsumexp(values, values.amax(-1, keepdim=True))
             ends = ends or [line[-1].clone() for line in values.split(part.shape[1])]
-            per_row = [
-                judged(line, picked, ask, ranked, end)
-                for line, picked, ask, end in zip(values.split(part.shape[1]), ids.split(part.shape[1]), asked, ends, strict=True)
-            ]
-            parts.append([ids.unflatten(0, (len(some), -1)).cpu(), *(torch.stack(column).cpu() for column in zip(*per_row, strict=True))])
+            per_row = [judged(*each, ranked) for each in zip(values.split(part.shape[1]), ids.split(part.shape[1]), asked, ends, strict=True)]
+            alike = (x.unflatten(0, (len(some), -1)) for x in (ids, top))
+            parts.append([x.cpu() for x in (*alike, *(torch.stack(column) for column in zip(*per_row, strict=True)))])
         found.append([torch.cat(column[::-1], 1) for column in zip(*parts, strict=True)])
     return [whole(column) for column in zip(*found, strict=True)]
 
 
-def judged(logprobs, ids, wanted, ranked, end):
-    """Of log-probabilities `[site, d_vocab]` those of `ids` `[site, k]`, and what `lens` returns after them, given those at the end of the stream `[d_vocab]`."""
+def judged(logprobs, ids, wanted, end, ranked):
+    """What `lens` returns after the likeliest tokens, of one row: log-probabilities `[site, d_vocab]`, likeliest `ids` `[site, k]`, and the end of the stream `[d_vocab]`."""
     said = logprobs[:, wanted]
     likelier = torch.stack([(logprobs > said[:, at : at + 1]).sum(-1) for at in range(ranked)], -1) if ranked else torch.empty_like(ids[:, :0])
     entropy, divergence = -(logprobs.exp() * logprobs).sum(-1), (end.exp() * (end - logprobs)).sum(-1)
-    return logprobs.gather(-1, ids), end[ids], said, likelier, entropy, divergence.clamp(min=0)
+    return end[ids], said, likelier, entropy, divergence.clamp(min=0)
 
 
 def part_of(n, width, k):
