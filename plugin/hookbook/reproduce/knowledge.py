@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hookbook import relations
+from hookbook import prompts, relations
 from hookbook.recipes.linear_relations import LinearRelation, linear_relation
+from hookbook.recipes.logit_lens import LogitLens, logit_lens
 from hookbook.recipes.relation_edits import RelationEdits, edit_relation
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 from hookbook.results import Result
@@ -29,6 +30,8 @@ class Setup(Expected):
     edits: tuple[str, ...] = ("adjective_comparative", "present_past")
     edit_layers: tuple[int, ...] = ()
     """Where edits are judged, at the one that is best on validation pairs; none: those of the lower half."""
+    language_layer: int | None = None
+    """Where the language between two others is read; None: two thirds up."""
 
 
 SETUPS = {
@@ -38,6 +41,7 @@ SETUPS = {
         late=12,
         edits=("adjective_comparative", "present_past", "country_capital"),
         edit_layers=(8,),
+        language_layer=13,
         counted=frozenset([("linear relation", "present_past"), ("linear relation", "adjective_comparative"), ("edit", "adjective_comparative")]),
     ),
     "smollm2-135m-instruct": Setup(
@@ -109,9 +113,37 @@ def edit_line(found: RelationEdits, setup: Setup) -> Line:
     return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", found.relation), note)
 
 
+def languages(model: Adapter, setup: Setup) -> Found:
+    """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7 to 70 billion parameters).
+
+    The probability of a language is the sum over the tokens that begin its word. The control is an English word that has nothing to do with the answer. In small
+    models the effect is small: English is seldom the likeliest token.
+    """
+    results: dict[str, Result] = {}
+    lines = []
+    for target in ("Chinese", "German"):
+        items = prompts.translation(model, "French", target)
+        found = logit_lens(model, items.prompts[:48], languages=items.languages[:48], k=1)
+        results[f"lens_french_{target.lower()}"] = found
+        lines.append(language_line(found, target, setup))
+    return results, lines
+
+
+def language_line(found: LogitLens, target: str, setup: Setup) -> Line:
+    """The English word in the middle, beside the answer and an unrelated word there."""
+    layers = [site.layer for site in found.sites]
+    layer = setup.language_layer if setup.language_layer is not None else len(layers) * 2 // 3
+    means = found.language_logprobs.exp().mean(0)
+    answer, english, unrelated = means[layers.index(layer)].tolist()
+    controls = {target: answer, "unrelated English": unrelated, "English at the end": float(means[-1, 1]), f"{target} at the end": float(means[-1, 0])}
+    rule = (("English >= 10 times unrelated English", english >= 10 * unrelated), ("English falls to the end", float(means[-1, 1]) < english))
+    return Line("language between", f"French to {target}, layer {layer}", english, controls, "English in the middle", rule, False)
+
+
 EFFECTS: dict[str, tuple[str, Any]] = {
     "relations": ("Relations as linear maps", linear),
     "edits": ("Edits through a relation's inverse", edits),
+    "languages": ("Which language it thinks in", languages),
 }
 
 SUITE = Suite(
