@@ -31,11 +31,13 @@ _HOME = {
     "Edit": "request",
     "Relation": "relations",
     "Task": "tasks",
+    "Backpatch": "recipes.backpatching",
     "Composition": "recipes.task_vectors",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
     "TaskVectors": "recipes.task_vectors",
     "Vector": "vectors",
+    "backpatch": "recipes.backpatching",
     "compose": "recipes.task_vectors",
     "function_vector": "recipes.function_vectors",
     "head_effects": "recipes.function_vectors",
@@ -61,6 +63,7 @@ _MODULES = (
     "adapters",
     "doctor",
     "errors",
+    "hops",
     "interop",
     "packages",
     "prompts",
@@ -75,10 +78,11 @@ _MODULES = (
     "tokens",
 )
 
-__all__ = sorted([*_HOME, "errors", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "hops", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
+    from hookbook import hops as hops
     from hookbook import interop as interop
     from hookbook import prompts as prompts
     from hookbook import relations as relations
@@ -95,6 +99,8 @@ if TYPE_CHECKING:
     from hookbook.loading import wrap as wrap
     from hookbook.maps import Affine as Affine
     from hookbook.planning import Plan as Plan
+    from hookbook.recipes.backpatching import Backpatch as Backpatch
+    from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
