@@ -32,6 +32,12 @@ _HOME = {
     "Relation": "relations",
     "Task": "tasks",
     "Backpatch": "recipes.backpatching",
+    "HopKnockOut": "recipes.hop_knock_out",
+    "HopReadability": "recipes.hop_readability",
+    "TwoHops": "recipes.two_hops",
+    "hop_knock_out": "recipes.hop_knock_out",
+    "hop_readability": "recipes.hop_readability",
+    "two_hops": "recipes.two_hops",
     "Composition": "recipes.task_vectors",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
@@ -109,6 +115,10 @@ if TYPE_CHECKING:
     from hookbook.recipes.function_vectors import head_effects as head_effects
     from hookbook.recipes.generation import Generation as Generation
     from hookbook.recipes.generation import generate as generate
+    from hookbook.recipes.hop_knock_out import HopKnockOut as HopKnockOut
+    from hookbook.recipes.hop_knock_out import hop_knock_out as hop_knock_out
+    from hookbook.recipes.hop_readability import HopReadability as HopReadability
+    from hookbook.recipes.hop_readability import hop_readability as hop_readability
     from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
     from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
     from hookbook.recipes.logit_lens import logit_lens as logit_lens
@@ -124,6 +134,8 @@ if TYPE_CHECKING:
     from hookbook.recipes.task_vectors import compose as compose
     from hookbook.recipes.task_vectors import known as known
     from hookbook.recipes.task_vectors import task_vector as task_vector
+    from hookbook.recipes.two_hops import TwoHops as TwoHops
+    from hookbook.recipes.two_hops import two_hops as two_hops
     from hookbook.recipes.weights import orthogonalize as orthogonalize
     from hookbook.relations import Relation as Relation
     from hookbook.request import Edit as Edit

@@ -15,7 +15,7 @@ from hookbook.tokens import Tokens, covering
 CHAINS = tuple(
     (first, second)
     for first in ("city_country", "landmark_country", "person_country")
-    for second in ("country_capital", "country_language", "country_currency", "country_continent")
+    for second in ("country_capital", "country_language", "country_currency")
 )
 """The relations that ship and make natural questions: those whose objects are countries, and those of countries."""
 

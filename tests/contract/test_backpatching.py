@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -19,13 +22,18 @@ FIRST = Relation((("ab", "m"), ("cd", "n"), ("ef", "o"), ("gh", "p")), "first", 
 SECOND = Relation((("m", "5"), ("n", "6"), ("o", "7"), ("p", "8")), "second", templates=("t{}is",))
 
 
-def letters(case: Case, n: int = 4) -> list[Question]:
-    """Questions, of which half have the answer that the model gives."""
-    found = []
-    for i, text in enumerate(("ab", "cde", "hijk", "lm", "nopqr", "s")[:n]):
-        said = case.adapter.tokenizer.decode([int(case.plain(case.adapter.encode(text).ids)[0][-1].argmax())])
-        found.append(Question(text, said if i % 2 and said.isascii() and said.isprintable() and said.strip() else " ~"[i % 2] + "~"))
-    return found
+def says(case: Case, text: str) -> str:
+    """The model's next character; nothing if it cannot be written."""
+    said = case.adapter.tokenizer.decode([int(case.plain(case.adapter.encode(text).ids)[0][-1].argmax())])
+    return said if said.isascii() and said.isprintable() and said.strip() else ""
+
+
+def letters(case: Case) -> list[Question]:
+    """Two questions with the answer that the model gives, and two without."""
+    draw = random.Random(1)
+    texts = ["".join(draw.sample(ascii_lowercase, draw.randint(2, 4))) for _ in range(400)]
+    known = itertools.islice(((text, said) for text in texts if (said := says(case, text))), 2)
+    return [Question(text, answer) for (text, said), other in zip(known, ("qr", "stu"), strict=True) for text, answer in ((text, said), (other, "~~"))]
 
 
 def states_of(case: Case, ids: tuple[int, ...]) -> list[torch.Tensor]:
@@ -98,7 +106,7 @@ def test_a_layer_patched_into_itself_changes_nothing(case):
 
 def test_answers_in_generated_text_are_those_of_plain_decoding(case):
     """The patch acts in the prompt only: its token is patched in every plain run, and what was decoded follows."""
-    adapter, texts, steps = case.adapter, ("ab", "cde"), 3
+    adapter, texts, steps = case.adapter, [question.text for question in letters(case)[::2]], 3
 
     def decode(ids: tuple[int, ...], edits=()) -> str:
         out: list[int] = []
@@ -118,8 +126,8 @@ def test_answers_in_generated_text_are_those_of_plain_decoding(case):
             for target in range(source):
                 site = hb.Site("resid_post", target)
                 said[i, source, target] = [decode(ids, ((site, len(ids) - 1, hb.Edit(site, states[source][-1], "set"), []),))]
-    answers = [next(text for key, (text,) in reversed(said.items()) if key[0] == i and len(text.strip()) > 1 and text.isprintable())[-2:] for i in range(2)]
-    assert all(len(answer.strip()) == 2 for answer in answers)
+    parts = [text[at : at + 2] for i in range(2) for key, (text,) in reversed(said.items()) if key[0] == i for at in range(2)]
+    answers = [next((part for part in parts if len(part.strip()) == 2 and part.isascii() and part.isprintable()), "~~")] * 2
     found = hb.backpatch(adapter, [Question(text, answer.swapcase()) for text, answer in zip(texts, answers, strict=True)], generate=steps, controls=[])
     want = torch.tensor([[answers[i].lower() in said[i, s, t][0].lower() for s, t in found.pairs] for i in range(2)])
     assert (found.right["patch"] == want).all() and want.any() and {*found.right} == {"patch"}
