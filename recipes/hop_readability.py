@@ -145,8 +145,8 @@ def hop_readability(
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
     for site in sites:
         adapter.require(site)
-    described_at = adapter.encode(target.text)
-    written = prompts.locate(target, described_at, None)
+    scope = [adapter.encode(target.text)] if generate else []
+    written = [prompts.locate(target, coded, None) for coded in scope]
 
     places = [(question.subject_at(prompt), len(prompt) - 1) for question, prompt in zip(questions, asked.prompts, strict=True)]
     rows = [Row(i) for i in range(n) for _ in PLACES]
@@ -159,8 +159,8 @@ def hop_readability(
     top = said.topk_ids == ids.repeat_interleave(each, 0)
     costs, texts, described = [clean.cost], (), {}
     if generate:
-        edits = [Edit(sites[i % len(sites)], value, "set", written) for i, value in enumerate(states.unbind(0))]
-        reply = adapter.run(Request([described_at], [Row(0, (edit,)) for edit in edits], (), None, generate), progress=progress)
+        edits = [Edit(sites[i % len(sites)], value, "set", written[0]) for i, value in enumerate(states.unbind(0))]
+        reply = adapter.run(Request(scope, [Row(0, (edit,)) for edit in edits], (), None, generate), progress=progress)
         costs.append(reply.cost)
         texts = later(decoded, adapter, reply.tokens)
         described = later(_found, texts, names, shape)
@@ -194,6 +194,4 @@ def _shaped(x: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 def _found(texts: Sequence[str], names: dict[str, list[str]], shape: tuple[int, ...]) -> dict[str, Tensor]:
     each = len(texts) // shape[0]
-    return {
-        name: torch.tensor([wanted[i // each].lower() in text.lower() for i, text in enumerate(texts)]).view(shape) for name, wanted in names.items()
-    }
+    return {name: torch.tensor([wanted[i // each].lower() in text.lower() for i, text in enumerate(texts)]).view(shape) for name, wanted in names.items()}

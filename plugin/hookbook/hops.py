@@ -50,8 +50,8 @@ class TwoHop(Statement):
 def chain(first: str | Relation, second: str | Relation, n: int | None = None, *, shots: int = 0, seed: int = 0) -> list[TwoHop]:
     """Questions of two relations, of which the first leads to subjects of the second.
 
-    Prompts are the second relation's first template with the first one's phrase as its subject. A question is left out if its answer is its entity or
-    its bridge, or if the answer or the bridge is in its text.
+    Prompts are the second relation's first template with the first one's phrase as its subject. A question is left out if its text holds the
+    answer or the bridge, or if one of these holds the other.
 
     Args:
         first: Of entities and bridges, with a `phrase`: a relation, or the name of one that ships.
@@ -100,8 +100,9 @@ Triple = tuple[str, str, str]
 
 
 def _given(entity: str, bridge: str, answer: str, text: str) -> bool:
-    """Whether a question's text tells its answer or its bridge."""
-    return answer.lower() in text.lower() or bridge.lower() in text.lower() or answer == bridge
+    """Whether a question's text tells its answer or its bridge, or one of these tells the other, as Germany does German, and Mexico City Mexico."""
+    text, bridge, answer = text.lower(), bridge.lower(), answer.lower()
+    return answer in text or bridge in text or answer in bridge or bridge in answer
 
 
 def _shown(triples: Sequence[Triple], asked: Triple, shots: int, draw: random.Random) -> list[Triple]:
