@@ -23,7 +23,7 @@ from hookbook.plots import COLOURS, lines
 from hookbook.recipe import recipe
 from hookbook.recipes.answering import ask
 from hookbook.recipes.two_hops import check_hops
-from hookbook.request import Edit, Readout, Request, Row, total
+from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View, need
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, covering

@@ -103,7 +103,7 @@ class TwoHops(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The four cells: the share of composed questions that are answered, and how many."""
         cells = self.cells()
-        words = [f"{row.composed} of {row.n}" for row in cells.itertuples()]
+        words = [f"{composed} of {n}" for composed, n in zip(cells["composed"], cells["n"], strict=True)]
         values = torch.tensor(cells["rate"].tolist()).view(2, 2)
         labels, names = (["known", "not known"], ("first hop", "second hop", "composed questions answered"))
         return heat_map(ax, values, [words[:2], words[2:]], labels, labels, names)

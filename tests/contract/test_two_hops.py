@@ -6,13 +6,13 @@ import itertools
 import random
 from dataclasses import replace
 from string import ascii_letters, ascii_lowercase, digits
+from typing import Any
 
 import pytest
 import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, Refused, TokenError
-from hookbook.hops import TwoHop
 from hookbook.recipes.two_hops import WAYS
 from hookbook.relations import Relation
 from hookbook.tasks import Question
@@ -205,9 +205,13 @@ def test_pictures_say_what_the_tables_say():
     cut = hb.hop_knock_out(toy(), asked, edges=[("last", "entity")])
     cut = replace(cut, clean=torch.ones(4).bool())
     solid, dashed = cut.plot().lines
-    assert solid.get_ydata().tolist() == cut.kept()[0, 0].tolist() and dashed.get_linestyle() == "--" and "last to entity" in cut.view().html
+    assert torch.as_tensor(solid.get_ydata()).tolist() == cut.kept()[0, 0].tolist() and dashed.get_linestyle() == "--" and "last to entity" in cut.view().html
     lens = hb.hop_readability(toy(), asked, generate=0)
-    assert lens.texts == () and lens.plot().lines[0].get_ydata().tolist() == lens.lens["bridge"][:, 0].float().mean(0).tolist() and "bridge" in lens.view().html
+    assert (
+        lens.texts == ()
+        and torch.as_tensor(lens.plot().lines[0].get_ydata()).tolist() == lens.lens["bridge"][:, 0].float().mean(0).tolist()
+        and "bridge" in lens.view().html
+    )
     with pytest.raises(DataError, match="shares by 'described'"):
         lens.plot(by="described")
 
@@ -216,7 +220,8 @@ def test_plans_count_what_is_run():
     from hookbook.testing import toy
 
     asked = hb.hops.chain(*relations(3))
-    for call, ask in ((hb.two_hops, {}), (hb.hop_knock_out, {}), (hb.hop_readability, {"generate": 0})):
+    calls: list[Any] = [(hb.two_hops, {}), (hb.hop_knock_out, {}), (hb.hop_readability, {"generate": 0})]
+    for call, ask in calls:
         plan, cost = call.plan(toy(), asked, **ask), call(toy(), asked, **ask).settings["cost"]
         assert (plan.passes, plan.token_layers) == (cost["passes"], cost["token_layers"])
 
