@@ -169,7 +169,7 @@ def test_the_best_pair_is_chosen_without_the_questions_that_judge_it():
     assert (judged.source, judged.target, judged.chosen_at, judged.rates["patch"]) == (2, 1, 1.0, 0.0)
     with pytest.raises(DataError, match="1 questions that were not answered.*one half chooses"):
         replace(found, clean=torch.tensor([1, 1, 1, 1, 1, 0]).bool()).best()
-    assert replace(found, clean=torch.ones(6).bool()).summary()["any"].isna().all()
+    assert torch.tensor(replace(found, clean=torch.ones(6).bool()).summary()["any"].tolist()).isnan().all()
     with pytest.raises(SiteError, match="no pairs from layers"):
         found.region(sources=[0])
     with pytest.raises(DataError, match="no control 'random'"):
