@@ -1,7 +1,8 @@
-"""Whether answers are right: their first token is the likeliest, or their text is in what is generated."""
+"""Questions that recipes ask, whether answers are right (their first token is the likeliest, or their text is in what is generated), and other questions as controls."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,33 @@ def ask(adapter: Adapter, questions: Sequence[Question], generate: int = 0) -> A
     if generate and short:
         raise DataError(f"the answer {short[0]!r} in generated text", "so short a text is found anywhere", "use generate=0")
     return Asked(tuple(questions), *coded(adapter, questions), generate)
+
+
+def as_question(item: Any) -> Question:
+    """A question, or a text and its answer after a space."""
+    if isinstance(item, Question):
+        return item
+    if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) and text for text in item):
+        text, answer = item
+        return Question(text, answer if answer[0].isspace() else " " + answer)
+    raise DataError(f"{item!r} is not a question", "it is a text and an answer", "give (text, answer), or a Question")
+
+
+def others(questions: Sequence[Question], draw: random.Random, *facts: str) -> list[int]:
+    """For each question another one that differs in all these facts: of the same two relations, if there is one.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = []
+    for question in questions:
+        others = [j for j, other in enumerate(questions) if all(getattr(other, fact) != getattr(question, fact) for fact in facts)]
+        alike = [j for j in others if getattr(questions[j], "chain", "") == getattr(question, "chain", "")]
+        if not others:
+            what = f"no other {' and '.join(facts)} than that of {question.text[-40:]!r}"
+            raise DataError(what, "the control takes those of another question", "give more questions, or leave this control out")
+        found.append(draw.choice(alike or others))
+    return found
 
 
 def _contained(adapter: Adapter, tokens: Tensor, answers: Sequence[str]) -> Tensor:

@@ -22,7 +22,7 @@ from hookbook.hops import TwoHop
 from hookbook.loading import wrap
 from hookbook.plots import heat_map
 from hookbook.recipe import recipe
-from hookbook.recipes.answering import ask
+from hookbook.recipes.answering import as_question, ask, others
 from hookbook.recipes.task_sweep import random_like
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token, total
 from hookbook.results import Result, View, need
@@ -252,7 +252,7 @@ def backpatch(
     at = [_place(question, prompt, position, adapter) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
     n, draw = len(at), random.Random(seed)
     order = draw.sample(range(n), n)
-    donors = _donors(asked.questions, draw) if "shuffled" in names else []
+    donors = others(asked.questions, draw, "answer") if "shuffled" in names else []
     layers = sorted({layer for pair in chosen for layer in pair})
     sites = {layer: Site("resid_post", layer) for layer in layers}
     for site in sites.values():
@@ -296,16 +296,6 @@ def backpatch(
     )
 
 
-def as_question(item: Any) -> Question:
-    """A question, or a text and its answer after a space."""
-    if isinstance(item, Question):
-        return item
-    if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) and text for text in item):
-        text, answer = item
-        return Question(text, answer if answer[0].isspace() else " " + answer)
-    raise DataError(f"{item!r} is not a question", "it is a text and an answer", "give (text, answer), or a Question")
-
-
 def _controls(controls: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in controls if name not in CONTROLS]
     if unknown or isinstance(controls, str):
@@ -331,18 +321,6 @@ def _place(question: Question, prompt: Tokens, position: Any, adapter: Any) -> i
     if not isinstance(question, TwoHop):
         raise DataError(f"the bridge of {question.text!r}", "this question has one hop", "give questions of hookbook.hops, or another position")
     return question.subject_at(prompt)
-
-
-def _donors(questions: Sequence[Question], draw: random.Random) -> list[int]:
-    """For each question another one with another answer: of the same two relations, if there is one."""
-    found = []
-    for question in questions:
-        others = [j for j, other in enumerate(questions) if other.answer != question.answer]
-        alike = [j for j in others if getattr(questions[j], "chain", "") == getattr(question, "chain", "")]
-        if not others:
-            raise DataError(f"no other answer than {question.answer!r}", "the shuffled control takes states of another question", "give more questions")
-        found.append(draw.choice(alike or others))
-    return found
 
 
 def _by_layer(states: Tensor, layers: Sequence[int]) -> list[dict[int, Tensor]]:

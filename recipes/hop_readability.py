@@ -22,7 +22,7 @@ from hookbook.hops import TwoHop
 from hookbook.loading import wrap
 from hookbook.plots import lines
 from hookbook.recipe import recipe
-from hookbook.recipes.answering import ask
+from hookbook.recipes.answering import ask, others
 from hookbook.recipes.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row, total
 from hookbook.results import Result, View, need
@@ -137,9 +137,9 @@ def hop_readability(
     check_hops(questions)
     if generate < 0:
         raise TokenError(f"generate={generate}", "none or more tokens are decoded", "use 0 or more")
-    others = _others(questions, random.Random(seed))
+    other = others(questions, random.Random(seed), "bridge", "answer")
     names = {"bridge": [question.bridge for question in questions], "answer": [question.answer.strip() for question in questions]}
-    names |= {f"other {name}": [names[name][i] for i in others] for name in ("bridge", "answer")}
+    names |= {f"other {name}": [names[name][i] for i in other] for name in ("bridge", "answer")}
     asked = ask(adapter, questions)
     ids = torch.stack([ask(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1)
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
@@ -175,17 +175,6 @@ def hop_readability(
         texts=texts,
         settings={"target": target.text, "generate": generate, "seed": seed, "cost": later(total, *costs)},
     )
-
-
-def _others(questions: Sequence[TwoHop], draw: random.Random) -> list[int]:
-    """For each question another one with another bridge and another answer: of the same two relations, if there is one."""
-    found = []
-    for question in questions:
-        others = [j for j, other in enumerate(questions) if other.bridge != question.bridge and other.answer != question.answer]
-        if not others:
-            raise DataError(f"no other bridge than {question.bridge!r}", "the control looks for that of another question", "give more questions")
-        found.append(draw.choice([j for j in others if questions[j].chain == question.chain] or others))
-    return found
 
 
 def _shaped(x: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -189,6 +189,17 @@ def test_pictures_and_files(tmp_path):
     assert again.summary().equals(found.summary()) and again.best() == found.best()
 
 
+def test_a_donor_is_of_the_same_relations_where_there_is_one():
+    from hookbook.testing import toy
+
+    other = replace(hb.hops.chain(FIRST, SECOND, 1)[0], chain="alone")
+    questions = [*hb.hops.chain(FIRST, SECOND), other, *hb.hops.chain(FIRST, replace(SECOND, name="third"))]
+    for seed in range(3):
+        found = hb.backpatch(toy(), questions, pairs=[(1, 0)], controls=["shuffled"], seed=seed)
+        for i, donor in enumerate(found.donors):
+            assert questions[donor].answer != questions[i].answer and (questions[donor].chain == questions[i].chain or i == 4)
+
+
 def test_a_plan_counts_what_is_run():
     from hookbook.testing import toy
 
@@ -203,8 +214,8 @@ def test_a_plan_counts_what_is_run():
     ("questions", "ask", "error", "match"),
     [
         ([], {}, DataError, "no questions"),
-        ([("ab", "x")], {}, DataError, "no other answer than ' x'"),
-        ([("ab", "x"), ("cd", "x")], {}, DataError, "no other answer than ' x'"),
+        ([("ab", "x")], {}, DataError, "no other answer than that of 'ab'"),
+        ([("ab", "x"), ("cd", "x")], {}, DataError, "no other answer than that of 'ab'"),
         (["ab"], {}, DataError, "'ab' is not a question|is not a question"),
         ([("ab", "x"), ("cd", "y")], {"position": "bridge"}, DataError, "the bridge of 'ab'.*has one hop"),
         ([("ab", "x"), ("cd", "y")], {"position": "a"}, TokenError, "'a' is not in the prompt 'cd'"),

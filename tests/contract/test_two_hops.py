@@ -237,7 +237,7 @@ def test_plans_count_what_is_run():
         ("hop_knock_out", {"edges": [("bridge", "bridge")]}, DataError, "no question has such tokens"),
         ("hop_knock_out", {"k": -1}, EditError, "0 or more"),
         ("hop_readability", {"generate": -1}, TokenError, "generate=-1"),
-        ("hop_readability", {"questions": "one"}, DataError, "no other bridge"),
+        ("hop_readability", {"questions": "one"}, DataError, "no other bridge and answer than"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_runs(call, ask, error, match, monkeypatch):
