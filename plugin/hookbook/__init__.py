@@ -31,11 +31,19 @@ _HOME = {
     "Edit": "request",
     "Relation": "relations",
     "Task": "tasks",
+    "Backpatch": "recipes.backpatching",
+    "HopKnockOut": "recipes.hop_knock_out",
+    "HopReadability": "recipes.hop_readability",
+    "TwoHops": "recipes.two_hops",
+    "hop_knock_out": "recipes.hop_knock_out",
+    "hop_readability": "recipes.hop_readability",
+    "two_hops": "recipes.two_hops",
     "Composition": "recipes.task_vectors",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
     "TaskVectors": "recipes.task_vectors",
     "Vector": "vectors",
+    "backpatch": "recipes.backpatching",
     "compose": "recipes.task_vectors",
     "function_vector": "recipes.function_vectors",
     "head_effects": "recipes.function_vectors",
@@ -68,6 +76,7 @@ _MODULES = (
     "adapters",
     "doctor",
     "errors",
+    "hops",
     "interop",
     "packages",
     "prompts",
@@ -82,10 +91,11 @@ _MODULES = (
     "tokens",
 )
 
-__all__ = sorted([*_HOME, "errors", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "hops", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
+    from hookbook import hops as hops
     from hookbook import interop as interop
     from hookbook import prompts as prompts
     from hookbook import relations as relations
@@ -102,6 +112,8 @@ if TYPE_CHECKING:
     from hookbook.loading import wrap as wrap
     from hookbook.maps import Affine as Affine
     from hookbook.planning import Plan as Plan
+    from hookbook.recipes.backpatching import Backpatch as Backpatch
+    from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
@@ -110,6 +122,10 @@ if TYPE_CHECKING:
     from hookbook.recipes.function_vectors import head_effects as head_effects
     from hookbook.recipes.generation import Generation as Generation
     from hookbook.recipes.generation import generate as generate
+    from hookbook.recipes.hop_knock_out import HopKnockOut as HopKnockOut
+    from hookbook.recipes.hop_knock_out import hop_knock_out as hop_knock_out
+    from hookbook.recipes.hop_readability import HopReadability as HopReadability
+    from hookbook.recipes.hop_readability import hop_readability as hop_readability
     from hookbook.recipes.in_context_shift import InContextVectors as InContextVectors
     from hookbook.recipes.in_context_shift import in_context_vector as in_context_vector
     from hookbook.recipes.linear_relations import LinearRelation as LinearRelation
@@ -132,6 +148,8 @@ if TYPE_CHECKING:
     from hookbook.recipes.task_vectors import compose as compose
     from hookbook.recipes.task_vectors import known as known
     from hookbook.recipes.task_vectors import task_vector as task_vector
+    from hookbook.recipes.two_hops import TwoHops as TwoHops
+    from hookbook.recipes.two_hops import two_hops as two_hops
     from hookbook.recipes.weights import orthogonalize as orthogonalize
     from hookbook.relations import Relation as Relation
     from hookbook.request import Edit as Edit

@@ -26,6 +26,7 @@ from tests.remote.server import STATE, Server
 SANDBOX = os.environ["HOOKBOOK_TEST_SERVER"] == "sandbox"
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = ["The capital of France is", "Hello there, my"]
+HOPS = hb.hops.chain("city_country", "country_capital", 3, shots=1)
 trusted = pytest.mark.skipif(SANDBOX, reason="the same on both paths")
 
 
@@ -115,6 +116,11 @@ RECIPES = {
     "steering towards words": lambda model: hb.steer(
         model, hb.Vector(model.card, hb.Site("mlp_out", 9), torch.linspace(-3, 3, 576)), PROMPTS, layers=[9, 20], tokens=([" Paris"], [" name"])
     ),
+    "two hops": lambda model: hb.two_hops(model, HOPS),
+    "two hops by text": lambda model: hb.two_hops(model, HOPS[:2], generate=4),
+    "two hops by layer": lambda model: hb.hop_readability(model, HOPS, layers=[2, 9, 20], generate=4),
+    "backpatching": lambda model: hb.backpatch(model, HOPS, pairs=[(20, 4), (12, 9), (29, 0)], position="bridge"),
+    "backpatching by text": lambda model: hb.backpatch(model, HOPS[:2], pairs=[(20, 4), (12, 9)], generate=4),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 
@@ -192,6 +198,16 @@ def test_arithmetic_on_states_happens_beside_the_model(remote, local):
     before = remote.service.jobs
     same(run(remote), run(local))
     assert remote.service.jobs == before + 1 and remote.service.bytes_down < 3000  # the states stayed where they were
+
+
+@trusted
+def test_attention_is_knocked_out_where_the_key_is_trusted(remote, local):
+    before = remote.service.jobs
+    ours = hb.hop_knock_out(remote, HOPS[:2], k=1)
+    assert remote.service.jobs == before + 1
+    theirs = fields(hb.hop_knock_out(local, HOPS[:2], k=1))
+    for name, value in fields(ours).items():
+        same(*(x.nan_to_num(-1.0) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in (value, theirs[name])))
 
 
 def test_jacobians_where_the_key_is_trusted(remote, local):
