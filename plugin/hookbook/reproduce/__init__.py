@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUITES = {
     "vectors": ("Task vectors, function vectors, their sums, and steering.", "french"),
-    "knowledge": ("Linear relations and edits through them.", "edits"),
+    "knowledge": ("Linear relations, edits through them, two hops and backpatching, the language between two others.", "edits"),
 }
 """By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what it does at once."""
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hookbook import prompts, relations
+from hookbook import hops, prompts, relations
+from hookbook.recipes.backpatching import Backpatch, backpatch
+from hookbook.recipes.hop_knock_out import HopKnockOut, hop_knock_out
+from hookbook.recipes.hop_readability import hop_readability
 from hookbook.recipes.linear_relations import LinearRelation, linear_relation
 from hookbook.recipes.logit_lens import LogitLens, logit_lens
 from hookbook.recipes.relation_edits import RelationEdits, edit_relation
+from hookbook.recipes.two_hops import TwoHops, two_hops
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 from hookbook.results import Result
 
@@ -30,6 +34,10 @@ class Setup(Expected):
     edits: tuple[str, ...] = ("adjective_comparative", "present_past")
     edit_layers: tuple[int, ...] = ()
     """Where edits are judged, at the one that is best on validation pairs; none: those of the lower half."""
+    late_to_early: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """From which layers to which a patch should help, each from and up to before; None: from the last third to those from a fifth to two thirds."""
+    knock_out: tuple[int, int] | None = None
+    """Windows around these layers, from and up to before, should take the answer, and none before them; None: the second half, up to five sixths."""
     language_layer: int | None = None
     """Where the language between two others is read; None: two thirds up."""
 
@@ -41,8 +49,12 @@ SETUPS = {
         late=12,
         edits=("adjective_comparative", "present_past", "country_capital"),
         edit_layers=(8,),
+        late_to_early=((12, 18), (4, 12)),
+        knock_out=(9, 16),
         language_layer=13,
-        counted=frozenset([("linear relation", "present_past"), ("linear relation", "adjective_comparative"), ("edit", "adjective_comparative")]),
+        counted=frozenset(
+            [("linear relation", "present_past"), ("linear relation", "adjective_comparative"), ("edit", "adjective_comparative"), ("backpatching", "region")]
+        ),
     ),
     "smollm2-135m-instruct": Setup(
         relations=("adjective_comparative", "present_past", "country_capital"),
@@ -113,6 +125,79 @@ def edit_line(found: RelationEdits, setup: Setup) -> Line:
     return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", found.relation), note)
 
 
+def two(model: Adapter, setup: Setup) -> Found:
+    """Questions over a bridge that the text does not name, such as the capital of the country of Lyon (Biran et al. 2024, models of 7 to 70 billion parameters).
+
+    First: is a question answered whose two hops are known? Only questions that no shortcut answers count: neither the second relation of the entity itself, nor the
+    question without it. Then, of answered questions, the attention that is needed: windows of seven layers in which the last token cannot see the entity. Last, of questions
+    that are not answered though both hops are known, backpatching: a later layer's state at the last token given to an earlier layer. That any pair of layers helps says
+    little, for states of other questions (shuffled) help, too; look at the region, which was fixed beforehand, and at the pair that one half of the questions chose.
+    """
+    asked = [question for first in ("city_country", "landmark_country") for question in hops.chain(first, "country_capital", 40, shots=2)]
+    cells = two_hops(model, asked)
+    results: dict[str, Result] = {"two_hops": cells}
+    lines = [cells_line(cells)]
+    answered, late = cells.select(composed=True)[:12], cells.select(composed=False)[:50]
+    if len(answered) >= 4:
+        cut = results["knock_out"] = hop_knock_out(model, [asked[i] for i in answered], edges=[("last", "entity"), ("last", "bridge")])
+        lines.append(knock_out_line(cut, setup))
+        results["readability"] = hop_readability(model, [asked[i] for i in answered])
+    if len(late) >= 4:
+        back = results["backpatching"] = backpatch(model, [asked[i] for i in late])
+        lines += backpatch_lines(back, setup)
+    return results, lines
+
+
+def cells_line(found: TwoHops) -> Line:
+    """Questions whose hops are both known, without and with a shortcut."""
+    right = found.right["composed"].double()
+    alone, helped = found.select(shortcut=False), found.select(shortcut=True)
+    rates = [float(right[some].mean()) for some in (alone, helped)]
+    controls = {"with a shortcut": rates[1]}
+    note = f"Both hops are known of {len(found.select())} of {len(found.answers)} questions; {len(alone)} of these have no shortcut."
+    return Line("two hops", "both known, no shortcut", rates[0], controls, "often not answered", (("answered <= 0.5", rates[0] <= 0.5),), False, note)
+
+
+def knock_out_line(found: HopKnockOut, setup: Setup) -> Line:
+    """What is left of the answers where the last token cannot see the entity."""
+    n = len(found.windows)
+    begin, end = setup.knock_out or (n // 2, n * 5 // 6)
+    kept, other = found.kept()[0]
+    before = float(kept[:begin].min())
+    measured, controls = float(kept[begin:end].max()), {"other tokens": float(other[begin:end].min()), "windows before": before}
+    rule = (("still answered <= 0.3", measured <= 0.3), least("other tokens", controls["other tokens"], 0.7), least("windows before", before, 0.6))
+    what = f"last token to entity, windows around layers {begin} to {end - 1}"
+    return Line("attention knock-out", what, measured, controls, "is needed", rule, False)
+
+
+def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
+    """The region, any pair, and the pair that was chosen on the other half."""
+    n = found.card.n_layers
+    sources, targets = (range(*bounds) for bounds in setup.late_to_early or ((n * 2 // 3, n), (n // 5, n * 2 // 3)))
+    region, every, best = found.region(sources, targets), found.region(), found.best()
+    measured, controls = region["patch"].mean, {name: rate.mean for name, rate in region.items() if name != "patch"} | {"any pair of it": region["patch"].any}
+    rule = (least("mean over pairs", measured, 0.04), ("mean >= 3 times shuffled", measured >= 3 * controls["shuffled"]), *most(controls, {"random": 0.02}))
+    where = f"layers {sources[0]}-{sources[-1]} to {targets[0]}-{targets[-1]}, mean of {int((~found.clean).sum())} questions"
+    explained = {row["control"]: row["explained"] for row in found.summary().to_dict("records")}
+    note = f"Of the mean over all pairs, shuffled donors reach {explained['shuffled']:.0%}, swapped pairs {explained['swapped']:.0%}, random vectors {explained['random']:.0%}."
+    others = {name: rate.any for name, rate in every.items() if name != "patch"}
+    chosen = {name: share for name, share in best.rates.items() if name != "patch"}
+    single = (("fixes some", best.rates["patch"] > 0), ("more than shuffled", best.rates["patch"] > chosen["shuffled"]))
+    return [
+        Line("backpatching", where, measured, controls, "fixes questions", rule, setup.expects("backpatching", "region"), note),
+        Line(
+            "backpatching, any pair",
+            "at least one of all pairs",
+            every["patch"].any,
+            others,
+            "fixes 0.32 to 0.66",
+            (least("any pair", every["patch"].any, 0.32),),
+            False,
+        ),
+        Line("backpatching, one pair", f"layer {best.source} to {best.target}, chosen on the other half", best.rates["patch"], chosen, "", single, False),
+    ]
+
+
 def languages(model: Adapter, setup: Setup) -> Found:
     """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7 to 70 billion parameters).
 
@@ -143,6 +228,7 @@ def language_line(found: LogitLens, target: str, setup: Setup) -> Line:
 EFFECTS: dict[str, tuple[str, Any]] = {
     "relations": ("Relations as linear maps", linear),
     "edits": ("Edits through a relation's inverse", edits),
+    "two-hops": ("Two hops and backpatching", two),
     "languages": ("Which language it thinks in", languages),
 }
 
