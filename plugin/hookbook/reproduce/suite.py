@@ -205,7 +205,12 @@ def _save(folder: Path, file: str, result: Result, plt: Any) -> Iterator[str]:
     """Write a result's table and pictures; the pictures as HTML."""
     result.to_frame().to_csv(folder / f"{file}.csv", index=False)
     for plot in _plots(type(result)):
-        figure: Any = plot(result).figure
+        try:
+            figure: Any = plot(result).figure
+        except HookbookError:  # a picture of what this result was not asked for
+            if plot.__name__ == "plot":
+                raise
+            continue
         name = file + plot.__name__.removeprefix("plot")
         title = name.replace("_", " ")
         figure.suptitle(title)
