@@ -318,7 +318,9 @@ def change_answer(
         raise DataError(
             f"no subject of {relation.relation!r} whose object is {answer!r}", "its state says what to move to", f"use another object, such as {objects}"
         )
+    check_counts(max_new_tokens=max_new_tokens)
     site = relation.sites[relation.place(layer)]
+    relation.check_rank(rank)
     own = relation.ask(subject)
     said = own if sentence is None else Relation(((subject, answer),), "sentence", templates=(sentence,)).ask(subject)
     prompt = adapter.encode(said.text)
