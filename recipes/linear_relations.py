@@ -305,12 +305,13 @@ def _others(
 
 def least_squares(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
     """Ridge regression with a bias from `x` `[n, d_in]` to `y` `[n, d_out]`, at `new` `[m, d_in]`; the penalty is `ridge` times the mean squared norm of centred `x`."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, y, new = x.to(wide), y.to(wide), new.to(wide)
     centre, middle = x.mean(0), y.mean(0)
-    x = x - centre
-    gram = x @ x.T
-    eye = torch.eye(len(x), dtype=x.dtype)
-    penalty = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(x.dtype).tiny)
-    return (new - centre) @ x.T @ torch.linalg.solve(gram + penalty * eye, y - middle) + middle
+    u, s, v = torch.linalg.svd(x - centre, full_matrices=False)
+    penalty = ridge * (s**2).sum() / len(x)
+    shrunk = torch.where(s > torch.finfo(wide).eps * s[0], s / (s**2 + penalty), 0)
+    return ((new - centre) @ v.T * shrunk @ u.T @ (y - middle) + middle).to(dtype)
 
 
 def _share(adapter: Adapter, outputs: Tensor, answers: Tensor, known: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ UNRELATED = ("Q {} R", "{} and so")
 
 
 @cache
-def planted(adapter: hb.Adapter, n: int = 20, end: bool = False) -> Relation:
+def planted(adapter: hb.Adapter, n_train: int = TRAIN, end: bool = False) -> Relation:
     """A relation of what the model says anyway behind arbitrary training pairs; the last subject of either part has another object.
 
     Args:
@@ -34,8 +34,8 @@ def planted(adapter: hb.Adapter, n: int = 20, end: bool = False) -> Relation:
     best: tuple[int, Relation | None] = (1, None)
     for mark in (*punctuation.replace("{", "").replace("}", ""), *digits, *ascii_letters):
         draw, template = random.Random(mark), f"say{mark}{{}}" if end else "{}" + mark
-        subjects = sorted({"".join(draw.sample(ascii_lowercase, draw.randrange(2, 8))) for _ in range(n)})
-        parts = _parts(Relation(tuple((x, "?") for x in subjects), "planted", templates=(template,), answer="{}"), 1 if end else TRAIN, None, SEED)
+        subjects = sorted({"".join(draw.sample(ascii_lowercase, draw.randrange(2, 8))) for _ in range(20)})
+        parts = _parts(Relation(tuple((x, "?") for x in subjects), "planted", templates=(template,), answer="{}"), n_train, None, SEED)
         train = tuple((x, draw.choice(ascii_lowercase)) for x, _ in parts[0])
         relation = Relation(train, "planted", templates=(template,), answer="{}")
         prompts = [adapter.encode(relation.ask(x, train, "?").text) for part in parts[1:] for x, _ in part]
@@ -50,7 +50,7 @@ def planted(adapter: hb.Adapter, n: int = 20, end: bool = False) -> Relation:
         objects = min(len({*some}) for some in known)
         if objects > best[0]:
             best = objects, Relation(tuple(pairs), "planted", templates=(template,), answer="{}")
-        if objects > 1 and min(map(len, known)) > 3:
+        if objects > 1 and min(map(len, known)) > 2:
             break
     assert best[1] is not None, "this model says one thing to all"
     return best[1]
@@ -144,8 +144,8 @@ def test_the_map_is_the_mean_of_expansions_of_plain_runs(found):
 def test_finite_differences_agree_with_the_map(found):
     case, result = found.case, found.result
     site, draw = result.sites[1], torch.Generator().manual_seed(0)
-    # transformers' norm of Gemma is float32 whatever the model's dtype
-    rough = "gemma" in case.name and not case.name.startswith("hooked")
+    # transformers' norms of these are float32 whatever the model's dtype
+    rough = case.name.endswith(("llama", "gemma3")) and not case.name.startswith("hooked")
     step, bound = (1e-2, 1e-2) if rough else (1e-5, 1e-6)
     for _ in range(3):
         along = torch.randn(case.adapter.card.d_model, generator=draw, dtype=torch.float64)
@@ -159,10 +159,10 @@ def test_finite_differences_agree_with_the_map(found):
 
 
 def test_of_one_expansion_the_map_gives_the_output_itself(case):
-    relation = planted(case.adapter)
+    relation = planted(case.adapter, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hookbook.recipes.linear_relations.plain", lambda x: x.detach())
-        result = hb.linear_relation(case.adapter, relation, layers="all", betas=(1,), n_train=1, seed=SEED, queries=1_000)
+        result = hb.linear_relation(case.adapter, relation, layers="all", betas=(1,), n_train=1, seed=SEED)
     asked = relation.ask(result.train[0][0], result.train)
     assert asked.text == relation.templates[0].format(result.train[0][0]), "nothing is shown"
     for site in result.sites:
@@ -173,7 +173,7 @@ def test_of_one_expansion_the_map_gives_the_output_itself(case):
 
 def test_at_the_end_of_prompt_and_model_the_map_is_the_identity(case):
     """A subject that ends the prompt is heard at the last layer, too."""
-    result = hb.linear_relation(case.adapter, planted(case.adapter, end=True), layers=[0, -1], betas=(0.5, 1, 2), n_train=1, seed=SEED)
+    result = hb.linear_relation(case.adapter, planted(case.adapter, 1, end=True), layers=[0, -1], betas=(0.5, 1, 2), n_train=1, seed=SEED)
     assert torch.equal(result.weight[1], torch.eye(case.adapter.card.d_model)) and result.bias[1].abs().max() < 1e-6
     assert result.faithfulness[1] == result.controls["logit lens"][1] == result.controls["beta = 1"][1] == 1
     assert result.weight[0].any() and not torch.equal(result.weight[0], result.weight[1])
@@ -261,7 +261,6 @@ def test_edits_are_what_a_loop_of_plain_runs_finds(found, monkeypatch):
         assert int(edits.wanted[i]) == found.answer(other) == adapter.encode(wanted, bos=False).ids[0]
         for k, site in enumerate(edits.sites):
             (s, output, _), (s_other, output_other, _) = state(case, asked, site), state(case, donor, site)
-            assert (s - s_other).any()
             if i in tested:
                 swapped[k] += int(run(case, asked, edit(site, at(asked), s_other, "set"))[0][-1].argmax()) == found.answer(other)
             for j, rank in enumerate(RANKS):
@@ -286,7 +285,8 @@ def test_edits_are_what_a_loop_of_plain_runs_finds(found, monkeypatch):
     assert (edits.divergence - own_kl).abs().max() < 1e-7 * own_kl.max() and (edits.random_divergence - noise_kl).abs().max() < 1e-7 * noise_kl.max()
     right = (edits.said == edits.wanted[:, None, None]).double()
     assert torch.equal(edits.success, right[tested].mean(0)) and torch.equal(edits.validation, right[: edits.n_validation].mean(0))
-    assert edits.substituted[0] > edits.random[-1].max() or edits.success.max() > 0, "something changes answers"
+    own = torch.tensor([found.answer(x) for x, *_ in edits.changes])
+    assert (edits.said[:, :-1] != own[:, None, None]).any() and torch.equal(edits.said[:, -1], own[:, None].expand(-1, len(RANKS)))
     assert not edits.divergence[-1].any(), "the last layer's subject is not heard"
 
 
