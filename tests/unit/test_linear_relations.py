@@ -129,7 +129,7 @@ def test_any_precision(dtype):
     adapter = toy(dtype=dtype)
     one = hb.linear_relation(adapter, planted(adapter), layers=["embed", *LAYERS], betas=BETAS, n_train=TRAIN, seed=SEED)
     assert one.weight.dtype == one.bias.dtype == torch.float32 and one.weight[2].any()
-    assert hb.edit_relation(adapter, one, changes=2, n_unrelated=1).said.shape == (4, 4, 2)
+    assert hb.edit_relation(adapter, one, ranks=[1, 5], changes=2, n_unrelated=1).said.shape == (4, 4, 2)
     assert hb.attribute_lens(adapter, one, "abc").token_ids.shape == (1, 4, 5)
     assert hb.change_answer(adapter, one, "new", one.train[0][1], rank=2).control_texts[0]
 

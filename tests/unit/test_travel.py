@@ -135,6 +135,46 @@ def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
     assert (jacobian.matrices[0] - jacobian_here.matrices[0]).abs().max() < 1e-4
 
 
+def test_a_relation_is_found_and_used_where_this_package_is_not(tiny_folder, tmp_path):
+    """The map as promises, and edits along a map that is here; each one job."""
+    from nnsight import TransformersModel
+
+    from tests.contract.test_linear_relations import planted
+
+    def model(**more) -> TransformersModel:
+        return TransformersModel(name, task="text-generation", tokenizer=name, dtype="float32", **more)
+
+    name = str(tiny_folder("llama"))
+    remote, local = hb.wrap(model(), remote="http://127.0.0.1:9"), hb.wrap(model(dispatch=True, device_map="cpu", attn_implementation="eager"))
+    remote.model.to_model_key = lambda: "a name, which only a server reads"
+    asked = planted(local)
+    call = dict(layers=["resid_pre.0", 1, -1], betas=(0.5, 1, 2), n_train=2, seed=3)
+
+    def found(adapter):
+        return hb.linear_relation(adapter, asked, progress=False, **call)
+
+    here = found(local)
+
+    def used(adapter):
+        changed = hb.edit_relation(adapter, here, ranks=[1, 5], changes=3, n_unrelated=1, progress=False)
+        lens = hb.attribute_lens(adapter, here, ["A longer one"], position=-3, tokens=["x"], progress=False)
+        return changed, lens, hb.change_answer(adapter, here, "new", here.train[0][1], rank=5, max_new_tokens=3, progress=False)
+
+    for theirs, ours in ((arrives(remote, Path(name), tmp_path, found), here), *zip(arrives(remote, Path(name), tmp_path, used), used(local), strict=True)):
+        assert type(theirs) is type(ours)
+        for key, value in vars(ours).items():
+            mine = vars(theirs)[key]
+            if key == "controls":
+                assert mine.keys() == value.keys() and all(torch.equal(mine[name], value[name]) for name in value)
+            elif isinstance(value, torch.Tensor):
+                assert mine.shape == value.shape and mine.dtype == value.dtype
+                assert torch.equal(mine, value) if not value.is_floating_point() else ((mine - value).abs() <= 1e-4 * (1 + value.abs())).all(), key
+            elif key == "logprobs":
+                assert torch.allclose(torch.tensor(mine), torch.tensor(value), atol=1e-4)
+            elif key not in ("card", "settings", "control_logprobs", "source_card", "target_card"):
+                assert mine == value, key
+
+
 def test_earlier_tokens_run_again_give_the_same(folder):
     """As in a server's sandbox, which keeps no keys and values for us."""
     from nnsight import TransformersModel
