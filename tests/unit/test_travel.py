@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,22 @@ def test_later_waits_for_numbers_and_no_longer():
     assert isinstance(waits, deferred.Later) and later(lambda b: b + 1, 3) == 4
     x.number = torch.tensor([1.0, 2.0])
     assert deferred.known(waits) == ([1.0, 2.0], 3) and torch.equal(x + 1, torch.tensor([2.0, 3.0])) and deferred.known({"a": [x]})["a"][0] is x.number
+
+
+def test_what_waits_for_a_promise_inside_an_edit_is_filled_in():
+    tape = Tape()
+    vector = Deferred.of(tape, (2,), torch.float32)
+    kept = Kept((later(str, hb.Edit("resid_post.1", vector)),))
+    (condition, _) = tape.conditions[0]
+    tape.arrive({vector.slot: torch.tensor([3.0, 4.0]), condition.slot: torch.tensor(True)}, [vector])
+    assert deferred.known(kept) is kept and kept.edits == (str(hb.Edit("resid_post.1", torch.tensor([3.0, 4.0]))),)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result that says what was done."""
+
+    edits: tuple
 
 
 def test_conditions_hold_before_numbers_are_given():
