@@ -69,7 +69,7 @@ class LinearRelation(Result):
     bias: Tensor
     """`[site, d_model]`: `b`."""
     betas: tuple[float, ...]
-    """Those that were tried."""
+    """Those that were tried, ascending."""
     beta: Tensor
     """`[site]`: the best on validation pairs; of several the smallest."""
     chosen_by: Tensor
@@ -105,7 +105,7 @@ class LinearRelation(Result):
         weight = self.weight[at]
         if rank is not None:
             u, s, v = torch.linalg.svd(weight)
-            keep = self._rank(rank)
+            keep = self.check_rank(rank)
             weight = u[:, :keep] * s[:keep] @ v[:keep]
         return Affine(self.beta[at] * weight, self.bias[at])
 
@@ -115,17 +115,22 @@ class LinearRelation(Result):
         return into @ back
 
     def factors(self, rank: int, layer: Any = None) -> tuple[Tensor, Tensor]:
-        """The same as a product of two: `S^-1 U^T` `[rank, d_model]`, and `V` `[d_model, rank]` which comes after it."""
+        """The same as a product of two: `S^-1 U^T` `[rank, d_model]`, and `V` `[d_model, rank]` which comes after it.
+
+        Singular values that are only rounding have no inverse: 0 stands for it. At the last layer that is all of them, unless the subject ends the prompt.
+        """
         u, s, v = torch.linalg.svd(self.weight[self.place(layer)])
-        keep = self._rank(rank)
-        return u[:, :keep].T / s[:keep, None], v[:keep].T
+        keep = self.check_rank(rank)
+        inverse = torch.where(s > torch.finfo(s.dtype).eps * s[0], 1 / s, 0)[:keep]
+        return u[:, :keep].T * inverse[:, None], v[:keep].T
 
     def pairs(self, part: str) -> list[Pair]:
         """The pairs of a part, `validation` or `test`, which the model knows."""
         every, known = {"validation": (self.validation, self.validation_known), "test": (self.test, self.test_known)}[part]
         return [pair for pair, ok in zip(every, known.tolist(), strict=True) if ok]
 
-    def _rank(self, rank: int) -> int:
+    def check_rank(self, rank: int) -> int:
+        """A rank that `W` can have, or `EditError`."""
         if not 1 <= rank <= self.card.d_model:
             raise EditError(f"rank {rank}", f"W has ranks 1 to {self.card.d_model}", "use one of them")
         return rank
@@ -231,6 +236,7 @@ def linear_relation(
         adapter.require(site)
     if n_train < 1 or ridge < 0 or (queries is not None and queries < 1) or not betas:
         raise TokenError(f"n_train={n_train}, queries={queries}, ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use 1 or more")
+    betas = sorted({float(beta) for beta in betas})
     train, validation, test = _parts(relation, n_train, queries, seed)
     shown = [relation.ask(x, train) for x, _ in train]
     prompts, _ = coded(adapter, shown)
@@ -246,7 +252,7 @@ def linear_relation(
             f"the model says none of the {name} objects of {relation.name!r}", "there is nothing to judge by", "use another relation or template"
         )
         hold(some.any(), nothing)
-    beta_values = torch.tensor(list(betas), dtype=found.output.dtype)
+    beta_values = torch.tensor(betas, dtype=found.output.dtype)
     chosen_by, chosen, told = [], [], []
     for k, (weight, bias) in enumerate(zip(found.matrices, biases, strict=True)):
         mapped = states.subject[k] @ weight.T
@@ -273,7 +279,7 @@ def linear_relation(
         sites=tuple(sites),
         weight=later(plain, torch.stack(found.matrices)),
         bias=later(plain, torch.stack(biases)),
-        betas=tuple(float(beta) for beta in betas),
+        betas=tuple(betas),
         beta=later(plain, torch.cat(chosen)),
         chosen_by=torch.stack(chosen_by),
         faithfulness=measured.pop(""),
@@ -299,12 +305,13 @@ def _others(
 
 def least_squares(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
     """Ridge regression with a bias from `x` `[n, d_in]` to `y` `[n, d_out]`, at `new` `[m, d_in]`; the penalty is `ridge` times the mean squared norm of centred `x`."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, y, new = x.to(wide), y.to(wide), new.to(wide)
     centre, middle = x.mean(0), y.mean(0)
-    x = x - centre
-    gram = x @ x.T
-    eye = torch.eye(len(x), dtype=x.dtype)
-    penalty = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(x.dtype).tiny)
-    return (new - centre) @ x.T @ torch.linalg.solve(gram + penalty * eye, y - middle) + middle
+    u, s, v = torch.linalg.svd(x - centre, full_matrices=False)
+    penalty = ridge * (s**2).sum() / len(x)
+    shrunk = torch.where(s > torch.finfo(wide).eps * s[0], s / (s**2 + penalty), 0)
+    return ((new - centre) @ v.T * shrunk @ u.T @ (y - middle) + middle).to(dtype)
 
 
 def _share(adapter: Adapter, outputs: Tensor, answers: Tensor, known: Tensor) -> Tensor:

@@ -247,8 +247,9 @@ def _changes(pairs: Sequence[Pair], n: int, part: str, name: str, seed: int) -> 
 
 def _moves(relation: LinearRelation, site: Site, change: Tensor, ranks: Sequence[int]) -> Tensor:
     """What is added at a site for changes of the output `[n, d_model]`, `[rank, n, d_model]`."""
-    back, into = (factor.to(change.dtype) for factor in relation.factors(max(ranks), site))
-    along = change @ back.T
+    wide = torch.promote_types(change.dtype, torch.float32)
+    back, into = (factor.to(wide) for factor in relation.factors(max(ranks), site))
+    along = change.to(wide) @ back.T
     return torch.stack([along[:, :rank] @ into[:, :rank].T for rank in ranks])
 
 
@@ -318,7 +319,9 @@ def change_answer(
         raise DataError(
             f"no subject of {relation.relation!r} whose object is {answer!r}", "its state says what to move to", f"use another object, such as {objects}"
         )
+    check_counts(max_new_tokens=max_new_tokens)
     site = relation.sites[relation.place(layer)]
+    relation.check_rank(rank)
     own = relation.ask(subject)
     said = own if sentence is None else Relation(((subject, answer),), "sentence", templates=(sentence,)).ask(subject)
     prompt = adapter.encode(said.text)

@@ -262,8 +262,9 @@ def known(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             old = getattr(value, field.name)
+            promised = any(True for _ in _deferred(old, waiting=True, arrived=True))  # asked first: data classes in it are filled in place
             new = known(old)
-            if new is not old and any(True for _ in _deferred(old, waiting=True, arrived=True)):
+            if new is not old and promised:
                 object.__setattr__(value, field.name, new)
     return value
 

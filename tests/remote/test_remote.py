@@ -81,6 +81,31 @@ def fields(result: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(result).items() if "card" not in key}
 
 
+def made(model: hb.Adapter) -> hb.LinearRelation:
+    """A relation whose map is noise, so that what uses it needs no gradients."""
+    relation, draw = hb.relations.load("present_past"), torch.Generator().manual_seed(0)
+    pairs = (("go", "went"), *(pair for pair in relation.pairs if pair[0] != "go"))
+    sites, yes, half = (hb.Site("resid_post", 9), hb.Site("resid_post", 14)), torch.ones(4, dtype=torch.bool), torch.full((2,), 0.5)
+    weight = torch.randn(2, 576, 576, generator=draw) / 24 + torch.eye(576)
+    parts = {"train": pairs[:3], "validation": pairs[3:7], "test": pairs[7:11], "validation_known": yes, "test_known": yes}
+    return hb.LinearRelation(
+        card=model.card,
+        relation="present_past",
+        template=relation.templates[0],
+        answer=relation.answer,
+        sites=sites,
+        weight=weight,
+        bias=torch.randn(2, 576, generator=draw),
+        betas=(1.0,),
+        beta=2 * half,
+        chosen_by=half[:, None],
+        faithfulness=half,
+        controls={},
+        settings={},
+        **parts,
+    )
+
+
 RECIPES = {
     "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
     "logit lens of several tokens and languages": lambda model: hb.logit_lens(
@@ -121,6 +146,9 @@ RECIPES = {
     "two hops by layer": lambda model: hb.hop_readability(model, HOPS, layers=[2, 9, 20], generate=4),
     "backpatching": lambda model: hb.backpatch(model, HOPS, pairs=[(20, 4), (12, 9), (29, 0)], position="bridge"),
     "backpatching by text": lambda model: hb.backpatch(model, HOPS[:2], pairs=[(20, 4), (12, 9)], generate=4),
+    "edits along a relation": lambda model: hb.edit_relation(model, made(model), ranks=[2, 5], changes=3, n_unrelated=1),
+    "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
+    "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 
@@ -223,6 +251,18 @@ def test_jacobians_where_the_key_is_trusted(remote, local):
         a, b = (hb.jacobian(model, PROMPTS, of, wrt, mean=mean) for model in (remote, local))
         same((a.output, a.inputs, a.matrices, a.products), (b.output, b.inputs, b.matrices, b.products))
     assert remote.service.jobs == before + 2
+
+
+def test_relations_where_the_key_is_trusted(remote, local):
+    call = dict(layers=[9, 21], n_train=2, queries=6)
+    relation, before = hb.relations.load("present_past"), remote.service.jobs
+    if SANDBOX:
+        with pytest.raises(RemoteError, match="gradients.*sandbox"):
+            hb.linear_relation(remote, relation, **call)
+        return
+    ours, theirs = fields(hb.linear_relation(remote, relation, **call)), fields(hb.linear_relation(local, relation, **call))
+    assert remote.service.jobs == before + 1
+    same(ours, theirs)
 
 
 def test_several_calls_in_one_job(remote, local):

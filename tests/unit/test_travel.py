@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,46 @@ def test_of_a_lens_on_a_server_only_what_was_asked_for_comes_back(folder):
     assert plan.jobs == 1 and asked <= plan.bytes_down < 1.02 * asked
 
 
+def test_a_relation_is_found_and_used_where_this_package_is_not(tiny_folder, tmp_path):
+    """The map as promises, and edits along a map that is here; each one job."""
+    from nnsight import TransformersModel
+
+    from tests.contract.test_linear_relations import planted
+
+    def model(**more) -> TransformersModel:
+        return TransformersModel(name, task="text-generation", tokenizer=name, dtype="float32", **more)
+
+    name = str(tiny_folder("llama"))
+    remote, local = hb.wrap(model(), remote="http://127.0.0.1:9"), hb.wrap(model(dispatch=True, device_map="cpu", attn_implementation="eager"))
+    remote.model.to_model_key = lambda: "a name, which only a server reads"
+    asked = planted(local)
+    call = dict(layers=["resid_pre.0", 1, -1], betas=(0.5, 1, 2), n_train=2, seed=3)
+
+    def found(adapter):
+        return hb.linear_relation(adapter, asked, progress=False, **call)
+
+    here = found(local)
+
+    def used(adapter):
+        changed = hb.edit_relation(adapter, here, ranks=[1, 5], changes=3, n_unrelated=1, progress=False)
+        lens = hb.attribute_lens(adapter, here, ["A longer one"], position=-3, tokens=["x"], progress=False)
+        return changed, lens, hb.change_answer(adapter, here, "new", here.train[0][1], rank=5, max_new_tokens=3, progress=False)
+
+    for theirs, ours in ((arrives(remote, Path(name), tmp_path, found), here), *zip(arrives(remote, Path(name), tmp_path, used), used(local), strict=True)):
+        assert type(theirs) is type(ours)
+        for key, value in vars(ours).items():
+            mine = vars(theirs)[key]
+            if key == "controls":
+                assert mine.keys() == value.keys() and all(torch.equal(mine[name], value[name]) for name in value)
+            elif isinstance(value, torch.Tensor):
+                assert mine.shape == value.shape and mine.dtype == value.dtype
+                assert torch.equal(mine, value) if not value.is_floating_point() else ((mine - value).abs() <= 1e-4 * (1 + value.abs())).all(), key
+            elif key == "logprobs":
+                assert torch.allclose(torch.tensor(mine), torch.tensor(value), atol=1e-4)
+            elif key not in ("card", "settings", "control_logprobs", "source_card", "target_card"):
+                assert mine == value, key
+
+
 def test_earlier_tokens_run_again_give_the_same(folder):
     """As in a server's sandbox, which keeps no keys and values for us."""
     from nnsight import TransformersModel
@@ -265,6 +306,22 @@ def test_later_waits_for_numbers_and_no_longer():
     assert isinstance(waits, deferred.Later) and later(lambda b: b + 1, 3) == 4
     x.number = torch.tensor([1.0, 2.0])
     assert deferred.known(waits) == ([1.0, 2.0], 3) and torch.equal(x + 1, torch.tensor([2.0, 3.0])) and deferred.known({"a": [x]})["a"][0] is x.number
+
+
+def test_what_waits_for_a_promise_inside_an_edit_is_filled_in():
+    tape = Tape()
+    vector = Deferred.of(tape, (2,), torch.float32)
+    kept = Kept((later(str, hb.Edit("resid_post.1", vector)),))
+    (condition, _) = tape.conditions[0]
+    tape.arrive({vector.slot: torch.tensor([3.0, 4.0]), condition.slot: torch.tensor(True)}, [vector])
+    assert deferred.known(kept) is kept and kept.edits == (str(hb.Edit("resid_post.1", torch.tensor([3.0, 4.0]))),)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result that says what was done."""
+
+    edits: tuple
 
 
 def test_conditions_hold_before_numbers_are_given():
