@@ -32,7 +32,7 @@ def test_edits_along_the_map_change_the_answer():
 
 def test_a_verb_map_is_no_least_squares():
     found = hb.linear_relation(real("smollm2-135m-instruct"), hb.relations.load("present_past"), layers=[9])
-    assert found.faithfulness[0] >= 0.75 and all(found.controls[name][0] <= 0.15 for name in LESSER)
+    assert found.faithfulness[0] >= 0.7 and all(found.controls[name][0] <= 0.15 for name in LESSER)
 
 
 def test_the_map_is_autograd_on_plain_transformers():

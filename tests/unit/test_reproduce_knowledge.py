@@ -95,20 +95,29 @@ def edited(validation, test, random=0.0):
         random_divergence=zeros,
         settings={},
     )
-    return knowledge.edit_line(found, Setup())
+    return found
+
+
+def line_of(*draws):
+    return knowledge.edit_line(draws, Setup())
 
 
 @pytest.mark.parametrize(
     ("line", "holds", "layer"),
     [
-        (edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]]), "yes", 1),
-        (edited([[2, 2, 0], [2, 1, 0]], [[0, 0, 0], [0, 2, 0]]), "no", 0),  # the layer is that of validation, at the rank nearest to 100
-        (edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 1]]), "partly", 1),  # the full rank works
-        (edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]], random=0.2), "partly", 1),
+        (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]])), "yes", 1),
+        (line_of(edited([[2, 2, 0], [2, 1, 0]], [[0, 0, 0], [0, 2, 0]])), "no", 0),  # the layer is that of validation, at the rank nearest to 100
+        (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 1]])), "partly", 1),  # the full rank works
+        (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]], random=0.2)), "partly", 1),
     ],
 )
 def test_an_edit_moves_the_answer_if_noise_and_the_full_inverse_do_not(line, holds, layer):
-    assert line.holds == holds and line.what == f"plural, layer {layer}, rank 90" and line.controls["the other's state"] == 1
+    assert line.holds == holds and line.what == f"plural, layer {layer}, rank 90, mean of 1 draws" and line.controls["the other's state"] == 1
+
+
+def test_edits_are_means_over_draws_each_at_its_own_layer():
+    line = line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]]), edited([[0, 2, 0], [0, 0, 0]], [[0, 1, 0], [0, 2, 0]]))
+    assert line.measured == 0.75 and line.what == "plural, layer 0 or 1, rank 90, mean of 2 draws" and "1.00, 0.50 in draws" in line.note
 
 
 def test_two_hops_without_a_shortcut_are_told_apart():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 QUERIES = 40
 RANK = 100
+DRAWS = 3
+"""How often the pairs of edits are drawn: the authors' code has three trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,6 @@ SETUPS = {
         relations=("present_past", "adjective_comparative", "antonym", "country_language", "country_capital", "landmark_country"),
         faithful=0.75,
         late=12,
-        edits=("adjective_comparative", "present_past", "country_capital"),
         edit_layers=(8,),
         late_to_early=((12, 18), (4, 12)),
         knock_out=(9, 16),
@@ -101,28 +103,37 @@ def edits(model: Adapter, setup: Setup) -> Found:
     """
     layers = list(setup.edit_layers) or list(range(model.card.n_layers // 2))
     results: dict[str, Result] = {}
+    lines = []
     for name in setup.edits:
-        found = linear_relation(model, relations.load(name), layers=layers, queries=QUERIES)
-        results[f"edits_{name}"] = edit_relation(model, found, changes=QUERIES)
-    return results, [edit_line(found, setup) for found in results.values() if isinstance(found, RelationEdits)]
+        relation, draws = relations.load(name), []
+        for seed in range(DRAWS):
+            found = linear_relation(model, relation, layers=layers, queries=QUERIES, seed=seed)
+            draws.append(edit_relation(model, found, changes=QUERIES, seed=seed))
+            results[f"edits_{name}_{seed}"] = draws[-1]
+        lines.append(edit_line(draws, setup))
+    return results, lines
 
 
-def edit_line(found: RelationEdits, setup: Setup) -> Line:
-    """Edits of rank 100 at the layer that is best on validation pairs."""
-    rank = min(range(len(found.ranks)), key=lambda j: abs(found.ranks[j] - RANK))
-    at = int(found.validation[:, rank].argmax())
-    measured = float(found.success[at, rank])
-    controls = {
-        "random": float(found.random[at, rank]),
-        f"rank {found.ranks[-1]}": float(found.success[at, -1]),
-        "the other's state": float(found.substituted[at]),
-    }
-    controls |= {"KL elsewhere": float(found.divergence[at, rank]), "KL elsewhere, random": float(found.random_divergence[at, rank])}
-    rule = (least("success", measured, 0.6), *most(controls, {"random": 0.05, f"rank {found.ranks[-1]}": 0.15}))
-    site, best = found.best
-    note = f"{found.relation}: of all layers and ranks tried, layer {site.layer} and rank {best} are best on validation pairs, and succeed on {float(found.success[found.best_index]):.2f} of the test pairs."
-    what = f"{found.relation}, layer {found.sites[at].layer}, rank {found.ranks[rank]}"
-    return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", found.relation), note)
+def edit_line(draws: Sequence[RelationEdits], setup: Setup) -> Line:
+    """Edits of rank 100, at the layer that is best on each draw's validation pairs; means over the draws."""
+    name, ranks = draws[0].relation, draws[0].ranks
+    rank = min(range(len(ranks)), key=lambda j: abs(ranks[j] - RANK))
+    places = [int(found.validation[:, rank].argmax()) for found in draws]
+
+    def mean(field: str, *at: int) -> float:
+        return sum(float(getattr(found, field)[(place, *at)]) for found, place in zip(draws, places, strict=True)) / len(draws)
+
+    measured, full = mean("success", rank), f"rank {ranks[-1]}"
+    controls = {"random": mean("random", rank), full: mean("success", -1), "the other's state": mean("substituted")}
+    controls |= {"KL elsewhere": mean("divergence", rank), "KL elsewhere, random": mean("random_divergence", rank)}
+    rule = (least("success", measured, 0.6), *most(controls, {"random": 0.05, full: 0.15}))
+    each = ", ".join(f"{float(found.success[place, rank]):.2f}" for found, place in zip(draws, places, strict=True))
+    best = [(site.layer, chosen, float(found.success[found.best_index])) for found in draws for site, chosen in [found.best]]
+    note = f"{name}: {each} in draws of the five pairs; the layer and rank that are best on validation pairs: "
+    note += ", ".join(f"layer {layer} rank {chosen} {x:.2f}" for layer, chosen, x in best) + "."
+    layers = sorted({found.sites[place].layer or 0 for found, place in zip(draws, places, strict=True)})
+    what = f"{name}, layer {' or '.join(map(str, layers))}, rank {ranks[rank]}, mean of {len(draws)} draws"
+    return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", name), note)
 
 
 def two(model: Adapter, setup: Setup) -> Found:
