@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import Deferred, hold, later
-from hookbook.errors import DataError, EditError, SiteError, TokenError
+from hookbook.deferred import Deferred, Later, hold, later
+from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError
 from hookbook.gradients import Jacobian, jacobian
 from hookbook.loading import wrap
 from hookbook.maps import Affine
@@ -94,7 +94,9 @@ class LinearRelation(Result):
         """The place of a layer among `sites`; None: of the best."""
         if layer is None:
             return self.best_index
-        (site,) = layers_to_sites(layer, self.card)
+        site, *more = layers_to_sites(layer, self.card)
+        if more:
+            raise SiteError(f"{layer!r} as one layer", f"it is {1 + len(more)} of them", "name one")
         if site not in self.sites:
             raise SiteError(f"{site} in this relation", f"it has {', '.join(map(str, self.sites))}", "use one of them, or make it with this layer")
         return self.sites.index(site)
@@ -424,6 +426,10 @@ def attribute_lens(
 
 
 def check_model(adapter: Adapter, relation: LinearRelation) -> None:
-    """Raise if a relation is of another model."""
+    """Raise if a relation is of another model, or is still being made."""
+    if isinstance(relation.weight, Later):
+        raise Refused(
+            "a relation whose numbers are not here yet", "which pairs are known, and the best layer, decide what is asked next", "leave the job first"
+        )
     if not relation.card.same_model(adapter.card):
         raise EditError(f"a relation of {relation.card.model_id} in {adapter.card.model_id}", "its map is of another stream", "make it with this model")

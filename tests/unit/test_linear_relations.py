@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.errors import DataError, EditError, SiteError, TokenError
+from hookbook.deferred import Later
+from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError
 from hookbook.recipes.linear_relations import least_squares
 from hookbook.relations import Relation
 from hookbook.testing import ToyModel, toy
@@ -354,6 +355,8 @@ def test_bad_readings_are_refused_before_anything_runs(ask, error, match, monkey
 def test_a_map_has_its_layers_ranks_and_width():
     with pytest.raises(SiteError, match="use one of them, or make it with this layer"):
         found().affine(0)
+    with pytest.raises(SiteError, match="'all' as one layer"):
+        found().place("all")
     for rank in (0, 17):
         with pytest.raises(EditError, match=f"rank {rank}: W has ranks 1 to 16"):
             found().affine(rank=rank)
@@ -361,6 +364,13 @@ def test_a_map_has_its_layers_ranks_and_width():
             found().inverse(rank)
     with pytest.raises(EditError, match="this map takes 16"):
         found()(torch.zeros(2, 5))
+
+
+def test_a_relation_that_is_being_made_elsewhere_is_not_used_before_it_is_there():
+    one = replace(found(), weight=Later(torch.zeros, ()))
+    for use in (lambda: hb.attribute_lens(TOY, one, "a"), lambda: hb.edit_relation(TOY, one)):
+        with pytest.raises(Refused, match="numbers are not here yet.*leave the job first"):
+            use()
 
 
 def test_a_relation_that_the_model_does_not_know_has_no_map():
