@@ -119,8 +119,9 @@ def lines(
             values,
             label=name,
             color=COLOURS[at % len(COLOURS)],
+            linestyle=("-", "--")[at // len(COLOURS) % 2],
             linewidth=2.2 if at == 0 else 1.2,
-            marker="o" if len(values) < 60 else None,
+            marker=None if len(values) >= 60 else "os"[at // len(COLOURS) % 2],
             markersize=3,
         )
         if bands and name in bands:

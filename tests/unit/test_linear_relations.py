@@ -352,6 +352,12 @@ def test_bad_readings_are_refused_before_anything_runs(ask, error, match, monkey
     run(monkeypatch, lambda: hb.attribute_lens(TOY, one, **ask), error, match)
 
 
+def test_no_two_curves_look_alike():
+    curves = found().plot().get_lines()
+    looks = {(line.get_color(), line.get_linestyle()) for line in curves}
+    assert len(looks) == len(curves) == 1 + len(found().controls) > 6
+
+
 def test_a_map_has_its_layers_ranks_and_width():
     with pytest.raises(SiteError, match="use one of them, or make it with this layer"):
         found().affine(0)
