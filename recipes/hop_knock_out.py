@@ -85,9 +85,11 @@ class HopKnockOut(Result):
         """The share of answered questions that still are, by the window's centre; the controls are dashed."""
         kept = self.kept()
         names = ("layer in the middle of the window", "still answered")
-        ax = lines(ax, {f"{a} to {b}": kept[e, 0] for e, (a, b) in enumerate(self.edges)}, names)
+        ax = lines(ax, {f"{a} to {b}": kept[e, 0] for e, (a, b) in enumerate(self.edges)}, names, labels=[str(layer) for layer in range(len(self.windows))])
         for e in range(len(self.edges)):
-            ax.plot(range(len(self.windows)), kept[e, 1], color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1)
+            label = "as many others" if e == 0 else None
+            ax.plot(range(len(self.windows)), kept[e, 1], color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1, label=label)
+        ax.legend(frameon=False, fontsize=8)
         return ax
 
     def view(self) -> View:
