@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from hookbook.adapter import Adapter
+    from hookbook.recipes.generation import Generation
 
 Pair = tuple[str, str]
 BETAS = tuple(round(0.25 * i, 2) for i in range(21))
@@ -143,6 +144,12 @@ class LinearRelation(Result):
             raise EditError(f"states of width {states.shape[-1]}", f"this map takes {self.card.d_model}", "give states of the same model")
         site = self.sites[self.place(layer)]
         return self.affine(layer, rank=rank)(states, site, site)
+
+    def edit(self, model: Any, subject: str, answer: str, **settings: Any) -> Generation:
+        """Make the model answer something else about a subject; see `hookbook.change_answer`, which also has a plan and can be submitted."""
+        from hookbook.recipes.relation_edits import change_answer
+
+        return change_answer(model, self, subject, answer, **settings)
 
     def ask(self, subject: str, answer: str = "?") -> Statement:
         """The relation's prompt about any subject, behind the training pairs."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from string import ascii_letters, ascii_lowercase, digits, punctuation
+from typing import Any
 
 import pytest
 import torch
@@ -315,7 +316,8 @@ def test_a_changed_answer_goes_on_as_plain_decoding_does(found, twice):
     if twice:
         asked = Relation(((subject, own),), templates=(sentence or "",)).ask(subject)
         assert asked.text.count(subject) == 3 and at(asked) == 2 * len(subject) + 2
-    out = hb.change_answer(adapter, result, subject, wanted, sentence=sentence, layer=site, rank=5, max_new_tokens=5)
+    ask: dict[str, Any] = {"sentence": sentence, "layer": site, "rank": 5, "max_new_tokens": 5}
+    out = result.edit(adapter, subject, wanted, **ask) if twice else hb.change_answer(adapter, result, subject, wanted, **ask)
     ids = adapter.encode(asked.text).ids
     want, control = greedy(case, ids, edit(site, at(asked), move), 5), greedy(case, ids, (), 5)
     assert out.ids == (want,) and out.control_ids == (control,) and want
