@@ -149,7 +149,8 @@ class LinearRelation(Result):
         """Make the model answer something else about a subject; see `hookbook.change_answer`, which also has a plan and can be submitted."""
         from hookbook.recipes.relation_edits import change_answer
 
-        return change_answer(model, self, subject, answer, **settings)
+        relation: Any = self
+        return change_answer(model, relation, subject, answer, **settings)
 
     def ask(self, subject: str, answer: str = "?") -> Statement:
         """The relation's prompt about any subject, behind the training pairs."""
