@@ -140,7 +140,7 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         >>> from hookbook import hops
         >>> from hookbook.testing import toy
         >>> found = two_hops(toy(n_ctx=128), hops.chain("city_country", "country_capital", 3))
-        >>> found.cells()["n"].sum()
+        >>> int(found.cells()["n"].sum())
         3
     """
     adapter = wrap(model)
