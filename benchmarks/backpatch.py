@@ -2,9 +2,6 @@
 
 Two requests, of which the first reads the clean states, against a clean run of each prompt and a batch per prompt and
 target layer of all sources above it. All ways end with the five likeliest tokens.
-
-The recipe on fifty questions in two hops has three controls, each as large as the patches themselves; the loop against it has none, so it does a quarter of the
-work. Both end with the log-probability of the answer.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from common import LOOPS, Answer, Claim, Loop, Models, Way, batch, compare, main
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.recipes import task_sweep
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
@@ -73,19 +69,6 @@ def per_target(loop: Loop, models: Models, coded: Sequence[Tokens], items: Seque
     return Answer.cat(parts)
 
 
-def recipe(models: Models, asked: Sequence[hb.hops.TwoHop]) -> Answer:
-    """The recipe with its controls; of the patches the log-probability of the answer, in the order of the loops."""
-    n = models.bridge.card.n_layers
-    found = hb.backpatch(models.bridge, asked, pairs=[(source, target) for target in range(n) for source in range(target + 1, n)], progress=False)
-    return Answer(found.logprobs["patch"].flatten()[:, None], found.token_ids["patch"].flatten())
-
-
-def of_answers(models: Models, coded: Sequence[Tokens], answers: Tensor, items: Sequence[tuple[int, int]]) -> Answer:
-    """The loop, with the same numbers."""
-    found = per_target(LOOPS["TransformerLens hooks"], models, coded, items, answers)
-    return Answer(found.values[:, -1:], found.top, found.rows)
-
-
 def clean_states(models: Models, prompt: Tokens) -> Tensor:
     """The output of every layer at the last token, by TransformerLens hooks: `[layer, d_model]`."""
     found: list[Tensor] = []
@@ -109,16 +92,7 @@ def bench(models: Models, repeats: int) -> list[Claim]:
     ]
     lengths = sorted(map(len, coded))
     title = f"{len(coded)} prompts of {lengths[0]} to {lengths[-1]} tokens x {n * (n - 1) // 2} pairs"
-    claims = compare(title, ways, models, repeats, {"a batch per prompt and target, TransformerLens hooks": 15.0}, unit="logprob")
-
-    asked = hb.hops.chain("city_country", "country_capital", 50, shots=2)
-    coded, answers = task_sweep.coded(models.bridge, asked)
-    some = [(i, target) for i in spread(sorted(range(len(coded)), key=lambda i: len(coded[i])), 3) for target in targets]
-    ways = [
-        Way("hb.backpatch with its controls", lambda _: recipe(models, asked)),
-        Way("a batch per prompt and target, no controls", partial(of_answers, models, coded, answers), some, len(coded) * len(targets)),
-    ]
-    return claims + compare(f"{len(asked)} questions x {n * (n - 1) // 2} pairs", ways, models, repeats, {}, unit="logprob")
+    return compare(title, ways, models, repeats, {"a batch per prompt and target, TransformerLens hooks": 15.0}, unit="logprob")
 
 
 if __name__ == "__main__":

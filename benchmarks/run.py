@@ -14,9 +14,10 @@ import jacobian
 import layers
 import memory
 import overhead
+import questions
 import relation
 from common import main
 
 if __name__ == "__main__":
-    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation)
+    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation, questions)
     main({part.__name__: part.bench for part in parts})
