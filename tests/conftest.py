@@ -394,6 +394,19 @@ def real_hooked() -> hb.Adapter:
     return hb.wrap(load("google/gemma-3-270m", hf_model=module, tokenizer=tokenizer, device="cpu", dtype="float32"), tokenizer)
 
 
+@pytest.fixture
+def plt() -> Iterator[Any]:
+    """pyplot without a screen; figures are closed afterwards."""
+    require("matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    yield plt
+    plt.close("all")
+
+
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Two for real models; one for tiny ones, whose threads would wait for each other longer than they work."""

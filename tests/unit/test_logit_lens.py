@@ -24,18 +24,6 @@ def lens() -> hb.LogitLens:
     return hb.logit_lens(toy(), PROMPTS, position=slice(None), k=3, tokens=["x", "\n"], languages={"a": ["dog", "cat"], "b": "maus"})
 
 
-@pytest.fixture
-def plt():
-    require("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield plt
-    plt.close("all")
-
-
 def drawn(axes) -> torch.Tensor:
     return torch.tensor(axes.images[0].get_array().data).double()
 

@@ -51,18 +51,6 @@ def odd(grid) -> hb.Patchscope:
     return replace(grid, vocab=vocab, sources=sources, wanted=("北\n",))
 
 
-@pytest.fixture
-def plt():
-    require("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield plt
-    plt.close("all")
-
-
 def assert_same(a: Result, b: Result) -> None:
     assert type(a) is type(b)
     for f in fields(a):
