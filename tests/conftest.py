@@ -228,6 +228,8 @@ def pattern_formula(x: torch.Tensor, edit: hb.Edit, keys: list[int]) -> torch.Te
 
 def formula(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
     """What an edit does to one vector, written from its definition."""
+    if edit.op == "features":
+        return through_sae(x, edit)
     if edit.op == "scale":
         return x * edit.value
     value = torch.as_tensor(edit.value, dtype=x.dtype).expand_as(x)
@@ -241,6 +243,22 @@ def formula(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
         turned = x / x.norm() + y
         return x.norm() * turned / turned.norm()
     return x - (x @ unit) * unit + (edit.to * unit if edit.op == "clamp" else 0)
+
+
+SAES: dict[str, Any] = {}
+"""SAEs of SAELens by the names that edits of their features have."""
+
+
+def through_sae(x: torch.Tensor, edit: hb.Edit) -> torch.Tensor:
+    """What SAELens makes of one vector when activations are changed between its `encode` and its `decode`."""
+    change: Any = edit.value
+    sae, chosen = SAES[change.sae], list(range(len(change.scale))) if change.whole else list(change.features)
+    given = x[None, None] if sae.hook_z_reshaping_mode else x[None]
+    plain = sae.decode(sae.encode(given)).flatten()
+    acts = sae.encode(given)
+    acts[:, chosen] = acts[:, chosen] * change.scale + change.shift
+    new = sae.decode(acts).flatten()
+    return (new if change.drop else x - plain + new).detach()
 
 
 def tiny_config(arch: str) -> Any:

@@ -84,6 +84,7 @@ _MODULES = (
     "relations",
     "request",
     "results",
+    "sae",
     "scores",
     "sites",
     "tasks",
@@ -91,7 +92,7 @@ _MODULES = (
     "tokens",
 )
 
-__all__ = sorted([*_HOME, "errors", "hops", "interop", "prompts", "relations", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME, "errors", "hops", "interop", "prompts", "relations", "sae", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from hookbook import errors as errors
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from hookbook import interop as interop
     from hookbook import prompts as prompts
     from hookbook import relations as relations
+    from hookbook import sae as sae
     from hookbook import scores as scores
     from hookbook import tasks as tasks
     from hookbook import testing as testing

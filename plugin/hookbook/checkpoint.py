@@ -13,7 +13,7 @@ from torch import Tensor
 from hookbook import storage
 from hookbook.errors import ResultError
 from hookbook.planning import Part
-from hookbook.request import Edit, Reply
+from hookbook.request import Edit, FeatureChange, Reply
 from hookbook.travel.climb import Climb
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def fingerprint(part: Part) -> str:
             found.update(b";")
 
     def feed_edit(edit: Edit, positions: Any) -> None:
-        feed(edit.site, edit.op, positions, edit.scope, edit.keys, edit.to, edit.value)
+        change = edit.value
+        value = (change.sae, change.features, change.scale, change.shift, change.drop, change.seen) if isinstance(change, FeatureChange) else (change,)
+        feed(edit.site, edit.op, positions, edit.scope, edit.keys, edit.to, *value)
 
     feed(card.backend, card.model_id, card.architecture, card.dtype, card.tokenizer, card.n_layers, card.d_model, storage.FORMAT)
     feed([read.site for read in request.reads], request.generate, request.sampling, None if ask is None else (ask.k, ask.logits))

@@ -16,7 +16,7 @@ from hookbook import deferred, planning, selfcheck
 from hookbook.checkpoint import Checkpoint
 from hookbook.errors import EditError, Refused
 from hookbook.planning import Part, join_place
-from hookbook.request import Edit, Reading, Reply, Request, Sampling, TokenReadout, total
+from hookbook.request import Edit, FeatureChange, Reading, Reply, Request, Sampling, TokenReadout, total
 from hookbook.sites import Site
 from hookbook.tokens import resolve
 from hookbook.travel.climb import Climb
@@ -55,9 +55,11 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None, che
 
 def _here(request: Request) -> Request:
     """A request with its numbers, if some are promises of a model elsewhere."""
-    edits = [edit for row in request.rows for edit in row.edits if isinstance(edit.value, deferred.Deferred)]
-    for edit in edits:
-        object.__setattr__(edit, "value", deferred.here(edit.value))
+    for edit in (edit for row in request.rows for edit in row.edits):
+        if isinstance(edit.value, deferred.Deferred):
+            object.__setattr__(edit, "value", deferred.here(edit.value))
+        elif isinstance(edit.value, FeatureChange) and isinstance(edit.value.shift, deferred.Deferred):
+            object.__setattr__(edit, "value", replace(edit.value, shift=deferred.here(edit.value.shift)))
     ask = request.readout
     if ask is not None and isinstance(ask.tokens, deferred.Deferred):
         request = replace(request, readout=replace(ask, tokens=deferred.here(ask.tokens)))
@@ -209,6 +211,8 @@ def _item(adapter: Adapter, edit: Edit, row: int, columns: list[int]) -> dict[st
     """An edit of some tokens of a row of the batch, as `group_edits` takes it."""
     site = edit.site
     item = {"row": row, "cols": columns, "site": (site.name, site.layer), "op": edit.op, "value": edit.value, "to": edit.to}
+    if isinstance(edit.value, FeatureChange):
+        item["value"] = edit.value.plain
     if site.name == "attn_pattern":
         item["heads"] = list(range(adapter.card.n_heads)) if site.unit is None else [site.unit]
         return item

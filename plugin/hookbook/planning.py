@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hookbook.deferred import hold
 from hookbook.errors import EditError, TokenError
-from hookbook.request import Each, Edit, Request, position_of
+from hookbook.request import Each, Edit, FeatureChange, Request, position_of
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 from hookbook.travel.layout import NEVER, Layout
@@ -421,7 +421,8 @@ def _check_wanted(request: Request, card: ModelCard) -> None:
 def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n: int, resolved: Any, top: tuple[float, int]) -> None:
     positions = resolved(row.prompt, edit.position) if edit.scope == "prompt" else edit.positions(request.prompts[row.prompt])
     edit.check(card, len(positions))
-    numbers = torch.as_tensor(edit.value, dtype=None if isinstance(edit.value, Tensor) else torch.float64)
+    value = edit.value.shift if isinstance(edit.value, FeatureChange) else edit.value
+    numbers = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     if card.itemsize < 4:
         overflows = EditError(f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
         for x in (numbers, torch.tensor(edit.to, dtype=torch.float64)):

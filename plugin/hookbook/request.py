@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,12 +24,45 @@ from hookbook.tokens import Position, Tokens, lines, resolve
 if TYPE_CHECKING:
     from hookbook.card import ModelCard
 
-Op = Literal["set", "add", "scale", "project_out", "clamp", "rotate", "knock_out"]
-OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "rotate", "knock_out")
+Op = Literal["set", "add", "scale", "project_out", "clamp", "rotate", "knock_out", "features"]
+OPS: tuple[str, ...] = ("set", "add", "scale", "project_out", "clamp", "rotate", "knock_out", "features")
 PATTERN_OPS: tuple[str, ...] = ("set", "add", "scale", "knock_out")
 DIRECTION_OPS: tuple[str, ...] = ("project_out", "clamp", "rotate")
 
 Scope = Literal["prompt", "generated", "all"] | tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureChange:
+    """What becomes of features of a sparse autoencoder: `scale` times the activation, plus `shift`. `hookbook.sae.AttachedSAE.edit` makes them."""
+
+    code: dict[str, Any]
+    """The SAE's weights, of these features or of all; see `hookbook.travel.features`."""
+    features: tuple[int, ...]
+    """Which features change."""
+    scale: Tensor
+    """`[m]` as many as the code has features."""
+    shift: Tensor
+    """`[m]`"""
+    sae: str
+    """What the SAE is called, with a fingerprint of its weights."""
+    whole: bool
+    """Whether the code has all features of the SAE."""
+    drop: bool = False
+    """Whether what the SAE does not reconstruct is dropped."""
+    seen: Site | None = None
+    """What a transcoder reads; None: the site itself."""
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """As `hookbook.travel.edits.group_edits` takes it."""
+        kind = f"{self.sae} {len(self.scale)} {self.whole} {self.drop}"
+        seen = None if self.seen is None else (self.seen.name, self.seen.layer)
+        return {"code": self.code, "scale": self.scale, "shift": self.shift, "drop": self.drop, "seen": seen, "kind": kind, "alike": self.whole}
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.features[:5])) + (", ..." if len(self.features) > 5 else "")
+        return f"{shown} of {self.sae}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +79,7 @@ class Edit:
     | `project_out` | `x - (x . u) u` | `[width]`, any length but 0 |
     | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[width]`, any length but 0 |
     | `rotate` | `x` turned towards `value`, its length kept: along `x / |x| + (1 + max(0, -cos(x, u))) value` | `[width]`, its length says how far |
+    | `features` | the site under changed activations of an SAE | what `hookbook.sae.AttachedSAE.edit` gives |
     | `knock_out` | of `attn_pattern` alone: `keys` get no attention, the others share it as the softmax would without them | none |
 
     `width` is that of the site (`Site.width`): `d_model`, or the width of one head for `head_z.9.3`. A row's edits at the
@@ -60,7 +95,7 @@ class Edit:
     """
 
     site: Site
-    value: Tensor | float = 0.0
+    value: Tensor | float | FeatureChange = 0.0
     op: Op = "add"
     position: Position = -1
     to: float = 0.0
@@ -74,6 +109,10 @@ class Edit:
         if self.op not in OPS:
             raise EditError(f"no operation {self.op!r}", "", f"use one of {', '.join(OPS)}")
         self._check_scope()
+        if (self.op == "features") != isinstance(self.value, FeatureChange):
+            raise EditError(f"{self.op} at {self.site} with {type(self.value).__name__}", "", "make edits of features with hb.sae.attach(model, sae).edit(...)")
+        if isinstance(self.value, FeatureChange):
+            return
         pattern = self.site.name == "attn_pattern"
         if pattern and self.op not in PATTERN_OPS:
             raise EditError(f"{self.op} at {self.site}", "a pattern has no directions", f"use one of {', '.join(PATTERN_OPS)}")
@@ -144,7 +183,9 @@ class Edit:
             )
 
     def __str__(self) -> str:
-        value = f"[{'x'.join(map(str, self.value.shape))}] of norm {float(self.value.norm()):.4g}" if isinstance(self.value, Tensor) else f"{self.value:g}"
+        value = f"{self.value:g}" if isinstance(self.value, Real) else str(self.value)
+        if isinstance(self.value, Tensor):
+            value = f"[{'x'.join(map(str, self.value.shape))}] of norm {float(self.value.norm()):.4g}"
         where = f"tokens {self.position}" if self.scope in ("prompt", "all") else ""
         keys = "" if self.keys is None else f"keys {self.keys}"
         words = [self.op, "" if self.op == "knock_out" else value, f"to {self.to:g}" if self.op == "clamp" else "", "at", str(self.site), where, keys]
@@ -171,6 +212,8 @@ class Edit:
                 "if you know they are alike: hb.Vector.of(model, vector.site, vector.values)",
             )
         self.site.check(card)
+        if isinstance(self.value, FeatureChange) and self.value.code["writes"].shape[-1] != self.site.width(card):
+            raise EditError(f"features of {self.value.sae} at {self.site}", f"this model's width there is {self.site.width(card)}", "use an SAE of this model")
         if isinstance(self.value, Tensor):
             width = self.site.width(card)
             if self.value.shape[-1] != width:

@@ -14,7 +14,8 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import EditError, Refused
-from hookbook.request import OPS, PATTERN_OPS, Readout, Request, Row
+from hookbook.request import OPS as EVERY_OP
+from hookbook.request import PATTERN_OPS, Readout, Request, Row
 from hookbook.sites import SITES
 from hookbook.travel import decoding
 from tests.conftest import Case, flat
@@ -24,6 +25,7 @@ STEPS = 20
 TEXTS = ("Hi", "The cat sat on the mat.", "A longer prompt, of a cat")
 PLACES = ("prompt", "generated", "all", "absolute")
 UNITS = tuple(name for name, spec in SITES.items() if spec.unit)
+OPS = tuple(op for op in EVERY_OP if op != "features")  # which need an SAE: test_sae.py
 CELLS = tuple(itertools.product([*SITES, *(f"{name}.unit" for name in UNITS)], OPS, PLACES))
 """Sites, of those with heads or neurons also one of these; operations; scopes."""
 

@@ -55,6 +55,8 @@ class Climb:
         self.n_pos = None
         self.rows_at = []
         self.found = {}
+        self.looked = {}
+        """What encoders saw at one site that change another, by cell."""
         self.fired = 0
         self.token_layers = 0
         if pack > 1:
@@ -111,7 +113,13 @@ class Climb:
         if groups and not fresh:
             x = x.clone()
         for group in groups:
-            apply_edit(x, {**group, **self.at(group["rows"], group["cols"])})
+            placed = {**group, **self.at(group["rows"], group["cols"])}
+            if group["op"] == "look":
+                self.looked[group["cell"]] = x[placed["rows"].to(x.device), placed["cols"].to(x.device)].clone()
+            else:
+                if "cell" in group:
+                    placed["looked"] = self.looked.pop(group["cell"])
+                apply_edit(x, placed)
             self.fired += 1
         for slot, rows, cols in self.reads.get((name, layer), ()):
             at = self.at(rows, cols)

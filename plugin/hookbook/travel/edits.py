@@ -2,6 +2,8 @@
 
 import torch
 
+from hookbook.travel.features import OWN, changed
+
 
 def take(x, rows):
     """Rows of a batch."""
@@ -14,7 +16,9 @@ def group_edits(items):
     Args:
         items: For each edit of a row a dict: `row` of the batch and `cols`; `site` (name, layer) and its `width`; `op`, `value`
             (`[width]`, `[cols, width]` or a number) and `to`; `unit` and `n_units` for one head or neuron. Of `attn_pattern`: `heads`,
-            and `keys`, for each of `cols` the columns attended to.
+            and `keys`, for each of `cols` the columns attended to. Of `features`, `value` is a dict: `code` (see `hookbook.travel.features`),
+            `scale`, `shift`, `drop`; `kind`, the same for edits that can be one operation; `alike`, whether all of a kind have one code; and
+            `seen`, the site an encoder reads if it is another one, or None.
 
     Returns:
         `{site: [group]}`, as `apply_edit` takes them.
@@ -24,10 +28,19 @@ def group_edits(items):
         site, whole = item["site"], (item["row"], item["site"])
         n = nth.get(whole, 0)
         nth[whole] = n + 1
-        found.setdefault(site, {}).setdefault((n, item["op"], "unit" in item), []).append(item)
-    return {
-        site: [_pattern_group(groups[key]) if site[0] == "attn_pattern" else _group(groups[key]) for key in sorted(groups)] for site, groups in found.items()
-    }
+        kind = item["value"]["kind"] if item["op"] == "features" else ""
+        found.setdefault(site, {}).setdefault((n, item["op"], "unit" in item, kind), []).append(item)
+    grouped, looks = {}, {}
+    for site, groups in found.items():
+        make = _pattern_group if site[0] == "attn_pattern" else _group
+        grouped[site] = [make(groups[key]) for key in sorted(groups)]
+        for cell, group in enumerate(grouped[site]):
+            if group.get("seen") is not None:
+                group["cell"] = (*site, cell)
+                looks.setdefault(tuple(group["seen"]), []).append({"op": "look", "rows": group["rows"], "cols": group["cols"], "cell": group["cell"]})
+    for site, groups in looks.items():  # what an encoder sees includes the edits there
+        grouped[site] = grouped.get(site, []) + groups
+    return grouped
 
 
 def _group(items):
@@ -42,6 +55,8 @@ def _group(items):
         group["units"] = torch.tensor([item["unit"] for item, n in zip(items, counts, strict=True) for _ in range(n)])
         group["n_units"] = first["n_units"]
     values = [item["value"] for item in items]
+    if first["op"] == "features":
+        return {**group, **_features(values, counts)}
     if first["op"] == "scale":
         group["value"] = torch.tensor([value for value, n in zip(values, counts, strict=True) for _ in range(n)], dtype=torch.float64)
     else:
@@ -64,6 +79,20 @@ def _distinct(values, counts, width):
         start, m = first[key]
         of += [start] * n if m == 1 else range(start, start + n)
     return lines[0] if len(lines) == 1 else torch.cat(lines), torch.tensor(of)
+
+
+def _features(values, counts):
+    """Changes of features, each once, and which of them each token of each edit takes."""
+    of, once = [], {}
+    for value, n in zip(values, counts, strict=True):
+        of += [once.setdefault(id(value), len(once))] * n
+    first = values[0]
+    distinct = list({id(value): value for value in values}.values())
+    code = first["code"]
+    if not first["alike"]:
+        code = {key: torch.stack([value["code"][key] for value in distinct]) if key in OWN and part is not None else part for key, part in code.items()}
+    changes = {key: torch.stack([value[key] for value in distinct]) for key in ("scale", "shift")}
+    return {**changes, "code": code, "each": not first["alike"], "drop": first["drop"], "seen": first["seen"], "of": torch.tensor(of)}
 
 
 def _pattern_group(items):
@@ -92,7 +121,8 @@ def apply_edit(x, group):
 
     A group has `rows`, `cols`, `op`, `value` (`[m, width]`, of which each takes the one that `of` `[n]` says, or `[n]` of numbers for `scale`) and `to` `[n]`. With `units`
     `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads` and `cols` name
-    lines, and `entries`, `keys` and `value` say what changes in which of these lines.
+    lines, and `entries`, `keys` and `value` say what changes in which of these lines. Of `features`, `looked` is what the encoder
+    reads if that is not `x`; `hookbook.travel.features.changed` says the rest.
     """
     op = group["op"]
     if "entries" in group:
@@ -103,6 +133,10 @@ def apply_edit(x, group):
         at = (group["rows"].to(x.device), group["cols"].to(x.device), group["units"].to(x.device))
     else:
         at = (group["rows"].to(x.device), group["cols"].to(x.device))
+    if op == "features":
+        old = x[at].to(torch.promote_types(x.dtype, torch.float32))
+        x[at] = changed(old, group.get("looked", old), group).to(x.dtype)
+        return
     # half precision leaves a residue of a projection behind, so the arithmetic is at least float32
     wide = x.dtype if op == "set" else torch.promote_types(x.dtype, torch.float32)
     value = group["value"].to(wide).to(x.device)
