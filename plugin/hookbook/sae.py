@@ -83,7 +83,7 @@ class AttachedSAE:
         """Prompts as the SAE's training had them begin."""
         from hookbook.recipes.patchscopes import encode_prompts
 
-        return encode_prompts(self.model, prompts, self.bos)
+        return encode_prompts(self.model, prompts, self.bos, False)
 
     @property
     def every(self) -> Position:
