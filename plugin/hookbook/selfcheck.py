@@ -70,7 +70,12 @@ def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookErro
         why = "its patterns leave a part to a sink, which would have to share, too"
         return [(_sums_to_one(adapter), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
     if question == "mlp_in":
-        return [(_feeds(adapter), Refused(f"mlp_in of {architecture}", "what is written there is not all that its MLPs take", "use mlp_out"))]
+        return [
+            (
+                _feeds(adapter),
+                Refused(f"mlp_in of {architecture}", "nothing shows that what is written there is all that its MLPs take", "use resid_pre or resid_post"),
+            )
+        ]
     source, out = _inner_sites(question)
     return [
         (
@@ -121,13 +126,13 @@ def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
 
 
 def _feeds(adapter: Adapter) -> Any:
-    """Whether what the MLP adds is made of what is written at its input, and of nothing else: two tokens that are given the same get the same."""
+    """Whether what is written at the MLP's input is all that it makes its addition of: two tokens that are given the same get the same."""
     n, card = torch.tensor, adapter.card
     if adapter.refuses(Site("mlp_in", 0)) is not None or adapter.refuses(Site("mlp_out", 0)) is not None:
         return False
-    value = torch.linspace(-1, 1, card.d_model)
-    edit = {"op": "set", "rows": n([1, 1]), "cols": n([0, 1]), "value": value[None], "of": n([0, 0])}
-    reads = {(site, 0): [(site, n([1, 1]), n([0, 1]))] for site in ("mlp_in", "mlp_out")}
+    rows, cols, value = n([1, 1]), n([0, 1]), torch.linspace(-1, 1, card.d_model)[None]
+    edit = {"op": "set", "rows": rows, "cols": cols, "value": value, "of": n([0, 0])}
+    reads = {(site, 0): [(site, rows, cols)] for site in ("mlp_in", "mlp_out")}
     climb = Climb(1, {0: (None, n([0]))}, {("mlp_in", 0): [edit]}, reads, 1)
     try:
         adapter.forward(_two(adapter), None, climb)
