@@ -33,6 +33,7 @@ class BridgeAdapter(Adapter):
 
     def __init__(self, model: TransformerBridge, tokenizer: Any = None) -> None:
         check_eval(model, "the bridge")
+        check_saes(model)
         if not hasattr(model, "blocks"):
             raise ModelError(
                 f"{type(model.original_model).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model"
@@ -65,6 +66,9 @@ class BridgeAdapter(Adapter):
     def eos_ids(self) -> frozenset[int]:
         return hf.eos_ids(self.model.original_model, self.tokenizer)
 
+    def ready(self) -> None:
+        check_saes(self.model)
+
     def refuses(self, site: Site) -> Refused | None:
         if site.name in ("embed", *INNER) and self._hook_point(site.name, site.layer) is None:
             return Refused(f"{site} of {self.card.architecture}", "the bridge has no hook point there", "use resid_pre or resid_post")
@@ -77,7 +81,13 @@ class BridgeAdapter(Adapter):
         # an attribute of the part, or an alias that says where it is; `bridge.hooks` skips names it does not know
         if layer is None:
             return self.model.embed.hook_out
-        part, hook = {"head_z": ("attn", "hook_z"), "attn_pattern": ("attn", "hook_pattern"), "mlp_act": ("mlp", "hook_post")}.get(name, ("", f"hook_{name}"))
+        inner = {
+            "head_z": ("attn", "hook_z"),
+            "attn_pattern": ("attn", "hook_pattern"),
+            "mlp_in": ("", f"{self.names.mlp_in}.hook_in"),
+            "mlp_act": ("mlp", "hook_post"),
+        }
+        part, hook = inner.get(name, ("", f"hook_{name}"))
         block = getattr(self.blocks[layer], part, None) if part else self.blocks[layer]
         path = (getattr(block, "hook_aliases", None) or {}).get(hook, hook)
         for candidate in path if isinstance(path, list) else [path]:
@@ -121,6 +131,17 @@ class BridgeAdapter(Adapter):
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens.to(hf.device(self.model.original_model)))
+
+
+def check_saes(model: Any) -> None:
+    """Raise for SAEs that SAELens spliced into a model: in place of hook points, where a hook would miss them and forks were not tried."""
+    spliced = getattr(model, "acts_to_saes", None)
+    if spliced:
+        raise ModelError(
+            f"a model with SAEs spliced in at {', '.join(spliced)}",
+            "they stand where its hook points were, so that sites are not what they were",
+            "call model.reset_saes(), and hb.sae.attach(model, sae) for their features",
+        )
 
 
 class Hooked:

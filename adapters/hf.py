@@ -70,16 +70,19 @@ class Names:
 
     def __init__(self, names: Any, module: Any) -> None:
         self.names, self.module = names, module
-        aliases = names.component_mapping["blocks"].hook_aliases
+        blocks = names.component_mapping["blocks"]
+        aliases, mlp = blocks.hook_aliases, blocks.submodules.get("mlp")
         self.outputs = {
             name: target.removesuffix(".hook_out")
             for name in ("attn_out", "mlp_out")
             if isinstance(target := aliases.get(f"hook_{name}"), str) and target.endswith(".hook_out")
         }
+        self.mlp_in = "mlp.in" if mlp is not None and mlp.name is None else "mlp"
+        """The part of a block whose input `mlp_in` is: where no module holds the MLP (OPT), its first projection."""
 
     def path(self, name: str, layer: int | None) -> str | None:
-        """The module whose output `embed`, `attn_out` or `mlp_out` is, whose input `head_z` or `mlp_act` is, or which computes `attn_pattern`; None if there is none."""
-        inner = {"head_z": "attn.o", "mlp_act": "mlp.out", "attn_pattern": "attn"} | self.outputs
+        """The module whose output `embed`, `attn_out` or `mlp_out` is, whose input `head_z`, `mlp_in` or `mlp_act` is, or which computes `attn_pattern`; None if there is none."""
+        inner = {"head_z": "attn.o", "mlp_in": self.mlp_in, "mlp_act": "mlp.out", "attn_pattern": "attn"} | self.outputs
         try:
             found = self.names.translate_transformer_lens_path(name if layer is None else f"blocks.{layer}.{inner[name]}")
             self.module.get_submodule(found)

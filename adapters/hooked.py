@@ -13,7 +13,7 @@ from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPr
 
 from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.adapters import hf
-from hookbook.adapters.bridge import Hooked
+from hookbook.adapters.bridge import Hooked, check_saes
 from hookbook.errors import ModelError, Refused
 from hookbook.route import routed
 from hookbook.sites import INNER, Site
@@ -36,6 +36,7 @@ class HookedAdapter(Adapter):
     """
 
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
+        check_saes(model)
         self.model: Any = model
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         cfg = model.cfg
@@ -64,10 +65,13 @@ class HookedAdapter(Adapter):
         eos = self.tokenizer.eos_token_id
         return frozenset() if eos is None else frozenset({eos})
 
+    def ready(self) -> None:
+        check_saes(self.model)
+
     def refuses(self, site: Site) -> Refused | None:
-        if site.name in ("embed", *INNER) and site.hook_name not in self.model.hook_dict:
+        if site.name in ("embed", *INNER) and site.name != "mlp_in" and site.hook_name not in self.model.hook_dict:
             return Refused(f"{site} of {self.card.model_id}", "it has no such part", "use resid_pre or resid_post")
-        if site.name in ("mlp_act", "mlp_out") and self.model.cfg.attn_only:
+        if site.name in ("mlp_in", "mlp_act", "mlp_out") and self.model.cfg.attn_only:
             return Refused(f"{site} of {self.card.model_id}", "its blocks have attention only", "use attn_out, resid_pre or resid_post")
         if site.name == "mlp_act" and self.model.cfg.num_experts:
             return Refused(f"{site} of {self.card.model_id}", "its MLPs are several experts", "use mlp_out")
@@ -85,13 +89,18 @@ class HookedAdapter(Adapter):
         # always a mask: without one, a left-padding tokenizer makes TransformerLens look for padding by token id
         new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
         with routed(self.model.blocks, climb) as handles:
-            handles += [Hooked(self.model.hook_dict[Site(name, layer).hook_name], name, layer, climb) for name, layer in climb.inside()]
+            handles += [self._hooked(name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(tokens.to(self.card.device), return_type=None, attention_mask=new, past_kv_cache=cache, prepend_bos=False)
             except Stop:
                 pass
         entries: list[Any] = [] if cache is None else cache.entries
         return [entry.kept for entry in entries] if keep else None
+
+    def _hooked(self, name: str, layer: int | None, climb: Climb) -> Any:
+        if name == "mlp_in":  # it has no hook point: that of the norm is before the norm's weight, `hook_mlp_in` before the norm
+            return self.model.blocks[layer].mlp.register_forward_pre_hook(lambda module, args: climb.visit(name, layer, args[0]))
+        return Hooked(self.model.hook_dict[Site(name, layer).hook_name], name, layer, climb)
 
     def _cache(self, tokens: Tensor, mask: Tensor | None, climb: Climb, kept: list[Kept], keep: int) -> TransformerLensKeyValueCache:
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.card.device, len(tokens))

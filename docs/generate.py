@@ -107,7 +107,8 @@ def sites() -> str:
         "# Sites", "", "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron in it. Rows are in the order of the pass.", "",
         "| site | part | shape | TransformerLens | meaning |", "|---|---|---|---|---|", *rows, "",
         "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the stream, after the norm. "
-        "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the norm itself.", "",
+        "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the norm itself. "
+        "Nor has it one of `mlp_in`, which it gets from the MLP; a TransformerBridge of OPT calls it `blocks.L.mlp.in.hook_in`.", "",
         "## Who has which", "",
         "A model is asked when it is first used: what is written at a site must reach the stream as it should, and what a block adds must be the sum of its parts. Else the site is refused by name, before anything is edited. "
         "This is what tiny random models say:", "",

@@ -42,7 +42,7 @@ def directional_ablation(vector: Vector) -> list[Edit]:
 
 
 def _ablation(values: Tensor, card: ModelCard, site: Site) -> list[Edit]:
-    if site.width(card) != card.d_model or site.name in ("embed", "final_norm", "mlp_act", "head_z"):
+    if site.name not in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
         raise EditError(f"ablation of a vector at {site}", "it is no direction of the stream", "use a vector of resid_pre, resid_post, attn_out or mlp_out")
     sites = [Site(name, layer) for layer in range(card.n_layers) for name in ("resid_pre", "attn_out", "mlp_out")]
     return [Edit(place, values, "project_out", slice(None), scope="all") for place in sites]

@@ -83,16 +83,16 @@ class Case:
         tokens = torch.tensor([ids])
         with torch.set_grad_enabled(grad):
             model: Any = self.adapter.model
-            norms = {site for site in sites if site.name == "final_norm"}
+            unhooked = {site for site in sites if site.name in ("final_norm", "mlp_in")}  # HookedTransformer has no hook point of these
             handles: list[Any] = []
             try:
-                handles += [handle for site in norms for handle in self._hooks(site, at)]
+                handles += [handle for site in unhooked for handle in self._hooks(site, at)]
                 if self.name.startswith(("bridge", "hooked")):
-                    hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - norms]
+                    hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - unhooked]
                     logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
                 else:
                     patterns = {site for site in sites if site.name == "attn_pattern"} if self.name != "toy" else set()
-                    handles += [handle for site in sites - norms - patterns for handle in self._hooks(site, at)]
+                    handles += [handle for site in sites - unhooked - patterns for handle in self._hooks(site, at)]
                     with self._patterns(patterns, at):
                         logits = model(tokens) if self.name == "toy" else self.adapter.module(tokens).logits  # type: ignore[attr-defined]
             finally:
@@ -110,24 +110,27 @@ class Case:
         def after(m: Any, args: Any, out: Any) -> Any:
             return (at(site, out[0]), *out[1:]) if isinstance(out, tuple) else at(site, out)
 
+        if hooked and site.name == "mlp_in":
+            return [module.blocks[site.layer].mlp.register_forward_pre_hook(lambda m, args: (at(site, args[0]), *args[1:]))]
         if site.name == "final_norm":
             return [(module.ln_final if hooked else module.get_submodule(root[1])).register_forward_hook(after)]
         if site.name == "embed":
             return [module.get_submodule(root[0]).register_forward_hook(after)]
         block = module.get_submodule(f"{blocks}.{site.layer}")
         inner = {
-            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out", "head_z": "o", "mlp_act": "mlp.2", "attn_pattern": "pattern"},
-            "gpt2": {"attn_out": "attn", "mlp_out": "mlp", "head_z": "attn.c_proj", "mlp_act": "mlp.c_proj"},
-            "llama": {"attn_out": "self_attn", "mlp_out": "mlp", "head_z": "self_attn.o_proj", "mlp_act": "mlp.down_proj"},
+            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out", "head_z": "o", "mlp_in": "mlp", "mlp_act": "mlp.2", "attn_pattern": "pattern"},
+            "gpt2": {"attn_out": "attn", "mlp_out": "mlp", "head_z": "attn.c_proj", "mlp_in": "mlp", "mlp_act": "mlp.c_proj"},
+            "llama": {"attn_out": "self_attn", "mlp_out": "mlp", "head_z": "self_attn.o_proj", "mlp_in": "mlp", "mlp_act": "mlp.down_proj"},
             "gemma3": {
                 "attn_out": "post_attention_layernorm",
                 "mlp_out": "post_feedforward_layernorm",
                 "head_z": "self_attn.o_proj",
+                "mlp_in": "mlp",
                 "mlp_act": "mlp.down_proj",
             },
         }[arch]
         target = block.get_submodule(inner[site.name]) if site.name in inner else block
-        if site.name in ("resid_pre", "head_z", "mlp_act"):
+        if site.name in ("resid_pre", "head_z", "mlp_in", "mlp_act"):
             return [target.register_forward_pre_hook(lambda m, args: (at(site, args[0]), *args[1:]))]
         return [target.register_forward_hook(after)]
 

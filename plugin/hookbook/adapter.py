@@ -109,12 +109,16 @@ class Adapter(ABC):
         hold(close, refusal)
         return parts[:, :-1]
 
+    def ready(self) -> None:  # noqa: B027  most adapters have nothing to look for
+        """Raise if something was done to the model since it was wrapped that hookbook would not see. Runs nothing."""
+
     def refuses(self, site: Site) -> Refused | None:
         """Why this adapter cannot read and edit a site, or None if it can. Runs nothing."""
         return None
 
     def require(self, site: Site) -> None:
         """Raise `SiteError` or `Refused` unless a site can be read and edited."""
+        self.ready()
         refusal = self.refuses(site.check(self.card))
         if refusal is not None:
             raise refusal

@@ -34,11 +34,13 @@ def check(adapter: Adapter, sites: set[Site] = frozenset(), knock_out: bool = Fa
     Of a model on a server the questions are part of the job, until it answered them once.
 
     Raises:
-        ModelError: The forked pass would not be exact on this model.
+        ModelError: The forked pass would not be exact on this model, or the model was changed since.
         Refused: A site is asked for, and is not what it should be in this model's blocks.
     """
+    adapter.ready()
     names = {site.name for site in sites}
-    asked = ["runs"] + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + sorted(names & {"head_z", "mlp_act", "attn_pattern"}) + ["knock_out"] * knock_out
+    inner = sorted(names & {"head_z", "mlp_in", "mlp_act", "attn_pattern"})
+    asked = ["runs"] + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + inner + ["knock_out"] * knock_out
     for question in asked:
         if adapter.remote:
             tape = deferred.tape(adapter)
@@ -67,6 +69,13 @@ def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookErro
     if question == "knock_out":
         why = "its patterns leave a part to a sink, which would have to share, too"
         return [(_sums_to_one(adapter), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
+    if question == "mlp_in":
+        return [
+            (
+                _feeds(adapter),
+                Refused(f"mlp_in of {architecture}", "nothing shows that what is written there is all that its MLPs take", "use resid_pre or resid_post"),
+            )
+        ]
     source, out = _inner_sites(question)
     return [
         (
@@ -114,6 +123,24 @@ def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
         return False
     moved = _close(card.itemsize, inside[1] - inside[0], edit["value"][0]) if name != "attn_pattern" else (inside[1] == 0).all()
     return _close(card.itemsize, written, outside) & moved
+
+
+def _feeds(adapter: Adapter) -> Any:
+    """Whether what is written at the MLP's input is all that it makes its addition of: two tokens that are given the same get the same."""
+    n, card = torch.tensor, adapter.card
+    if adapter.refuses(Site("mlp_in", 0)) is not None or adapter.refuses(Site("mlp_out", 0)) is not None:
+        return False
+    rows, cols, value = n([1, 1]), n([0, 1]), torch.linspace(-1, 1, card.d_model)[None]
+    edit = {"op": "set", "rows": rows, "cols": cols, "value": value, "of": n([0, 0])}
+    reads = {(site, 0): [(site, rows, cols)] for site in ("mlp_in", "mlp_out")}
+    climb = Climb(1, {0: (None, n([0]))}, {("mlp_in", 0): [edit]}, reads, 1)
+    try:
+        adapter.forward(_two(adapter), None, climb)
+        inside, outside = climb.found["mlp_in"], climb.found["mlp_out"]
+        first, second = outside / outside.abs().max().clamp(min=1e-30)  # of a model that was not trained it may be very small
+    except Exception:  # whatever a family does instead, and however its library says so
+        return False
+    return _close(card.itemsize, inside, value.expand(2, -1)) & _close(card.itemsize, first, second)
 
 
 def _sums_to_one(adapter: Adapter) -> Any:

@@ -47,15 +47,30 @@ SITES: dict[str, SiteSpec] = {
         SiteSpec("attn_pattern", "batch head pos key", 1, "blocks.{layer}.attn.hook_pattern", "attention of each token to each, after the softmax", "head"),
         SiteSpec("head_z", "batch pos head d_head", 2, "blocks.{layer}.attn.hook_z", "input of attention's output projection", "head"),
         SiteSpec("attn_out", "batch pos d_model", 3, "blocks.{layer}.hook_attn_out", "attention's addition to the stream, after any post-norm"),
-        SiteSpec("mlp_act", "batch pos d_mlp", 4, "blocks.{layer}.mlp.hook_post", "neurons: input of the MLP's output projection", "neuron"),
-        SiteSpec("mlp_out", "batch pos d_model", 5, "blocks.{layer}.hook_mlp_out", "MLP's addition to the stream, after any post-norm"),
-        SiteSpec("resid_post", "batch pos d_model", 6, "blocks.{layer}.hook_resid_post", "stream leaving the block"),
+        SiteSpec("mlp_in", "batch pos d_model", 4, "blocks.{layer}.mlp.hook_in", "what the MLP takes: the stream after the norm before it"),
+        SiteSpec("mlp_act", "batch pos d_mlp", 5, "blocks.{layer}.mlp.hook_post", "neurons: input of the MLP's output projection", "neuron"),
+        SiteSpec("mlp_out", "batch pos d_model", 6, "blocks.{layer}.hook_mlp_out", "MLP's addition to the stream, after any post-norm"),
+        SiteSpec("resid_post", "batch pos d_model", 7, "blocks.{layer}.hook_resid_post", "stream leaving the block"),
         SiteSpec("final_norm", "batch pos d_model", 0, "ln_final.hook_out", "what the final norm gives, which the unembedding takes"),
     )
 }
 
 INNER = tuple(spec.name for spec in sorted(SITES.values(), key=lambda spec: spec.rank) if spec.layered and not spec.name.startswith("resid"))
 """Sites inside a block, in the order of the pass."""
+
+_OTHER_NAMES = {"blocks.{layer}.hook_in": "resid_pre", "blocks.{layer}.hook_out": "resid_post"}
+"""What a TransformerBridge calls sites, too: the same tensors in every family."""
+
+_NO_SITES = {
+    "blocks.{layer}.hook_mlp_in": (
+        "TransformerLens has the stream before the MLP's norm there, SAELens' Gemma Scope 2 transcoders mean what the norm gives",
+        "mlp_in",
+    ),
+    "blocks.{layer}.ln2.hook_normalized": ("it is what the MLP takes only where the norm's weight and bias are folded into the MLP", "mlp_in"),
+    "blocks.{layer}.mlp.hook_out": ("in Gemma 2 and 3 and others a norm comes between it and the stream", "mlp_out"),
+    "blocks.{layer}.attn.hook_out": ("in Gemma 2 and 3 and others a norm comes between it and the stream", "attn_out"),
+}
+"""Names of which it depends on the model or the library what they are: why, and the site that is meant if it is."""
 
 _GRAMMAR = re.compile(r"([a-z_]+)(?:\.(0|[1-9][0-9]*)(?:\.(0|[1-9][0-9]*))?)?")
 _WRITE = "write name.layer, such as 'resid_post.10', or name.layer.head, such as 'head_z.9.3'"
@@ -114,11 +129,15 @@ class Site:
 
     @classmethod
     def from_hook_name(cls, name: str) -> Site:
-        """The site TransformerLens calls `name`, such as `blocks.10.hook_resid_post`."""
-        for spec in SITES.values():
-            match = re.fullmatch(re.escape(spec.hook_name).replace(r"\{layer\}", "(0|[1-9][0-9]*)"), name)
+        """The site TransformerLens calls `name`, such as `blocks.10.hook_resid_post`, or `blocks.10.hook_out`."""
+        known = {spec.hook_name: spec.name for spec in SITES.values()} | _OTHER_NAMES
+        for pattern in (*known, *_NO_SITES):
+            match = re.fullmatch(re.escape(pattern).replace(r"\{layer\}", "(0|[1-9][0-9]*)"), name)
+            if match and pattern in known:
+                return cls(known[pattern], *map(int, match.groups()))
             if match:
-                return cls(spec.name, *map(int, match.groups()))
+                why, site = _NO_SITES[pattern]
+                raise SiteError(f"{name!r} is not a hook name of a site", why, f"use '{site}.{match[1]}' if that is meant")
         raise SiteError(f"{name!r} is not a hook name of a site", "", f"use one of {', '.join(s.hook_name for s in SITES.values())}")
 
     @property

@@ -113,8 +113,8 @@ class ToyAdapter(Adapter):
         blocks: Any = self.model.blocks
         with routed(blocks, climb) as handles:
             for name, layer in climb.inside():
-                if name in ("head_z", "mlp_act"):
-                    target = self.writer(name, layer)[0]
+                if name in ("head_z", "mlp_in", "mlp_act"):
+                    target = blocks[layer].mlp if name == "mlp_in" else self.writer(name, layer)[0]
                     handles.append(target.register_forward_pre_hook(lambda module, args, name=name, layer=layer: climb.visit(name, layer, args[0])))
                 else:
                     target = self.model.embed if layer is None else blocks[layer].get_submodule(name.replace("attn_pattern", "pattern"))

@@ -125,7 +125,7 @@ def test_every_cell_is_run_or_refused(case):
             refused.add((what, op, place))
     assert set(rows) | refused == set(CELLS) and not set(rows) & refused
     # these tiny models have everything: only what the interface itself does not have is refused
-    assert len(rows) == len(PLACES) * (10 * 6 - 1 + 2 * len(PATTERN_OPS))
+    assert len(rows) == len(PLACES) * (11 * 6 - 1 + 2 * len(PATTERN_OPS))
 
 
 def test_rows_stop_at_their_own_end_tokens(case, monkeypatch):

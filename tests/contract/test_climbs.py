@@ -15,7 +15,7 @@ from tests.conftest import assert_plain
 from tests.contract.test_forks import direction, random_edits
 
 TEXT = "The cat sat on the mat."
-CAUSES = ("embed", "resid_pre.1", "attn_pattern.1", "head_z.1", "attn_out.1", "mlp_act.1.3", "mlp_out.1", "resid_post.1", "final_norm")
+CAUSES = ("embed", "resid_pre.1", "attn_pattern.1", "head_z.1", "attn_out.1", "mlp_in.1", "mlp_act.1.3", "mlp_out.1", "resid_post.1", "final_norm")
 
 
 def edit_at(adapter: hb.Adapter, site: hb.Site | str, seed: int = 0, position: hb.tokens.Position = -1) -> hb.Edit:
@@ -103,7 +103,7 @@ def test_a_prefix_is_run_by_itself_only_where_that_saves_more_than_a_pass(case, 
 def test_ragged_prompts_are_packed_each_into_its_own_rows(case):
     adapter = case.adapter
     prompts = [adapter.encode(text) for text in (TEXT, "A cat, or a hat", "The dog sat on it")]
-    rows = [Row(i % 3, (edit_at(adapter, CAUSES[1 + i % 7].replace("attn_pattern", "attn_out"), i),)) for i in range(48)] + [Row(1), Row(2)]
+    rows = [Row(i % 3, (edit_at(adapter, CAUSES[1 + i % 8].replace("attn_pattern", "attn_out"), i),)) for i in range(48)] + [Row(1), Row(2)]
     request = Request(prompts, rows, [Read("resid_post.1"), Read("mlp_act.1.3"), Read("resid_pre.1", 0)], Readout(logits=True))
     (part,) = planning.plan(adapter, request)
     assert (part.pack > 1) == adapter.packs

@@ -70,7 +70,8 @@ def check(adapter: hb.Adapter, has: set[str]) -> None:
     for site in (hb.Site("embed"), hb.Site("final_norm"), *(hb.Site(name, layer) for name in ("resid_pre", "resid_post") for layer in layers)):
         assert close(edited(hb.Edit(site, theirs[site], "set", every)), want[1]), (here, site)
     for layer in layers:
-        pre, z, attn, act, mlp, post = (hb.Site(name, layer) for name in ("resid_pre", "head_z", "attn_out", "mlp_act", "mlp_out", "resid_post"))
+        names = ("resid_pre", "head_z", "attn_out", "mlp_in", "mlp_act", "mlp_out", "resid_post")
+        pre, z, attn, taken, act, mlp, post = (hb.Site(name, layer) for name in names)
         if {"attn_out", "mlp_out"} <= has:
             assert close(ours[pre] + ours[attn] + ours[mlp], ours[post]), (here, layer)
         for inner, outer in ((z, attn), (act, mlp)):
@@ -82,6 +83,9 @@ def check(adapter: hb.Adapter, has: set[str]) -> None:
                 assert close(through if norm is None else norm(through), ours[outer]), (here, inner)
             moved = edited(hb.Edit(inner, theirs[inner][-1], "set"))
             assert close(moved, edited(hb.Edit(outer, theirs[outer][-1], "set"))) and not close(moved, want[0]), (here, inner)
+        if {"mlp_in", "mlp_out"} <= has:  # what an MLP takes is all that it makes its addition of
+            moved = edited(hb.Edit(taken, theirs[taken][-1], "set"))
+            assert close(moved, edited(hb.Edit(mlp, theirs[mlp][-1], "set"))) and not close(moved, want[0]), (here, taken)
         if "attn_pattern" in has:
             pattern = hb.Site("attn_pattern", layer)
             assert close(ours[pattern].sum(-1), torch.ones(len(prompts[0]), card.n_heads, dtype=ours[pattern].dtype)), (here, layer)

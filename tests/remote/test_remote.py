@@ -182,7 +182,7 @@ def request(model: hb.Adapter, patterns: bool) -> Request:
     def vector(site: str) -> torch.Tensor:
         return torch.randn(hb.Site.parse(site).width(model.card), generator=draw)
 
-    sites = ["resid_pre.2", "resid_post.4", "attn_out.3", "mlp_out.5", "mlp_act.6", "head_z.7", "head_z.8.1", "embed", "final_norm"]
+    sites = ["resid_pre.2", "resid_post.4", "attn_out.3", "mlp_out.5", "mlp_in.4", "mlp_act.6", "head_z.7", "head_z.8.1", "embed", "final_norm"]
     rows = [Row(0), Row(1), *(Row(i % 2, (hb.Edit(site, vector(site)),)) for i, site in enumerate(sites))]
     rows += [Row(0, (hb.Edit("mlp_act.3.7", 2.5, "set"),)), Row(1, (hb.Edit("resid_post.3", vector("resid_post.3"), "project_out", slice(None), scope="all"),))]
     rows += [

@@ -153,12 +153,32 @@ def test_hook_names_are_those_of_transformer_lens():
         "blocks.10.attn.hook_pattern",
         "blocks.10.attn.hook_z",
         "blocks.10.hook_attn_out",
+        "blocks.10.mlp.hook_in",
         "blocks.10.mlp.hook_post",
         "blocks.10.hook_mlp_out",
         "blocks.10.hook_resid_post",
     ]
     assert [Site("embed").hook_name, Site("final_norm").hook_name] == ["hook_embed", "ln_final.hook_out"]
     assert Site("head_z", 10, 3).hook_name == "blocks.10.attn.hook_z"
+
+
+def test_other_names_of_the_same_tensors_are_known():
+    assert Site.from_hook_name("blocks.10.hook_in") == Site("resid_pre", 10) and Site.from_hook_name("blocks.0.hook_out") == Site("resid_post", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "instead"),
+    [
+        ("blocks.7.hook_mlp_in", "the stream before the MLP's norm", "use 'mlp_in.7' if that is meant"),
+        ("blocks.0.ln2.hook_normalized", "folded into the MLP", "use 'mlp_in.0' if that is meant"),
+        ("blocks.1.mlp.hook_out", "a norm comes between", "use 'mlp_out.1' if that is meant"),
+        ("blocks.1.attn.hook_out", "a norm comes between", "use 'attn_out.1' if that is meant"),
+    ],
+)
+def test_a_hook_name_of_several_tensors_is_no_site_and_says_why(name, why, instead):
+    with pytest.raises(SiteError, match="is not a hook name") as raised:
+        Site.from_hook_name(name)
+    assert why in raised.value.why and raised.value.instead == instead
 
 
 @pytest.mark.parametrize(
@@ -170,6 +190,9 @@ def test_hook_names_are_those_of_transformer_lens():
         "ln_final.hook_normalized",
         "blocks.1.attn.hook_q",
         "blocks.1.mlp.hook_pre",
+        "blocks.01.hook_in",
+        "blocks.1.hook_in\n",
+        "hook_in",
         "blocks.1.hook_resid_mid",
         "blocks.1.hook_resid_post.x",
         "xblocks.1.hook_resid_post",
@@ -189,8 +212,8 @@ def test_no_other_hook_name_is_a_site(name):
 
 def test_sites_sort_by_layer_then_by_place_in_the_block():
     reached = sorted(reversed(WHOLE), key=lambda site: site.order)
-    block = ["resid_pre", "attn_pattern", "head_z", "attn_out", "mlp_act", "mlp_out", "resid_post"]
-    assert [str(site) for site in reached[:9]] == ["embed", *(f"{name}.0" for name in block), "resid_pre.1"]
+    block = ["resid_pre", "attn_pattern", "head_z", "attn_out", "mlp_in", "mlp_act", "mlp_out", "resid_post"]
+    assert [str(site) for site in reached[:10]] == ["embed", *(f"{name}.0" for name in block), "resid_pre.1"]
     assert [site.layer for site in reached[1:-1]] == sorted(site.layer for site in WHOLE[:-2]) and reached[-1] == Site("final_norm")
     assert Site("head_z", 9, 3).order == Site("head_z", 9).order
 

@@ -272,6 +272,7 @@ BAD = {
     "no vectors": (steer([]), EditError, "0 vectors"),
     "a vector of another width": (steer(OTHER), EditError, "width"),
     "ablation of heads": (lambda: hb.directional_ablation(hb.Vector.of(TOY, "head_z.1", torch.ones(16))), EditError, "no direction of the stream"),
+    "ablation of what an MLP takes": (lambda: hb.directional_ablation(hb.Vector.of(TOY, "mlp_in.1", torch.ones(16))), EditError, "no direction of the stream"),
     "candidates of block outputs": (lambda: hb.select_direction(TOY, TWO, ["a"], ["b"], tokens=["c"], chat=False), DataError, "resid_pre"),
     "weights of the toy": (lambda: hb.orthogonalize(TOY, VECTOR, "/nonexistent/x"), Refused, "no Hugging Face model"),
     "weights where something is": (lambda: hb.orthogonalize(TOY, VECTOR, "/"), ModelError, "overwrite"),

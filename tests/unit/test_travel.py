@@ -116,11 +116,11 @@ def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
     def ask(model):
         prompts = [model.encode("abc"), model.encode("hello")]
         draw = torch.Generator().manual_seed(0)
-        sites = ["resid_pre.1", "resid_post.0", "attn_out.2", "mlp_out.1", "head_z.1.2", "mlp_act.0", "mlp_act.2.5", "embed", "final_norm"]
+        sites = ["resid_pre.1", "resid_post.0", "attn_out.2", "mlp_in.1", "mlp_out.1", "head_z.1.2", "mlp_act.0", "mlp_act.2.5", "embed", "final_norm"]
         edits = [hb.Edit(site, torch.randn(hb.Site.parse(site).width(model.card), generator=draw), scope="all", position=-1) for site in sites]
         edits += [hb.Edit("attn_pattern.1", op="knock_out", keys=0, scope="all"), hb.Edit("resid_post.1", 0.5, "scale")]
         rows = [Row(0), Row(1), *(Row(i % 2, (edit,)) for i, edit in enumerate(edits))]
-        reads = [Read("resid_post.1"), Read("attn_pattern.2", slice(None)), Read("head_z.0.1")]
+        reads = [Read("resid_post.1"), Read("attn_pattern.2", slice(None)), Read("head_z.0.1"), Read("mlp_in.2", -2)]
         first = model.run(Request(prompts, rows, reads, Readout(k=3, logits=True), generate=4), progress=False)
         vector = first.readings[0].values[:2].mean(0)
         drawn = model.run(Request(prompts, [Row(0, (hb.Edit("resid_pre.2", vector),)), Row(1)], generate=3, sampling=hb.Sampling(1, top_k=9)), progress=False)

@@ -96,7 +96,7 @@ class Passes:
             while PATTERN not in source.names:  # through the interface, and what a TransformerBridge of this family puts around it
                 source = getattr(source, [op for op in source.names if "attention_" in op.lower()][-1]).source
             site = getattr(source, PATTERN)
-        if name in ("head_z", "mlp_act"):
+        if name in ("head_z", "mlp_in", "mlp_act"):
             site.input = climb.visit(name, layer, site.input)
         elif isinstance(site.output, tuple):
             output = site.output
