@@ -248,7 +248,10 @@ def attach(
             "features of one model mean nothing in another",
             "load the model it was trained on, or pass same_model=True if this is it under another name",
         )
-    reads = _site(site, known.hook_name, "site")
+    name, after = known.hook_name, known.hf_hook_name or ""
+    if name and name.endswith("hook_mlp_in") and "norm" in after and after.endswith(".output"):
+        name = name.replace("hook_mlp_in", "mlp.hook_in")  # Gemma Scope 2's transcoders: TransformerLens' hook_mlp_in is before the norm, they read after it
+    reads = _site(site, name, "site")
     writes = _site(out, known.hook_name_out, "out") if out is not None or known.hook_name_out else reads
     for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
         adapter.require(where.check(card))

@@ -8,7 +8,7 @@ from sae_lens import SAE
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import SAES, assert_plain
+from tests.conftest import SAES, assert_plain, flat
 
 N = 24
 ARCHITECTURES = ["standard", "jumprelu", "topk", "gated"]
@@ -101,3 +101,34 @@ def test_encode_and_reconstruct_are_saelens_own(case, architecture):
     acts = sae.sae.encode(heads)
     assert torch.equal(sae.encode(reading.values), acts) and acts.count_nonzero() > 0
     assert torch.equal(sae.reconstruct(reading.values), sae.sae.decode(acts).flatten(1))
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"])
+def test_a_transcoder_reads_the_mlp_s_input_and_changes_its_output(case, architecture):
+    adapter, layer = case.adapter, 1
+    reads, writes = hb.Site("mlp_in", layer), hb.Site("mlp_out", layer)
+    metadata = {"hook_name": reads.hook_name, "hook_name_out": writes.hook_name, "model_name": adapter.card.model_id}
+    raw = make_sae(adapter, architecture, d_out=writes.width(adapter.card), apply_b_dec_to_input=False, metadata=metadata)
+    sae = hb.sae.attach(adapter, raw)
+    assert (sae.site, sae.out) == (reads, writes)
+    tokens = adapter.encode("a prompt")
+    nudge = hb.Edit(reads, torch.randn(adapter.card.d_model, dtype=torch.float64), "add", slice(None))
+    edits = [
+        ((), sae.edit([3, 5], to=2.0), lambda f: f.index_fill(1, torch.tensor([3, 5]), 2.0)),
+        ((), sae.edit(4, add=1.5, position=[1, 2], scope="prompt"), lambda f: f + 1.5 * torch.eye(N)[4]),
+        ((nudge,), sae.edit(4, scale=-2.0), lambda f: f * (1 - 3 * torch.eye(N)[4])),
+        ((), sae.splice(keep_error=False), None),
+    ]
+    rows = [Row(0, (*before, edit)) for before, edit, _ in edits]
+    reply = adapter.run(Request([tokens], rows, readout=Readout(logits=True), generate=3), progress=False)
+    for i, (before, edit, change) in enumerate(edits):
+        plain_edits = flat(before, tokens)
+        _, found = case.plain(tokens.ids, plain_edits, (reads, writes))
+        acts = raw.encode(found[reads])
+        skip = found[reads] @ raw.W_skip.T if "skip" in architecture else 0
+        new = raw.decode(acts) + skip if change is None else found[writes] - raw.decode(acts) + raw.decode(change(acts))
+        where = range(len(tokens))[1:] if isinstance(edit.position, slice) else edit.position
+        logits, _ = case.plain(tokens.ids, (*plain_edits, *((writes, p, hb.Edit(writes, new[p].detach(), "set"), []) for p in where)))
+        assert (reply.readout.logits[i] - logits[-1]).abs().max() < (1e-10 if case.name == "toy" or "gpt2" in case.name else 1e-6), i
+        assert reply.generated[i][0] == int(logits[-1].argmax())
+    assert torch.equal(sae.encode(found[reads]), raw.encode(found[reads]))
