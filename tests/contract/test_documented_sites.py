@@ -12,7 +12,7 @@ import torch
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.sites import SITES
-from tests.conftest import require
+from tests.conftest import marked, require
 
 CLOSE = 2e-4
 """These models are float32."""
@@ -24,7 +24,7 @@ COUNT = {"TransformerBridge": 7, "HookedTransformer": 5, "nnsight": 7, "toy": 1}
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = [part for part in metafunc.config.getoption("--adapters").split(",") if part]
-    metafunc.parametrize("backend", [name for name in COUNT if not chosen or any(part in name.lower() for part in chosen)])
+    metafunc.parametrize("backend", marked(name for name in COUNT if not chosen or any(part in name.lower() for part in chosen)))
 
 
 def pages() -> SimpleNamespace:
