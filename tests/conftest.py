@@ -66,10 +66,9 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gone = [] if HOOKED else [item for item in items if item.get_closest_marker("hooked")]
-    if gone:
-        config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in gone]
+    if not HOOKED:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("hooked")])
+        items[:] = [item for item in items if not item.get_closest_marker("hooked")]
 
 
 def marked(names: Iterable[str]) -> list[Any]:

@@ -13,7 +13,7 @@ from hookbook.errors import ModelError
 TRIED = {
     "torch": "2.13",
     "transformers": "5.23",
-    "transformer-lens": "3.9",
+    "transformer-lens": "3.9 or 4.3",
     "nnsight": "0.8",
     "sae-lens": "6.54",
     "pandas": "3.1",
@@ -47,7 +47,7 @@ def environment() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding(package, "not installed", None)
             continue
-        yield Finding(package, found[package] + ("" if found[package].startswith(tried) else f" (tried with {tried})"), None)
+        yield Finding(package, found[package] + ("" if found[package].startswith(tuple(tried.split(" or "))) else f" (tried with {tried})"), None)
     lens, sae = found.get("transformer-lens", ""), found.get("sae-lens", "")
     if lens.startswith("4") and sae:
         yield Finding(
