@@ -22,7 +22,7 @@ test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which 
 	$(RUN)/python -m tests.remote
 
 test-tl4: $(TL4)/.dev ## the contract and both real models with TransformerLens 4, in an environment of its own
-	$(TL4)/bin/python -m pytest -q tests/contract tests/agreement
+	$(TL4)/bin/python -m pytest tests/contract tests/agreement
 
 check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
 	$(RUN)/ruff format --check .

