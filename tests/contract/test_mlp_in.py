@@ -99,6 +99,7 @@ def test_it_is_the_input_of_the_real_mlp_in_families_of_other_shapes(backend, fa
             adapter.run(Request([adapter.encode(IDS)], [Row(0)], [Read("mlp_in.0")]))
 
 
+@pytest.mark.hooked
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_on_a_hooked_transformer_it_is_the_norm_with_its_weight_which_no_hook_point_has(arch, tiny_folder):
     adapter: Any = build(f"hooked-{arch}", tiny_folder)
@@ -113,6 +114,7 @@ def test_on_a_hooked_transformer_it_is_the_norm_with_its_weight_which_no_hook_po
     assert (reading.values - cache["blocks.1.ln2.hook_normalized"][0]).abs().max() > 1e-3
 
 
+@pytest.mark.hooked
 def test_where_norms_are_folded_it_is_what_the_norm_gives(tiny_folder):
     """The one case in which `ln2.hook_normalized` is this tensor."""
     adapter: Any = build("hooked-gpt2", tiny_folder)
