@@ -153,17 +153,7 @@ def steer(
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts, bos, chat)
     chosen = _chosen(adapter, vectors, layers)
-    strengths = tuple(float(strength) for strength in strengths)
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise EditError(f"strengths={strengths}", "each is tried once", "give some different numbers")
-    if (tokens is None) == (score is None):
-        raise DataError("tokens and score" if tokens is not None else "no score", "one of them says what counts", "give either tokens=(words, words) or score=")
-    if generate < 0 or (score is not None and not generate):
-        raise TokenError(f"generate={generate}", "the score is of generated texts", "say how many tokens to generate")
-    wanted, split = None, 0
-    if tokens is not None:
-        wanted, split = _wanted_ids(adapter, coded, tokens)
-
+    strengths = checked_strengths(strengths)
     noise = [torch.randn(len(v.values), generator=torch.Generator().manual_seed(seed + i)) for i, v in enumerate(chosen)]
     noise = [x / x.norm() * v.norm for x, v in zip(noise, chosen, strict=True)]
     sets = [
@@ -174,9 +164,41 @@ def steer(
         ]
         for some in ([v.values for v in chosen], noise)
     ]
-    n, cells = len(coded), len(chosen) * len(strengths)
-    rows = [Row(i, edits) for i in range(n) for edits in [(), *sets[0], *sets[1]]]
-    readout = None if wanted is None else Readout(tokens=wanted.repeat_interleave(1 + 2 * cells, 0))
+    settings = {"position": str(position), "scope": scope, "seed": seed, "bos": bos, "chat": chat, "norms": [v.norm for v in chosen]}
+    sites = tuple(v.site for v in chosen)
+    return steered(adapter, coded, sites, strengths, sets[0] + sets[1], tokens, score, generate, settings, progress, checkpoint)
+
+
+def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """Strengths, each of them once."""
+    strengths = tuple(float(strength) for strength in strengths)
+    if not strengths or len(set(strengths)) < len(strengths):
+        raise EditError(f"strengths={strengths}", "each is tried once", "give some different numbers")
+    return strengths
+
+
+def steered(
+    adapter: Adapter,
+    coded: Sequence[Tokens],
+    sites: tuple[Site, ...],
+    strengths: tuple[float, ...],
+    edits: Sequence[tuple[Edit, ...]],
+    tokens: tuple[Sequence[str | int], Sequence[str | int]] | None,
+    score: Callable[[Sequence[str]], float] | None,
+    generate: int,
+    settings: dict[str, Any],
+    progress: bool | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Steering:
+    """What `steer` does once the edits are there: those of every site and strength, then their controls."""
+    if (tokens is None) == (score is None):
+        raise DataError("tokens and score" if tokens is not None else "no score", "one of them says what counts", "give either tokens=(words, words) or score=")
+    if generate < 0 or (score is not None and not generate):
+        raise TokenError(f"generate={generate}", "the score is of generated texts", "say how many tokens to generate")
+    wanted, split = (None, 0) if tokens is None else _wanted_ids(adapter, coded, tokens)
+    n = len(coded)
+    rows = [Row(i, some) for i in range(n) for some in [(), *edits]]
+    readout = None if wanted is None else Readout(tokens=wanted.repeat_interleave(1 + len(edits), 0))
     reply = adapter.run(Request(coded, rows, (), readout, generate), progress=progress, checkpoint=checkpoint)
     said = () if reply.tokens is None else later(_texts, adapter, reply.tokens, n)
     if reply.readout is not None:
@@ -184,16 +206,15 @@ def steer(
         numbers = (known[:, :split].logsumexp(-1) - known[:, split:].logsumexp(-1)).unflatten(0, (n, -1))
     else:
         numbers = later(_scored, score, said)
-    settings = {"position": str(position), "scope": scope, "generate": generate, "seed": seed, "bos": bos, "chat": chat, "norms": [v.norm for v in chosen]}
     return Steering(
         card=adapter.card,
         prompts=tuple(coded),
-        sites=tuple(v.site for v in chosen),
+        sites=sites,
         strengths=strengths,
         metric=getattr(score, "__name__", "score") if tokens is None else f"log P({_words(tokens[0])}) - log P({_words(tokens[1])})",
         numbers=numbers,
         said=said,
-        settings=settings | {"cost": reply.cost},
+        settings=settings | {"generate": generate, "cost": reply.cost},
     )
 
 

@@ -111,6 +111,7 @@ def train(x: Tensor) -> BatchTopKTrainingSAE:
         total_training_samples=SAMPLES,
         train_batch_size_samples=BATCH,
         lr=4e-4,
+        lr_end=4e-5,
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 4,
         dead_feature_window=200,

@@ -26,6 +26,7 @@ _HOME = {
     "orthogonalize": "recipes.weights",
     "select_direction": "recipes.refusal_direction",
     "steer": "recipes.steering",
+    "steer_feature": "recipes.feature_steering",
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
+    from hookbook.recipes.feature_steering import steer_feature as steer_feature
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
     from hookbook.recipes.function_vectors import HeadEffects as HeadEffects
     from hookbook.recipes.function_vectors import function_vector as function_vector

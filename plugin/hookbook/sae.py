@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.deferred import hold
 from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError
 from hookbook.loading import wrap
 from hookbook.request import Edit, FeatureChange, Scope
@@ -153,6 +154,9 @@ class AttachedSAE:
             to = times_max * self.maxima[list(chosen)]
         value = torch.as_tensor(next(x for x in (to, add, scale) if x is not None))
         value = value if value.is_floating_point() else value.double()
+        hold(torch.isfinite(value).all(), EditError("values for features with NaN or infinity", "they would spread", "look for the step that made them"))
+        if not chosen:
+            raise EditError("an edit of no features", "it would change nothing", "name some, or use splice()")
         if value.dim() > 1 or (value.dim() and len(value) != len(chosen)):
             raise EditError(f"values of shape {list(value.shape)} for {len(chosen)} features", "each takes one", "give a number, or one for each feature")
         value = value.expand(len(chosen))
@@ -282,9 +286,16 @@ def feature(sae: AttachedSAE, index: int) -> Vector:
         sae: What `attach` gave.
         index: Which feature.
     """
+    return attached(sae).vector(index)
+
+
+def attached(sae: Any) -> AttachedSAE:
+    """What `attach` gave, or an error that says so."""
     if not isinstance(sae, AttachedSAE):
-        raise ModelError(f"a feature of a {type(sae).__name__}", "a vector belongs to a model and a site", "attach it first: hb.sae.attach(model, sae)")
-    return sae.vector(index)
+        raise ModelError(
+            f"a {type(sae).__name__} in place of an attached SAE", "features belong to a model and a site", "attach it first: hb.sae.attach(model, sae)"
+        )
+    return sae
 
 
 def demo() -> SAE:

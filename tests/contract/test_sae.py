@@ -132,3 +132,21 @@ def test_a_transcoder_reads_the_mlp_s_input_and_changes_its_output(case, archite
         assert (reply.readout.logits[i] - logits[-1]).abs().max() < (1e-10 if case.name == "toy" or "gpt2" in case.name else 1e-6), i
         assert reply.generated[i][0] == int(logits[-1].argmax())
     assert torch.equal(sae.encode(found[reads]), raw.encode(found[reads]))
+
+
+def test_steering_by_a_feature_is_a_loop_of_clamps(case):
+    adapter = case.adapter
+    sae = attached(case)
+    texts, words = ["ab", "A longer one"], (["a", "e"], ["o"])
+    ours = hb.steer_feature(sae, 3, texts, to=[1.0, -2.0], tokens=words)
+    other = ours.settings["random_feature"]
+    ratio = float(sae.sae.W_dec[3].norm() / sae.sae.W_dec[other].norm())
+    ids = [[adapter.encode("x" + word).ids[-1] for word in side] for side in words]
+    assert other != 3 and ours.strengths == (1.0, -2.0) and ours.sites == (sae.out,)
+    for n, text in enumerate(texts):
+        tokens = adapter.encode(text)
+        for c, value in enumerate(ours.strengths):
+            for which, to, scores in ((3, value, ours.scores), (other, value * ratio, ours.random)):
+                known = case.plain(tokens.ids, flat((sae.edit(which, to=to),), tokens))[0][-1].log_softmax(-1)
+                want = known[ids[0]].exp().sum().log() - known[ids[1]].exp().sum().log()
+                assert abs(float(scores[n, 0, c] - want)) < 1e-6

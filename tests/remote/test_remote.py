@@ -21,6 +21,7 @@ import hookbook as hb
 from hookbook import jobs
 from hookbook.errors import RemoteError
 from hookbook.request import Read, Readout, Request, Row
+from tests.contract.test_sae import N, make_sae
 from tests.remote.server import STATE, Server
 
 SANDBOX = os.environ["HOOKBOOK_TEST_SERVER"] == "sandbox"
@@ -106,7 +107,24 @@ def made(model: hb.Adapter) -> hb.LinearRelation:
     )
 
 
+def sae(model: hb.Adapter, architecture: str = "jumprelu") -> hb.sae.AttachedSAE:
+    """A random SAE of the stream in the middle, or a transcoder of the MLP there."""
+    where = {"hook_name": "blocks.9.hook_resid_post"}
+    more = {"metadata": where, "dtype": "float32"}
+    if "transcoder" in architecture:
+        more |= {"metadata": {"hook_name": "blocks.9.mlp.hook_in", "hook_name_out": "blocks.9.hook_mlp_out"}, "d_out": 576, "apply_b_dec_to_input": False}
+    return hb.sae.attach(model, make_sae(model, architecture, **more), maxima=torch.ones(N))
+
+
 RECIPES = {
+    "steering by a feature": lambda model: hb.steer_feature(sae(model), 3, PROMPTS, times_max=[-9, 20], score=hb.scores.french_score, generate=4),
+    "features of an SAE while tokens are generated": lambda model: hb.generate(
+        model, PROMPTS, edits=[sae(model).edit([1, 2], add=[9.0, -9.0], scope="all"), sae(model).splice(keep_error=False, position=2)], max_new_tokens=5
+    ),
+    "features of a transcoder while tokens are generated": lambda model: hb.generate(
+        model, PROMPTS, edits=[sae(model, "skip_transcoder").edit([1, 2], to=[9.0, -9.0], scope="all")], max_new_tokens=5
+    ),
+    "only some features of a TopK SAE": lambda model: hb.generate(model, PROMPTS, edits=[sae(model, "topk").keep_only([1, 2, 3])], max_new_tokens=5),
     "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
     "logit lens of several tokens and languages": lambda model: hb.logit_lens(
         model, PROMPTS, position=[-2, -1], layers=[3, "mlp_out.9", 28], tokens=[" Paris"], languages=[{"a": "Paris", "b": "the"}, {"a": "friend", "b": "name"}]
