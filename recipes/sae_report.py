@@ -147,9 +147,9 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
         rows = [Row(i) for i in range(len(prompts))]
         rows += [Row(i, (replace(splice, position=where),)) for i, where in enumerate(at)]
         rows += [Row(i, (Edit(sae.out, 0.0, "set", where),)) for i, where in enumerate(at)]
-        reads = [Read(site, Each((*at, *at, *at))) for site in (sae.site, sae.out, end)]
-        reply = adapter.run(Request(prompts, rows, reads), progress=False)
-        seen, wanted, ends = (reading.values for reading in reply.readings)
+        sites = tuple(dict.fromkeys((sae.site, sae.out, end)))
+        reply = adapter.run(Request(prompts, rows, [Read(site, Each((*at, *at, *at))) for site in sites]), progress=False)
+        states = dict(zip(sites, (reading.values for reading in reply.readings), strict=True))
         places = [(prompt, p) for prompt, where in zip(prompts, at, strict=True) for p in where]
         nth = [i for i, (prompt, p) in enumerate(places) if p + 1 < len(prompt)]
         if not nth:
@@ -157,8 +157,9 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
         else:
             targets = torch.tensor([[prompt.ids[p + 1]] for prompt, p in (places[i] for i in nth)]).repeat(3, 1)
             chosen = torch.tensor([i + copy * len(places) for copy in range(3) for i in nth])
-            logprobs = adapter.readout(ends[chosen], tokens=targets).token_logprobs
-        found.add(seen[: len(places)], wanted[: len(places)], logprobs)
+            logprobs = adapter.readout(states[end][chosen], tokens=targets).token_logprobs
+        seen = states[sae.site][: len(places)]
+        found.add(seen, seen if sae.out == sae.site else states[sae.out][: len(places)], logprobs)
         costs.append(reply.cost)
         n, predicted = n + len(prompts), predicted + len(nth)
     if not predicted:
@@ -199,7 +200,7 @@ class _Sums:
             self.spread += float((x - mean).square().sum() + apart.square().sum() * n * self.n_tokens / (n + self.n_tokens))
             self.n_tokens += n
             self.mean = self.mean + apart * n / self.n_tokens
-        self.losses -= logprobs.double().reshape(3, -1).sum(1)
+        self.losses -= logprobs.double().reshape(3, len(logprobs) // 3).sum(1)
         self.n_targets += len(logprobs) // 3
 
     l0 = property(lambda self: self.active / self.n_tokens)

@@ -152,7 +152,7 @@ class Tape:
     def errand(self, wanted: list[Deferred]) -> dict[str, Any]:
         """What travels: plain data, with `{"slot": n}` in place of promises."""
         slots = [x.slot for x in (*wanted, *(condition for condition, _ in self.conditions))]
-        return {"steps": _packed(self.steps), "wanted": sorted(set(slots)), "grad": self.grad}
+        return {"steps": _packed(self.steps, {}), "wanted": sorted(set(slots)), "grad": self.grad}
 
     def ship(self, wanted: list[Deferred]) -> None:
         """Run what was noted, and give what is wanted its numbers.
@@ -315,15 +315,17 @@ def _meta(value: Any) -> Any:
     return value
 
 
-def _packed(value: Any) -> Any:
-    """Nested data as it travels."""
+def _packed(value: Any, seen: dict[int, Tensor]) -> Any:
+    """Nested data as it travels; a tensor that is in it often, such as an SAE's weights, is one object and travels once."""
     if isinstance(value, Deferred):
         return {"slot": value.slot} if value.number is None else value.number
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value  # a view would take all of its memory along
+        if id(value) not in seen:
+            here = value.detach().cpu()
+            seen[id(value)] = here.clone() if here.untyped_storage().nbytes() > here.nbytes else here  # a view would take all of its memory along
+        return seen[id(value)]
     if isinstance(value, dict):
-        return {key: _packed(item) for key, item in value.items()}
+        return {key: _packed(item, seen) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(_packed(item) for item in value)
+        return type(value)(_packed(item, seen) for item in value)
     return value
