@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sae_lens import evals
+from sae_lens.training.activation_scaler import ActivationScaler
 
 import hookbook as hb
 import hookbook.recipes.feature_reading
@@ -124,7 +128,7 @@ def test_a_report_is_what_plain_runs_say(case, name, layer):
         edits = [(), (sae.splice(keep_error=False, position=slice(1, None)),), (hb.Edit(sae.site, 0.0, "set", slice(1, None)),)]
         runs = [case.plain(ids, flat(edit, tokens))[0].log_softmax(-1) for edit in edits]
         losses += [[-float(run[p, ids[p + 1]]) for run in runs] for p in range(1, len(ids) - 1)]
-    x, x_hat, active, losses = torch.stack(x), torch.stack(x_hat), torch.stack(active).double(), torch.tensor(losses).double().mean(0)
+    x, x_hat, active, losses = torch.stack(x), torch.stack(x_hat), torch.stack(active).double(), torch.tensor(losses, dtype=torch.float64).mean(0)
     close = exact(case) * 100
     assert (found.n_texts, found.n_tokens, found.n_targets) == (len(TEXTS), len(x), len(x) - len(TEXTS))
     assert found.l0 == pytest.approx(float(active.sum(1).mean())) and found.dead == pytest.approx(1 - float(active.any(0).double().mean()))
@@ -133,3 +137,22 @@ def test_a_report_is_what_plain_runs_say(case, name, layer):
     assert [found.loss, found.loss_sae, found.loss_zero] == pytest.approx(losses.tolist(), abs=close)
     assert found.loss_recovered == pytest.approx(float((losses[2] - losses[1]) / (losses[2] - losses[0])), abs=1e-3)
     assert len({round(float(loss), 3) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard"])
+def test_a_report_is_saelens_own_evaluation(hook_point_case, architecture):
+    """On texts of one length, SAELens told to ignore the beginning of a sequence; its zeros replace that state, too."""
+    case = hook_point_case
+    sae, texts = attached(case, architecture), ["abcdef", "q w ert", "zzzzzz"]
+    tokens = torch.tensor([case.adapter.encode(text).ids[:7] for text in texts])
+    found = hb.sae_report(sae, tokens.tolist())
+    more: Any = {"ignore_tokens": [0], "model_kwargs": {}}
+    args: Any = sae.sae, case.adapter.model, SimpleNamespace(get_batch_tokens=lambda n: tokens), ActivationScaler()
+    sparsity, by_feature = evals.get_sparsity_and_variance_metrics(*args, 1, False, True, True, True, 3, **more)
+    losses = evals.get_downstream_reconstruction_metrics(*args, False, True, 1, 3, **more)
+    assert found.l0 == pytest.approx(sparsity["l0"]) and found.cosine == pytest.approx(sparsity["cossim"])
+    assert 1 - found.fvu == pytest.approx(sparsity["explained_variance"])
+    assert found.dead == pytest.approx(sum(x == 0 for x in by_feature["feature_density"]) / N)
+    assert found.loss == pytest.approx(losses["ce_loss_without_sae"], abs=1e-5) and found.loss_sae == pytest.approx(losses["ce_loss_with_sae"], abs=1e-5)
+    examples = hb.feature_examples(sae, tokens.tolist())
+    assert examples.density.tolist() == pytest.approx(by_feature["feature_density"])
