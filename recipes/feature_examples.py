@@ -121,7 +121,9 @@ class FeatureExamples(Result):
         left = torch.exp2(bins.double() / BINS)
         ax.bar(left, counts, left * (2 ** (1 / BINS) - 1), align="edge", color=COLOURS[0])
         ax.set(xscale="log", xlabel=f"activation of feature {feature}", ylabel="tokens")
-        ax.set_title(f"{self.labels.get(feature, '')} active on {float(self.density[feature]):.3%} of {self.n_tokens} tokens".strip(), fontsize=9, parse_math=False)
+        ax.set_title(
+            f"{self.labels.get(feature, '')} active on {float(self.density[feature]):.3%} of {self.n_tokens} tokens".strip(), fontsize=9, parse_math=False
+        )
         return ax
 
     def view(self, feature: int | None = None) -> View:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from string import ascii_lowercase
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 import hookbook as hb
 import hookbook.recipes.feature_reading
 from hookbook.errors import DataError
-from tests.contract.test_sae import N, attached
 from tests.conftest import Case, flat
+from tests.contract.test_sae import N, attached
 
 DRAW = random.Random(7)
 TEXTS = ["".join(DRAW.choices(ascii_lowercase + "  ", k=DRAW.randint(1, 20))) for _ in range(9)]
@@ -53,7 +53,7 @@ def test_activations_are_saelens_own_of_plain_runs(case, architecture, monkeypat
         assert (found.dense(i) - x).abs().max() < exact(case)
         assert torch.equal(found.of(3)[i], found.dense(i)[:, 3])
     assert (found.mean() - read.mean(0)).abs().max() < exact(case) and torch.equal(found.share(), (read > 0).double().mean(0))
-    frame = found.to_frame()
+    frame: Any = found.to_frame()
     assert len(frame) == int((read > 0).sum()) and {*found.prompts} == {case.adapter.encode(text) for text in TEXTS}
     for (row, at), some in frame.assign(row=found.rows.tolist()).groupby(["row", "position"]):
         best = wanted[row][at].topk(len(some))
@@ -70,8 +70,9 @@ def test_a_contrast_is_the_difference_of_means(case):
     sae = attached(case)
     one, other = hb.feature_activations(sae, TEXTS[:4]), hb.feature_activations(sae, TEXTS[4:])
     here, there = (torch.cat([activations_of(case, sae, text)[1:] for text in texts]) for texts in (TEXTS[:4], TEXTS[4:]))
-    frame = one.contrast(other)
+    frame: Any = one.contrast(other)
     assert sorted(frame.feature) == torch.cat([here, there]).any(0).nonzero()[:, 0].tolist() and frame.difference.is_monotonic_decreasing
+    row: Any
     for row in frame.itertuples():
         sides = [float(x) for part in (here, there) for x in (part[:, row.feature].mean(), (part[:, row.feature] > 0).double().mean())]
         assert [row.mean, row.share, row.other_mean, row.other_share] == pytest.approx(sides, abs=exact(case))
@@ -146,10 +147,11 @@ def test_a_report_is_saelens_own_evaluation(hook_point_case, architecture):
     sae, texts = attached(case, architecture), ["abcdef", "q w ert", "zzzzzz"]
     tokens = torch.tensor([case.adapter.encode(text).ids[:7] for text in texts])
     found = hb.sae_report(sae, tokens.tolist())
-    more: Any = {"ignore_tokens": [0], "model_kwargs": {}}
-    args: Any = sae.sae, case.adapter.model, SimpleNamespace(get_batch_tokens=lambda n: tokens), ActivationScaler()
-    sparsity, by_feature = evals.get_sparsity_and_variance_metrics(*args, 1, False, True, True, True, 3, **more)
-    losses = evals.get_downstream_reconstruction_metrics(*args, False, True, 1, 3, **more)
+    of: Any = {"sae": sae.sae, "model": case.adapter.model, "activation_store": SimpleNamespace(get_batch_tokens=lambda n: tokens)}
+    of |= {"activation_scaler": ActivationScaler(), "n_batches": 1, "eval_batch_size_prompts": 3, "ignore_tokens": [0], "model_kwargs": {}}
+    asked = {f"compute_{name}": True for name in ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")}
+    sparsity, by_feature = evals.get_sparsity_and_variance_metrics(**of, **asked)
+    losses = evals.get_downstream_reconstruction_metrics(**of, compute_kl=False, compute_ce_loss=True)
     assert found.l0 == pytest.approx(sparsity["l0"]) and found.cosine == pytest.approx(sparsity["cossim"])
     assert 1 - found.fvu == pytest.approx(sparsity["explained_variance"])
     assert found.dead == pytest.approx(sum(x == 0 for x in by_feature["feature_density"]) / N)

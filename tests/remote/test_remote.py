@@ -21,6 +21,7 @@ import hookbook as hb
 from hookbook import jobs
 from hookbook.errors import RemoteError
 from hookbook.request import Read, Readout, Request, Row
+from tests.contract.test_sae import make_sae
 from tests.remote.server import STATE, Server
 
 SANDBOX = os.environ["HOOKBOOK_TEST_SERVER"] == "sandbox"
@@ -106,6 +107,13 @@ def made(model: hb.Adapter) -> hb.LinearRelation:
     )
 
 
+def features(model: hb.Adapter) -> hb.sae.AttachedSAE:
+    """A random SAE; its page stands for the model, which has another name here than there."""
+    where = hb.Site("resid_post", 9)
+    known = {"hook_name": where.hook_name, "model_name": model.card.model_id, "neuronpedia_id": "nobody/9"}
+    return hb.sae.attach(model, make_sae(model, "standard", layer=9, metadata=known))
+
+
 RECIPES = {
     "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
     "logit lens of several tokens and languages": lambda model: hb.logit_lens(
@@ -149,6 +157,9 @@ RECIPES = {
     "edits along a relation": lambda model: hb.edit_relation(model, made(model), ranks=[2, 5], changes=3, n_unrelated=1),
     "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
     "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
+    "features": lambda model: hb.feature_activations(features(model), PROMPTS),
+    "features' examples": lambda model: hb.feature_examples(features(model), (text for text in PROMPTS), k=2, context=2, batch=1),
+    "a report on an SAE": lambda model: hb.sae_report(features(model), PROMPTS, batch=1),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 

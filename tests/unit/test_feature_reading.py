@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,9 +62,13 @@ def test_planted_features_are_found_on_their_letters():
 def test_examples_of_equal_activations_are_of_the_earliest_texts_once_each():
     sae = planted()
     found = hb.feature_examples(sae, [*TEXTS, "bbb"], k=2, context=1, batch=2)
-    frame = found.to_frame()
+    frame: Any = found.to_frame()
     assert frame[frame.feature == 1][["prompt", "position", "text"]].values.tolist() == [[0, 2, "a«b»b"], [2, 1, "<s>«b»a"]]
-    assert found.texts.dtype == torch.long and frame[frame.feature == 2][["prompt", "position"]].values.tolist() == [[0, 6], [2, 5]] and not (frame.feature > 4).any()
+    assert (
+        found.texts.dtype == torch.long
+        and frame[frame.feature == 2][["prompt", "position"]].values.tolist() == [[0, 6], [2, 5]]
+        and not (frame.feature > 4).any()
+    )
     assert (found.maxima[5:] == 0).all() and (found.density[5:] == 0).all() and found.quantiles[:, 5:].isnan().all()
     assert float(found.density[3]) == pytest.approx(2 / sum(map(len, (*TEXTS, "bbb")))) and found.maxima[:5].tolist() == pytest.approx([1, 2, 4, 8, 16])
     again = hb.sae.attach(sae.model, sae.sae, maxima=found.maxima)
@@ -106,14 +111,12 @@ def test_a_perfect_sae_a_useless_one_and_one_that_harms():
 
 
 def test_the_verdict_on_losses():
-    values = {"loss": 2.0, "loss_sae": 5.0, "loss_zero": 4.0}
-    report = hb.sae_report(linear(1.0), TEXTS)
-    fields = vars(report)
-    harms = hb.SAEReport(**fields | values)
+    harms = replace(hb.sae_report(linear(1.0), TEXTS), loss=2.0, loss_sae=5.0, loss_zero=4.0)
     assert harms.loss_recovered == -0.5 and not harms.fits and "worse than with zeros" in harms.to_frame().verdict.iloc[-1]
-    vain = hb.SAEReport(**fields | values | {"loss_zero": 1.0})
+    vain = replace(harms, loss_zero=1.0)
     assert vain.fits and "zeros do no harm" in vain.to_frame().verdict.iloc[-1]
-    assert hb.SAEReport(**fields | values | {"loss_zero": 2.0}).loss_recovered != 0
+    none = replace(harms, loss_zero=2.0)
+    assert none.loss_recovered != none.loss_recovered and none.fits
 
 
 def test_special_tokens_in_a_text_are_left_alone():
@@ -124,7 +127,7 @@ def test_special_tokens_in_a_text_are_left_alone():
     assert (report.n_tokens, report.n_targets) == (4, 3)
     tokens = sae.model.encode(ids)
     zero = hb.Edit(sae.site, 0.0, "set", seen)
-    (reading,) = sae.model.run(Request([tokens], [Row(0, (zero,))], [Read("resid_post.2", slice(None))])).readings
+    (reading,) = sae.model.run(Request([tokens], [Row(0, (zero,))], [Read(hb.Site("resid_post", 2), slice(None))])).readings
     logits = sae.model.readout(reading.values, logits=True).logits.log_softmax(-1)
     assert report.loss_zero == pytest.approx(-float(sum(logits[p, ids[p + 1]] for p in (1, 2, 4))) / 3)
     assert hb.feature_activations(sae, [ids]).read == (seen,)
@@ -136,7 +139,7 @@ def test_a_transcoder_is_judged_by_its_output():
     attached = hb.sae.attach(model, sae, site="resid_pre.1", out="mlp_out.1")
     report = hb.sae_report(attached, TEXTS)
     prompts = [model.encode(text) for text in TEXTS]
-    reads = [Read(site, slice(1, None)) for site in ("resid_pre.1", "mlp_out.1")]
+    reads = [Read(hb.Site.parse(site), slice(1, None)) for site in ("resid_pre.1", "mlp_out.1")]
     x, y = (reading.values for reading in model.run(Request(prompts, [Row(i) for i in range(4)], reads)).readings)
     y_hat = sae.decode(sae.encode(x)).detach()
     assert report.fvu == pytest.approx(float((y - y_hat).square().sum() / (y - y.mean(0)).square().sum()))
@@ -186,7 +189,9 @@ def test_results_are_loaded_equal_and_drawn(tmp_path, plt):
         loaded: Any = type(result).load(result.save(tmp_path / "one"))
         assert loaded.to_frame().equals(result.to_frame()) and same(loaded.view().html) == same(result.view().html)
         assert_equal_but(result, loaded)
-        assert {k: v for k, v in vars(result).items() if not isinstance(v, torch.Tensor)} == {k: v for k, v in vars(loaded).items() if not isinstance(v, torch.Tensor)}
+        assert {k: v for k, v in vars(result).items() if not isinstance(v, torch.Tensor)} == {
+            k: v for k, v in vars(loaded).items() if not isinstance(v, torch.Tensor)
+        }
     active, examples, report = results
     ax = active.plot(prompt=2, k=3)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["4", "3", "2"] and ax.images[0].get_array().shape == (len(TEXTS[2]), 3)
