@@ -284,8 +284,8 @@ def waiting(value: Any) -> Iterator[Deferred]:
     return iter({(id(x.tape), x.slot): x for x in _deferred(value, waiting=True) if x.number is None}.values())
 
 
-def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Iterator[Deferred]:
-    """The promises in nested data; those in `Later` and data classes if `waiting`."""
+def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Iterator[Any]:
+    """The promises in nested data; those in `Later` and data classes if `waiting`; and if `arrived` every `Later`, too."""
     if isinstance(value, Deferred):
         if arrived or not waiting or value.number is None:
             yield value
@@ -298,6 +298,8 @@ def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Itera
         for item in value:
             yield from _deferred(item, waiting, arrived)
     elif waiting and isinstance(value, Later):
+        if arrived:  # what it waited for may have been filled in already, through another
+            yield value
         yield from _deferred(value.args, waiting, arrived)
     elif waiting and is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):

@@ -149,7 +149,7 @@ def test_a_report_is_saelens_own_evaluation(hook_point_case, architecture):
     found = hb.sae_report(sae, tokens.tolist())
     of: Any = {"sae": sae.sae, "model": case.adapter.model, "activation_store": SimpleNamespace(get_batch_tokens=lambda n: tokens)}
     of |= {"activation_scaler": ActivationScaler(), "n_batches": 1, "eval_batch_size_prompts": 3, "ignore_tokens": [0], "model_kwargs": {}}
-    asked = {f"compute_{name}": True for name in ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")}
+    asked: Any = {f"compute_{name}": True for name in ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")}
     sparsity, by_feature = evals.get_sparsity_and_variance_metrics(**of, **asked)
     losses = evals.get_downstream_reconstruction_metrics(**of, compute_kl=False, compute_ce_loss=True)
     assert found.l0 == pytest.approx(sparsity["l0"]) and found.cosine == pytest.approx(sparsity["cossim"])

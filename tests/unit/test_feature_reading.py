@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.deferred import Tape
+from hookbook.deferred import Deferred, Tape, known
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
+from hookbook.recipes.feature_reading import Stream
 from hookbook.request import Read, Request, Row
 from hookbook.testing import toy
 from tests.contract.test_sae import make_sae
@@ -217,3 +218,21 @@ def test_a_tensor_that_is_often_in_a_job_is_sent_once():
     (_, one, *_), (_, other, *_) = tape.errand([])["steps"]
     assert one["args"][0] is other["args"][0] and one["args"][1] is not other["args"][1]
     assert torch.equal(one["args"][1], weights[:2]) and one["args"][1].untyped_storage().nbytes() == 8
+
+
+def test_fields_that_wait_for_the_same_batches_are_all_filled_in():
+    class Sums:
+        total, largest = 0.0, 0.0
+
+        def add(self, x: torch.Tensor) -> None:
+            self.total, self.largest = self.total + float(x.sum()), max(self.largest, float(x.max()))
+
+    tape, stream = Tape(), Stream(Sums())
+    batches = [Deferred.of(tape, (2,), torch.float32) for _ in range(3)]
+    for batch in batches:
+        stream.add(batch)
+    result = replace(hb.sae_report(linear(1.0), TEXTS), loss=stream.get("total"), settings={"largest": stream.get("largest")})
+    for i, batch in enumerate(batches):
+        batch.number = torch.tensor([1.0, i])
+    known(result)
+    assert result.loss == 6 and result.settings == {"largest": 2}
