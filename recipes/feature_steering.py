@@ -11,7 +11,7 @@ from hookbook.errors import EditError
 from hookbook.recipe import recipe
 from hookbook.recipes.steering import Steering, checked_strengths, steered
 from hookbook.request import Scope
-from hookbook.sae import AttachedSAE, attached
+from hookbook.sae import AttachedSAE, checked
 from hookbook.tokens import Position
 
 
@@ -60,7 +60,7 @@ def steer_feature(
     Source: clamping with the error term kept as in Templeton et al. 2024 (Scaling Monosemanticity, "Influence on behavior"), who clamp to multiples
     of the maximum.
     """
-    sae = attached(sae)
+    sae = checked(sae)
     if (to is None) == (times_max is None):
         raise EditError("to and times_max" if to is not None else "no values", "one of them says how far", "give to=[...] or times_max=[...]")
     norms = sae.sae.W_dec.detach().norm(dim=-1).cpu()

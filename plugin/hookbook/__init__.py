@@ -40,12 +40,16 @@ _HOME = {
     "hop_readability": "recipes.hop_readability",
     "two_hops": "recipes.two_hops",
     "Composition": "recipes.task_vectors",
+    "FeatureActivations": "recipes.feature_reading",
+    "FeatureExamples": "recipes.feature_examples",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
     "TaskVectors": "recipes.task_vectors",
     "Vector": "vectors",
     "backpatch": "recipes.backpatching",
     "compose": "recipes.task_vectors",
+    "feature_activations": "recipes.feature_reading",
+    "feature_examples": "recipes.feature_examples",
     "function_vector": "recipes.function_vectors",
     "head_effects": "recipes.function_vectors",
     "known": "recipes.task_vectors",
@@ -62,6 +66,7 @@ _HOME = {
     "ModelCard": "adapter",
     "Patchscope": "recipes.patchscopes",
     "Plan": "planning",
+    "SAEReport": "recipes.sae_report",
     "Sampling": "request",
     "Site": "sites",
     "Handle": "jobs",
@@ -71,6 +76,7 @@ _HOME = {
     "load": "loading",
     "logit_lens": "recipes.logit_lens",
     "patchscope": "recipes.patchscopes",
+    "sae_report": "recipes.sae_report",
     "wrap": "loading",
 }
 _MODULES = (
@@ -120,6 +126,10 @@ if TYPE_CHECKING:
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
     from hookbook.recipes.feature_steering import steer_feature as steer_feature
+    from hookbook.recipes.feature_examples import FeatureExamples as FeatureExamples
+    from hookbook.recipes.feature_examples import feature_examples as feature_examples
+    from hookbook.recipes.feature_reading import FeatureActivations as FeatureActivations
+    from hookbook.recipes.feature_reading import feature_activations as feature_activations
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
     from hookbook.recipes.function_vectors import HeadEffects as HeadEffects
     from hookbook.recipes.function_vectors import function_vector as function_vector
@@ -145,6 +155,8 @@ if TYPE_CHECKING:
     from hookbook.recipes.relation_edits import RelationEdits as RelationEdits
     from hookbook.recipes.relation_edits import change_answer as change_answer
     from hookbook.recipes.relation_edits import edit_relation as edit_relation
+    from hookbook.recipes.sae_report import SAEReport as SAEReport
+    from hookbook.recipes.sae_report import sae_report as sae_report
     from hookbook.recipes.steering import Steering as Steering
     from hookbook.recipes.steering import steer as steer
     from hookbook.recipes.task_vectors import Composition as Composition

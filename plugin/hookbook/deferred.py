@@ -152,7 +152,7 @@ class Tape:
     def errand(self, wanted: list[Deferred]) -> dict[str, Any]:
         """What travels: plain data, with `{"slot": n}` in place of promises."""
         slots = [x.slot for x in (*wanted, *(condition for condition, _ in self.conditions))]
-        return {"steps": _packed(self.steps), "wanted": sorted(set(slots)), "grad": self.grad}
+        return {"steps": _packed(self.steps, {}), "wanted": sorted(set(slots)), "grad": self.grad}
 
     def ship(self, wanted: list[Deferred]) -> None:
         """Run what was noted, and give what is wanted its numbers.
@@ -284,8 +284,8 @@ def waiting(value: Any) -> Iterator[Deferred]:
     return iter({(id(x.tape), x.slot): x for x in _deferred(value, waiting=True) if x.number is None}.values())
 
 
-def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Iterator[Deferred]:
-    """The promises in nested data; those in `Later` and data classes if `waiting`."""
+def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Iterator[Any]:
+    """The promises in nested data; those in `Later` and data classes if `waiting`; and if `arrived` every `Later`, too."""
     if isinstance(value, Deferred):
         if arrived or not waiting or value.number is None:
             yield value
@@ -298,6 +298,8 @@ def _deferred(value: Any, waiting: bool = False, arrived: bool = False) -> Itera
         for item in value:
             yield from _deferred(item, waiting, arrived)
     elif waiting and isinstance(value, Later):
+        if arrived:  # what it waited for may have been filled in already, through another
+            yield value
         yield from _deferred(value.args, waiting, arrived)
     elif waiting and is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
@@ -315,15 +317,17 @@ def _meta(value: Any) -> Any:
     return value
 
 
-def _packed(value: Any) -> Any:
-    """Nested data as it travels."""
+def _packed(value: Any, seen: dict[int, Tensor]) -> Any:
+    """Nested data as it travels; a tensor that is in it often, such as an SAE's weights, is one object and travels once."""
     if isinstance(value, Deferred):
         return {"slot": value.slot} if value.number is None else value.number
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value  # a view would take all of its memory along
+        if id(value) not in seen:
+            here = value.detach().cpu()
+            seen[id(value)] = here.clone() if here.untyped_storage().nbytes() > here.nbytes else here  # a view would take all of its memory along
+        return seen[id(value)]
     if isinstance(value, dict):
-        return {key: _packed(item) for key, item in value.items()}
+        return {key: _packed(item, seen) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(_packed(item) for item in value)
+        return type(value)(_packed(item, seen) for item in value)
     return value

@@ -75,10 +75,14 @@ class AttachedSAE:
                 found.update(key.encode() + part.contiguous().numpy().tobytes())
         return f"{known.neuronpedia_id or f'{self.model.card.model_id} {self.site}'} {found.hexdigest()[:8]}"
 
+    @property
+    def page(self) -> str:
+        """Where it is on Neuronpedia; empty if the release is not."""
+        return self.sae.cfg.metadata.neuronpedia_id or ""
+
     def link(self, feature: int) -> str:
         """The feature's page on Neuronpedia; empty if the release has none."""
-        page = self.sae.cfg.metadata.neuronpedia_id
-        return f"https://www.neuronpedia.org/{page}/{feature}" if page else ""
+        return link(self.page, feature)
 
     def encode_prompts(self, prompts: Any) -> list[Tokens]:
         """Prompts as the SAE's training had them begin."""
@@ -103,6 +107,10 @@ class AttachedSAE:
     def reconstruct(self, states: Tensor) -> Tensor:
         """What SAELens' SAE makes of states: `[n, width]` at `out`. Inputs are encoded and decoded together, as normalising SAEs need it."""
         return reconstruct(self.sae, states)
+
+    def both(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and reconstruction of states, for one encoding."""
+        return both(self.sae, states)
 
     def vector(self, index: int) -> Vector:
         """A feature's decoder row; see `feature`."""
@@ -286,16 +294,19 @@ def feature(sae: AttachedSAE, index: int) -> Vector:
         sae: What `attach` gave.
         index: Which feature.
     """
-    return attached(sae).vector(index)
+    return checked(sae).vector(index)
 
 
-def attached(sae: Any) -> AttachedSAE:
-    """What `attach` gave, or an error that says so."""
+def checked(sae: Any) -> AttachedSAE:
+    """An attached SAE, or `ModelError` for anything else."""
     if not isinstance(sae, AttachedSAE):
-        raise ModelError(
-            f"a {type(sae).__name__} in place of an attached SAE", "features belong to a model and a site", "attach it first: hb.sae.attach(model, sae)"
-        )
+        raise ModelError(f"a {type(sae).__name__} in place of an attached SAE", "features are of a model and a site", "hb.sae.attach(model, sae)")
     return sae
+
+
+def link(page: str, feature: int) -> str:
+    """A feature's page on Neuronpedia, given where its SAE is there; empty if it is not."""
+    return f"https://www.neuronpedia.org/{page}/{feature}" if page else ""
 
 
 def demo() -> SAE:
@@ -309,18 +320,28 @@ def demo() -> SAE:
 @torch.no_grad()
 def encode(sae: SAE, states: Tensor) -> Tensor:
     """SAELens' activations `[n, d_sae]`, dense, of states `[n, width]`."""
-    found = sae.encode(_shaped(sae, states))
-    return found.to_dense() if found.is_sparse else found
+    return _dense(sae.encode(_shaped(sae, states)))
 
 
 @torch.no_grad()
 def reconstruct(sae: SAE, states: Tensor) -> Tensor:
     """SAELens' reconstruction `[n, width]` of states `[n, width]`, without an error term; a transcoder's, what it says the output is."""
+    return both(sae, states)[1]
+
+
+@torch.no_grad()
+def both(sae: SAE, states: Tensor) -> tuple[Tensor, Tensor]:
+    """What `encode` and what `reconstruct` give."""
     x = _shaped(sae, states)
-    out = sae.decode(sae.encode(x))
+    found = sae.encode(x)
+    out = sae.decode(found)
     if getattr(sae, "W_skip", None) is not None:
         out = out + x.to(sae.dtype) @ sae.W_skip.T  # pyright: ignore
-    return out.reshape(len(states), -1)
+    return _dense(found), out.reshape(len(states), -1)
+
+
+def _dense(found: Tensor) -> Tensor:
+    return found.to_dense() if found.is_sparse else found
 
 
 def _shaped(sae: SAE, states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ N = 24
 ARCHITECTURES = ["standard", "jumprelu", "topk", "gated"]
 
 
-def make_sae(adapter, architecture="jumprelu", name="resid_post", layer=1, seed=0, **more):
+def make_sae(adapter, architecture="jumprelu", name="resid_post", layer: int | None = 1, seed=0, **more):
     """A random SAE of SAELens for an adapter's site, in float64."""
     site = hb.Site(name, layer)
     config = {

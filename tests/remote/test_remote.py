@@ -109,10 +109,11 @@ def made(model: hb.Adapter) -> hb.LinearRelation:
 
 def sae(model: hb.Adapter, architecture: str = "jumprelu") -> hb.sae.AttachedSAE:
     """A random SAE of the stream in the middle, or a transcoder of the MLP there."""
-    where = {"hook_name": "blocks.9.hook_resid_post"}
-    more = {"metadata": where, "dtype": "float32"}
+    where, more = {"hook_name": "blocks.9.hook_resid_post"}, {}
     if "transcoder" in architecture:
-        more |= {"metadata": {"hook_name": "blocks.9.mlp.hook_in", "hook_name_out": "blocks.9.hook_mlp_out"}, "d_out": 576, "apply_b_dec_to_input": False}
+        where, more = {"hook_name": "blocks.9.mlp.hook_in", "hook_name_out": "blocks.9.hook_mlp_out"}, {"d_out": 576, "apply_b_dec_to_input": False}
+    where |= {"neuronpedia_id": "nobody/9"}  # stands for the model, which has another name here than there
+    more |= {"metadata": where, "dtype": "float32"}
     return hb.sae.attach(model, make_sae(model, architecture, **more), maxima=torch.ones(N))
 
 
@@ -167,6 +168,9 @@ RECIPES = {
     "edits along a relation": lambda model: hb.edit_relation(model, made(model), ranks=[2, 5], changes=3, n_unrelated=1),
     "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
     "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
+    "features": lambda model: hb.feature_activations(sae(model), PROMPTS),
+    "features' examples": lambda model: hb.feature_examples(sae(model), (text for text in PROMPTS), k=2, context=2, batch=1),
+    "a report on an SAE": lambda model: hb.sae_report(sae(model), PROMPTS, batch=1),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }
 

@@ -57,7 +57,9 @@ def _half(texts: list[str], which: int) -> list[str]:
 def _attached(model: Adapter, setup: Setup) -> saes.AttachedSAE:
     if setup.sae is None:
         raise DataError(
-            f"an SAE of {model.card.model_id}", "none ships for it", "reproduce gemma-3-270m, or attach your own: hb.sae.attach(model, SAE.from_pretrained(...))"
+            f"an SAE of {model.card.model_id}",
+            "none ships for it",
+            "reproduce gemma-3-270m, or attach your own: hb.sae.attach(model, SAE.from_pretrained(...))",
         )
     return saes.attach(model, setup.sae())
 
