@@ -153,9 +153,7 @@ def steer(
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts, bos, chat)
     chosen = _chosen(adapter, vectors, layers)
-    strengths = tuple(float(strength) for strength in strengths)
-    if not strengths or len(set(strengths)) < len(strengths):
-        raise EditError(f"strengths={strengths}", "each is tried once", "give some different numbers")
+    strengths = check_strengths(strengths)
     if (tokens is None) == (score is None):
         raise DataError("tokens and score" if tokens is not None else "no score", "one of them says what counts", "give either tokens=(words, words) or score=")
     if generate < 0 or (score is not None and not generate):
@@ -195,6 +193,14 @@ def steer(
         said=said,
         settings=settings | {"cost": reply.cost},
     )
+
+
+def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+    """Strengths to try, or `EditError`."""
+    found = tuple(float(strength) for strength in strengths)
+    if not found or len(set(found)) < len(found):
+        raise EditError(f"strengths={found}", "each is tried once", "give some different numbers")
+    return found
 
 
 def _chosen(adapter: Adapter, vectors: Any, layers: Any) -> list[Vector]:

@@ -39,6 +39,11 @@ _HOME = {
     "hop_readability": "recipes.hop_readability",
     "two_hops": "recipes.two_hops",
     "Composition": "recipes.task_vectors",
+    "FeaturePatchscope": "recipes.feature_patchscopes",
+    "FeatureVector": "recipes.feature_decomposition",
+    "RelationFeatures": "recipes.relation_features",
+    "feature_patchscope": "recipes.feature_patchscopes",
+    "relation_features": "recipes.relation_features",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
     "TaskVectors": "recipes.task_vectors",
@@ -118,6 +123,9 @@ if TYPE_CHECKING:
     from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
+    from hookbook.recipes.feature_decomposition import FeatureVector as FeatureVector
+    from hookbook.recipes.feature_patchscopes import FeaturePatchscope as FeaturePatchscope
+    from hookbook.recipes.feature_patchscopes import feature_patchscope as feature_patchscope
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
     from hookbook.recipes.function_vectors import HeadEffects as HeadEffects
     from hookbook.recipes.function_vectors import function_vector as function_vector
@@ -143,6 +151,8 @@ if TYPE_CHECKING:
     from hookbook.recipes.relation_edits import RelationEdits as RelationEdits
     from hookbook.recipes.relation_edits import change_answer as change_answer
     from hookbook.recipes.relation_edits import edit_relation as edit_relation
+    from hookbook.recipes.relation_features import RelationFeatures as RelationFeatures
+    from hookbook.recipes.relation_features import relation_features as relation_features
     from hookbook.recipes.steering import Steering as Steering
     from hookbook.recipes.steering import steer as steer
     from hookbook.recipes.task_vectors import Composition as Composition

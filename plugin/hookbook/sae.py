@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from hookbook.adapter import Adapter
+    from hookbook.card import ModelCard
 
 __all__ = ["AttachedSAE", "attach", "demo", "feature"]
 
@@ -65,19 +66,12 @@ class AttachedSAE:
 
     @cached_property
     def name(self) -> str:
-        """What it is called: where it is on Neuronpedia, or its model and site; and a fingerprint of its weights."""
-        known = self.sae.cfg.metadata
-        found = hashlib.sha256()
-        for key, value in sorted(self.sae.state_dict().items()):
-            wide = value.detach().double().cpu()
-            for part in (wide,) if wide.dim() < 2 else (wide.sum(0), wide.sum(1)):
-                found.update(key.encode() + part.contiguous().numpy().tobytes())
-        return f"{known.neuronpedia_id or f'{self.model.card.model_id} {self.site}'} {found.hexdigest()[:8]}"
+        """See `name_of`."""
+        return name_of(self.sae, self.model.card, self.site)
 
     def link(self, feature: int) -> str:
         """The feature's page on Neuronpedia; empty if the release has none."""
-        page = self.sae.cfg.metadata.neuronpedia_id
-        return f"https://www.neuronpedia.org/{page}/{feature}" if page else ""
+        return link_of(self.sae, feature)
 
     def encode_prompts(self, prompts: Any) -> list[Tokens]:
         """Prompts as the SAE's training had them begin."""
@@ -240,26 +234,11 @@ def attach(
         TokenError, DataError: `bos` differs from what the SAE says; labels or maxima that are none.
     """
     adapter = wrap(model)
-    sae = _checked(sae)
-    known, card = sae.cfg.metadata, adapter.card
-    if not same_model and known.model_name and _name(known.model_name) != _name(card.model_id):
-        raise ModelError(
-            f"an SAE of {known.model_name} on {card.model_id}",
-            "features of one model mean nothing in another",
-            "load the model it was trained on, or pass same_model=True if this is it under another name",
-        )
-    reads = _site(site, known.hook_name, "site")
-    writes = _site(out, known.hook_name_out, "out") if out is not None or known.hook_name_out else reads
-    for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
-        adapter.require(where.check(card))
-        if where.width(card) != width:
-            raise SiteError(f"an SAE that {what} {width} numbers at {where}", f"this model's width there is {where.width(card)}", "use an SAE of this model")
-    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
-        raise ModelError(
-            f"an SAE with normalize_activations={sae.cfg.normalize_activations!r}",
-            "it was trained on scaled activations, and the scale is not in its weights",
-            "fold it in: sae.fold_activation_norm_scaling_factor(factor)",
-        )
+    sae = checked_sae(sae)
+    known = sae.cfg.metadata
+    reads, writes = places(sae, adapter.card, site, out, same_model)
+    for where in (reads, writes):
+        adapter.require(where)
     if bos is not None and known.prepend_bos is not None and bos != known.prepend_bos:
         raise DataError(f"bos={bos}", f"this SAE was trained with prepend_bos={known.prepend_bos}", "leave bos out")
     bos = known.prepend_bos if bos is None else bos
@@ -272,6 +251,51 @@ def attach(
     return AttachedSAE(adapter, sae, reads, writes, bos, _labels(labels), maxima)
 
 
+def places(sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site | str | None = None, same_model: bool = False) -> tuple[Site, Site]:
+    """Where an SAE of SAELens reads and where it writes in a model; raises as `attach` does if it is of another one."""
+    known = sae.cfg.metadata
+    if not same_model and known.model_name and _name(known.model_name) != _name(card.model_id):
+        raise ModelError(
+            f"an SAE of {known.model_name} on {card.model_id}",
+            "features of one model mean nothing in another",
+            "load the model it was trained on, or pass same_model=True if this is it under another name",
+        )
+    reads = _site(site, known.hook_name, "site")
+    writes = _site(out, known.hook_name_out, "out") if out is not None or known.hook_name_out else reads
+    for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
+        if where.check(card).width(card) != width:
+            raise SiteError(f"an SAE that {what} {width} numbers at {where}", f"this model's width there is {where.width(card)}", "use an SAE of this model")
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise ModelError(
+            f"an SAE with normalize_activations={sae.cfg.normalize_activations!r}",
+            "it was trained on scaled activations, and the scale is not in its weights",
+            "fold it in: sae.fold_activation_norm_scaling_factor(factor)",
+        )
+    return reads, writes
+
+
+def name_of(sae: SAE, card: ModelCard, site: Site) -> str:
+    """What an SAE is called: where it is on Neuronpedia, or its model and site; and a fingerprint of its weights."""
+    found = hashlib.sha256()
+    for key, value in sorted(sae.state_dict().items()):
+        wide = value.detach().double().cpu()
+        for part in (wide,) if wide.dim() < 2 else (wide.sum(0), wide.sum(1)):
+            found.update(key.encode() + part.contiguous().numpy().tobytes())
+    return f"{sae.cfg.metadata.neuronpedia_id or f'{card.model_id} {site}'} {found.hexdigest()[:8]}"
+
+
+def link_of(sae: SAE, feature: int) -> str:
+    """A feature's page on Neuronpedia; empty if the release has none."""
+    page = sae.cfg.metadata.neuronpedia_id
+    return f"https://www.neuronpedia.org/{page}/{feature}" if page else ""
+
+
+def directions(sae: SAE) -> Tensor:
+    """What an activation of 1 of each feature adds to the reconstruction, `[d_sae, d_out]`: the decoder's rows, of unit length if the decoder makes them so."""
+    rows = sae.W_dec.detach()
+    return rows / rows.norm(dim=-1, keepdim=True) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows
+
+
 def feature(sae: AttachedSAE, index: int) -> Vector:
     """A feature's direction, its row of the decoder as it is, as a `Vector`: for steering, arithmetic, patching, files.
 
@@ -279,9 +303,16 @@ def feature(sae: AttachedSAE, index: int) -> Vector:
         sae: What `attach` gave.
         index: Which feature.
     """
+    return checked(sae).vector(index)
+
+
+def checked(sae: Any) -> AttachedSAE:
+    """What `attach` gave, or `ModelError`."""
     if not isinstance(sae, AttachedSAE):
-        raise ModelError(f"a feature of a {type(sae).__name__}", "a vector belongs to a model and a site", "attach it first: hb.sae.attach(model, sae)")
-    return sae.vector(index)
+        raise ModelError(
+            f"a {type(sae).__name__} in place of an attached SAE", "features belong to a model and a site", "attach it first: hb.sae.attach(model, sae)"
+        )
+    return sae
 
 
 def demo() -> SAE:
@@ -324,7 +355,8 @@ def _sae_lens() -> Any:
     return sae_lens
 
 
-def _checked(sae: Any) -> Any:
+def checked_sae(sae: Any) -> Any:
+    """An SAE of SAELens, or `ModelError`."""
     if isinstance(sae, tuple):
         raise ModelError("a tuple in place of an SAE", "older calls of SAELens gave the SAE, its settings and sparsities", "give the first of them")
     if not isinstance(sae, _sae_lens().SAE):
