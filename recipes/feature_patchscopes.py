@@ -168,7 +168,8 @@ def feature_patchscope(
     """Patch features' directions into a target prompt, and let the model say what they are; all as forks of one run.
 
     A direction has no length of its own: it is made `strength` times as long as the state that it replaces, the target prompt's own at that site
-    and token. Later blocks add to it, so that a longer direction is what the model reads for longer, and one too long is unlike any state.
+    and token. Later blocks add to what is written, and add less beside something long. The default lengths begin with the usual one, 1, and end where longer ones
+    hardly say anything else: of directions in `resid_post.5` of gemma-3-270m, descriptions at 4 and 8 were mostly the same.
 
     Args:
         sae: What `hookbook.sae.attach` gave; of a transcoder the directions are of its output.

@@ -74,7 +74,10 @@ def test_a_patchscope_of_features_goes_through_a_file_and_is_drawn(tmp_path, plt
     assert (line.random_token, line.random_text) == (found.vocab[int(found.random_ids[3, 1])], found.random_texts[3])
     assert (line.control_token, line.control_text) == (found.vocab[int(found.control_ids[1])], found.control_texts[0])
     assert line["logprob a"] == float(found.wanted_logprobs[1, 3, 0]) and line["random_logprob a"] == float(found.random_wanted_logprobs[3, 0])
-    for value, numbers in (("probability", (found.logprobs[..., 0], found.random_logprobs[:, 0])), ("a", (found.wanted_logprobs[..., 0], found.random_wanted_logprobs[:, 0]))):
+    for value, numbers in (
+        ("probability", (found.logprobs[..., 0], found.random_logprobs[:, 0])),
+        ("a", (found.wanted_logprobs[..., 0], found.random_wanted_logprobs[:, 0])),
+    ):
         axes = found.plot(value=value)
         want = torch.cat([numbers[0], numbers[1][None]]).exp()
         assert (torch.from_numpy(axes.images[0].get_array().data) - want).abs().max() < 1e-12
