@@ -9,9 +9,9 @@ import torch
 
 from hookbook.errors import EditError
 from hookbook.recipe import recipe
-from hookbook.recipes.steering import Steering, checked_strengths, steered
+from hookbook.recipes.steering import Steering, check_strengths, steered
 from hookbook.request import Scope
-from hookbook.sae import AttachedSAE, checked
+from hookbook.sae import AttachedSAE, checked, directions
 from hookbook.tokens import Position
 
 
@@ -63,7 +63,7 @@ def steer_feature(
     sae = checked(sae)
     if (to is None) == (times_max is None):
         raise EditError("to and times_max" if to is not None else "no values", "one of them says how far", "give to=[...] or times_max=[...]")
-    norms = sae.sae.W_dec.detach().norm(dim=-1).cpu()
+    norms = directions(sae.sae).norm(dim=-1).cpu()
     sae.edit(feature, to=0)  # raises if there is none
     live = torch.ones(sae.n_features, dtype=torch.bool) if sae.maxima is None else sae.maxima > 0
     live[feature] = False
@@ -72,9 +72,9 @@ def steer_feature(
         raise EditError("a random feature", "none but this one is ever active", "attach the SAE with the maxima of more texts")
     other = int(others[torch.randint(len(others), (), generator=torch.Generator().manual_seed(seed))])
     if times_max is None:
-        values = checked_strengths(to or ())
+        values = check_strengths(to or ())
     else:
-        values = tuple(float(value) for c in checked_strengths(times_max) for value in sae.edit(feature, times_max=c).value.shift)  # pyright: ignore
+        values = tuple(float(value) for c in check_strengths(times_max) for value in sae.edit(feature, times_max=c).value.shift)  # pyright: ignore
     ratio = float(norms[feature] / norms[other])
     edits = [
         (sae.edit(which, to=value * factor, keep_error=keep_error, position=position, scope=scope),)

@@ -263,19 +263,7 @@ def patchscope(
             f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]",
             "transpose it, or fit it on these two models",
         )
-    if isinstance(tokens, str):
-        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
-    if k < 1 or generate < 0:
-        raise TokenError(
-            f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more"
-        )
-    if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
-        raise TokenError(
-            f"{max(len(t) for t in targets)} tokens and {generate} to decode",
-            f"this model reads at most {writer.card.n_ctx}",
-            "shorten the target or decode less",
-        )
-    wanted_ids = torch.tensor([[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
+    wanted_ids = check_asked(writer, targets, says_at, tokens, k, generate)
     for adapter, side in ((reader, 0), (writer, 1)):
         for pair in pairs:
             adapter.require(pair[side])
@@ -337,16 +325,17 @@ def patchscope(
         source_tokens=later(words, reader, source_ids),
         precision=precision,
         surprisal=surprisal,
-        wanted=tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens),
+        wanted=wanted_words(writer, tokens),
         wanted_logprobs=wanted,
         control_wanted_logprobs=control_wanted,
-        texts=later(_texts, writer, reply.tokens[n_target:], len(pairs)) if reply.tokens is not None else (),
+        texts=later(grouped_texts, writer, reply.tokens[n_target:], len(pairs)) if reply.tokens is not None else (),
         control_texts=later(decoded, writer, reply.tokens[at]) if reply.tokens is not None else (),
         settings=settings,
     )
 
 
-def _texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
+def grouped_texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
+    """What was generated, so many texts together."""
     texts = decoded(adapter, tokens)
     return tuple(texts[start : start + pairs] for start in range(0, len(texts), pairs))
 
@@ -379,6 +368,28 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
                 )
         return [(site, site) for site in reads]
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
+
+
+def check_asked(writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[int], tokens: Sequence[str | int], k: int, generate: int) -> Tensor:
+    """The ids `[target, m]` of the tokens asked for after each target's token; raises if what is asked of the model cannot be told."""
+    if isinstance(tokens, str):
+        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
+    if k < 1 or generate < 0:
+        raise TokenError(
+            f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more"
+        )
+    if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
+        raise TokenError(
+            f"{max(len(t) for t in targets)} tokens and {generate} to decode",
+            f"this model reads at most {writer.card.n_ctx}",
+            "shorten the target or decode less",
+        )
+    return torch.tensor([[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
+
+
+def wanted_words(writer: Adapter, tokens: Sequence[str | int]) -> tuple[str, ...]:
+    """Tokens asked for, as texts."""
+    return tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens)
 
 
 def wanted_id(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:

@@ -153,7 +153,7 @@ def steer(
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts, bos, chat)
     chosen = _chosen(adapter, vectors, layers)
-    strengths = checked_strengths(strengths)
+    strengths = check_strengths(strengths)
     noise = [torch.randn(len(v.values), generator=torch.Generator().manual_seed(seed + i)) for i, v in enumerate(chosen)]
     noise = [x / x.norm() * v.norm for x, v in zip(noise, chosen, strict=True)]
     sets = [
@@ -169,7 +169,7 @@ def steer(
     return steered(adapter, coded, sites, strengths, sets[0] + sets[1], tokens, score, generate, settings, progress, checkpoint)
 
 
-def checked_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
+def check_strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     """Strengths, each of them once."""
     strengths = tuple(float(strength) for strength in strengths)
     if not strengths or len(set(strengths)) < len(strengths):

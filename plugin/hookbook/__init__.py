@@ -42,6 +42,11 @@ _HOME = {
     "Composition": "recipes.task_vectors",
     "FeatureActivations": "recipes.feature_reading",
     "FeatureExamples": "recipes.feature_examples",
+    "FeaturePatchscope": "recipes.feature_patchscopes",
+    "FeatureVector": "recipes.feature_decomposition",
+    "RelationFeatures": "recipes.relation_features",
+    "feature_patchscope": "recipes.feature_patchscopes",
+    "relation_features": "recipes.relation_features",
     "FunctionVectors": "recipes.function_vectors",
     "HeadEffects": "recipes.function_vectors",
     "TaskVectors": "recipes.task_vectors",
@@ -125,11 +130,14 @@ if TYPE_CHECKING:
     from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
-    from hookbook.recipes.feature_steering import steer_feature as steer_feature
+    from hookbook.recipes.feature_decomposition import FeatureVector as FeatureVector
     from hookbook.recipes.feature_examples import FeatureExamples as FeatureExamples
     from hookbook.recipes.feature_examples import feature_examples as feature_examples
+    from hookbook.recipes.feature_patchscopes import FeaturePatchscope as FeaturePatchscope
+    from hookbook.recipes.feature_patchscopes import feature_patchscope as feature_patchscope
     from hookbook.recipes.feature_reading import FeatureActivations as FeatureActivations
     from hookbook.recipes.feature_reading import feature_activations as feature_activations
+    from hookbook.recipes.feature_steering import steer_feature as steer_feature
     from hookbook.recipes.function_vectors import FunctionVectors as FunctionVectors
     from hookbook.recipes.function_vectors import HeadEffects as HeadEffects
     from hookbook.recipes.function_vectors import function_vector as function_vector
@@ -155,6 +163,8 @@ if TYPE_CHECKING:
     from hookbook.recipes.relation_edits import RelationEdits as RelationEdits
     from hookbook.recipes.relation_edits import change_answer as change_answer
     from hookbook.recipes.relation_edits import edit_relation as edit_relation
+    from hookbook.recipes.relation_features import RelationFeatures as RelationFeatures
+    from hookbook.recipes.relation_features import relation_features as relation_features
     from hookbook.recipes.sae_report import SAEReport as SAEReport
     from hookbook.recipes.sae_report import sae_report as sae_report
     from hookbook.recipes.steering import Steering as Steering

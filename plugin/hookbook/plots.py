@@ -136,3 +136,24 @@ def lines(
     if len(curves) + len(levels or {}) > 1:
         ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def bars(ax: Axes | None, names: Sequence[str], values: Tensor, what: str) -> Axes:
+    """One bar for each name, the first on top, in another colour below 0.
+
+    Args:
+        ax: Where to draw; None: a new figure.
+        names: Of the bars.
+        values: `[bar]`
+        what: What the values are.
+    """
+    plt = need("matplotlib.pyplot", "plot()")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, max(2.0, 0.28 * len(names) + 1)), layout="constrained")
+    assert ax is not None
+    ax.barh(range(len(names)), values.tolist(), color=[COLOURS[value < 0] for value in values.tolist()])
+    ax.set_yticks(range(len(names)), [show(name) for name in names], parse_math=False)
+    ax.invert_yaxis()
+    ax.axvline(0, color="0.35", linewidth=0.8)
+    ax.set_xlabel(what)
+    return ax

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from hookbook.adapter import Adapter
+    from hookbook.card import ModelCard
 
 __all__ = ["AttachedSAE", "attach", "demo", "feature"]
 
@@ -66,14 +67,8 @@ class AttachedSAE:
 
     @cached_property
     def name(self) -> str:
-        """What it is called: where it is on Neuronpedia, or its model and site; and a fingerprint of its weights."""
-        known = self.sae.cfg.metadata
-        found = hashlib.sha256()
-        for key, value in sorted(self.sae.state_dict().items()):
-            wide = value.detach().double().cpu()
-            for part in (wide,) if wide.dim() < 2 else (wide.sum(0), wide.sum(1)):
-                found.update(key.encode() + part.contiguous().numpy().tobytes())
-        return f"{known.neuronpedia_id or f'{self.model.card.model_id} {self.site}'} {found.hexdigest()[:8]}"
+        """See `name_of`."""
+        return name_of(self.sae, self.model.card, self.site)
 
     @property
     def page(self) -> str:
@@ -115,7 +110,7 @@ class AttachedSAE:
     def vector(self, index: int) -> Vector:
         """A feature's decoder row; see `feature`."""
         (index,) = self._features(index)
-        row = self.sae.W_dec[index].detach().cpu().float()
+        row = directions(self.sae)[index].cpu().float()
         return Vector(self.model.card, self.out, row, recipe="sae feature", settings={"feature": index, "sae": self.name, "label": self.labels.get(index, "")})
 
     def edit(
@@ -252,8 +247,26 @@ def attach(
         TokenError, DataError: `bos` differs from what the SAE says; labels or maxima that are none.
     """
     adapter = wrap(model)
-    sae = _checked(sae)
-    known, card = sae.cfg.metadata, adapter.card
+    sae = checked_sae(sae)
+    known = sae.cfg.metadata
+    reads, writes = places(sae, adapter.card, site, out, same_model)
+    for where in (reads, writes):
+        adapter.require(where)
+    if bos is not None and known.prepend_bos is not None and bos != known.prepend_bos:
+        raise DataError(f"bos={bos}", f"this SAE was trained with prepend_bos={known.prepend_bos}", "leave bos out")
+    bos = known.prepend_bos if bos is None else bos
+    adapter.encode("a", bos=bos)  # raises if the tokenizer has no such token
+    _check_processed(adapter, known)
+    if maxima is not None:
+        maxima = torch.as_tensor(maxima)
+        if tuple(maxima.shape) != (sae.cfg.d_sae,):
+            raise DataError(f"maxima of shape {list(maxima.shape)}", f"this SAE has {sae.cfg.d_sae} features", "give one for each")
+    return AttachedSAE(adapter, sae, reads, writes, bos, _labels(labels), maxima)
+
+
+def places(sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site | str | None = None, same_model: bool = False) -> tuple[Site, Site]:
+    """Where an SAE of SAELens reads and where it writes in a model; raises as `attach` does if it is of another one."""
+    known = sae.cfg.metadata
     if not same_model and known.model_name and _name(known.model_name) != _name(card.model_id):
         raise ModelError(
             f"an SAE of {known.model_name} on {card.model_id}",
@@ -266,8 +279,7 @@ def attach(
     reads = _site(site, name, "site")
     writes = _site(out, known.hook_name_out, "out") if out is not None or known.hook_name_out else reads
     for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
-        adapter.require(where.check(card))
-        if where.width(card) != width:
+        if where.check(card).width(card) != width:
             raise SiteError(f"an SAE that {what} {width} numbers at {where}", f"this model's width there is {where.width(card)}", "use an SAE of this model")
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ModelError(
@@ -275,16 +287,23 @@ def attach(
             "it was trained on scaled activations, and the scale is not in its weights",
             "fold it in: sae.fold_activation_norm_scaling_factor(factor)",
         )
-    if bos is not None and known.prepend_bos is not None and bos != known.prepend_bos:
-        raise DataError(f"bos={bos}", f"this SAE was trained with prepend_bos={known.prepend_bos}", "leave bos out")
-    bos = known.prepend_bos if bos is None else bos
-    adapter.encode("a", bos=bos)  # raises if the tokenizer has no such token
-    _check_processed(adapter, known)
-    if maxima is not None:
-        maxima = torch.as_tensor(maxima)
-        if tuple(maxima.shape) != (sae.cfg.d_sae,):
-            raise DataError(f"maxima of shape {list(maxima.shape)}", f"this SAE has {sae.cfg.d_sae} features", "give one for each")
-    return AttachedSAE(adapter, sae, reads, writes, bos, _labels(labels), maxima)
+    return reads, writes
+
+
+def name_of(sae: SAE, card: ModelCard, site: Site) -> str:
+    """What an SAE is called: where it is on Neuronpedia, or its model and site; and a fingerprint of its weights."""
+    found = hashlib.sha256()
+    for key, value in sorted(sae.state_dict().items()):
+        wide = value.detach().double().cpu()
+        for part in (wide,) if wide.dim() < 2 else (wide.sum(0), wide.sum(1)):
+            found.update(key.encode() + part.contiguous().numpy().tobytes())
+    return f"{sae.cfg.metadata.neuronpedia_id or f'{card.model_id} {site}'} {found.hexdigest()[:8]}"
+
+
+def directions(sae: SAE) -> Tensor:
+    """What an activation of 1 of each feature adds to the reconstruction, `[d_sae, d_out]`: the decoder's rows, of unit length if the decoder makes them so."""
+    rows = sae.W_dec.detach()
+    return rows / rows.norm(dim=-1, keepdim=True) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows
 
 
 def feature(sae: AttachedSAE, index: int) -> Vector:
@@ -359,7 +378,8 @@ def _sae_lens() -> Any:
     return sae_lens
 
 
-def _checked(sae: Any) -> Any:
+def checked_sae(sae: Any) -> Any:
+    """An SAE of SAELens, or `ModelError`."""
     if isinstance(sae, tuple):
         raise ModelError("a tuple in place of an SAE", "older calls of SAELens gave the SAE, its settings and sparsities", "give the first of them")
     if not isinstance(sae, _sae_lens().SAE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from hookbook.tokens import Position
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from sae_lens import SAE
+
+    from hookbook.recipes.feature_decomposition import FeatureVector
+    from hookbook.sae import AttachedSAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,33 @@ class Vector(Result):
         unit = other.values.double() / other.values.double().norm()
         values = self.values.double() - (self.values.double() @ unit) * unit
         return replace(self, values=values.to(self.values.dtype), recipe=f"({self.recipe or 'vector'} without {other.recipe or 'vector'})", settings={})
+
+    def decompose(self, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True) -> FeatureVector:
+        """This vector as features of a sparse autoencoder of its site.
+
+        A state, such as a mean of states or a task vector by `replace`, is what an SAE was trained on: with `encode`, `v = decode(encode(v)) + error`, and
+        the values are SAELens' activations. A difference of states, such as a steering vector, is not: the encoder's bias and thresholds are those of
+        states, and negative parts mean something. With `pursuit` it is fitted by decoder rows alone, greedily, with all coefficients refitted at each step.
+
+        Args:
+            sae: What `hookbook.sae.attach` gave, or an SAE of SAELens whose hook name is this vector's site. A transcoder's rows are of its output.
+            method: `pursuit` or `encode`.
+            k: The most features of a pursuit, which stops earlier where its residual has less than a millionth of the squared length; `encode` keeps all
+                that are active.
+            nonnegative: Whether a pursuit's coefficients are 0 or more, as activations are.
+
+        Raises:
+            SiteError: The SAE is of another site or model.
+            ModelError: What was given is no SAE, or one of another model.
+            EditError: The vector is zero.
+            Refused: `encode` with a transcoder, or with an SAE that brings states to one size.
+
+        Source: Pati et al. 1993, orthogonal matching pursuit; Bruckstein et al. 2008, the same with coefficients of 0 or more. On what encoding misses in
+        steering vectors: Mayne et al. 2024, arXiv:2411.08790.
+        """
+        from hookbook.recipes.feature_decomposition import decompose
+
+        return decompose(self, sae, method=method, k=k, nonnegative=nonnegative)
 
     def edit(self, op: Op = "add", strength: float = 1.0, *, position: Position = -1, scope: Scope = "prompt", to: float = 0.0) -> Edit:
         """An `Edit` for `hookbook.generate` and requests."""
