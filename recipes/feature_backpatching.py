@@ -87,7 +87,9 @@ def backpatch_features(
     sae = checked(sae)
     adapter, chosen = sae.model, sae.chosen(features)
     if sae.site != sae.out or sae.site.name not in ("resid_pre", "resid_post"):
-        raise Refused(f"backpatching features of {sae.site} to {sae.out}", "source and target are states of the stream", "use an SAE of resid_post or resid_pre")
+        raise Refused(
+            f"backpatching features of {sae.site} to {sae.out}", "source and target are states of the stream", "use an SAE of resid_post or resid_pre"
+        )
     if not chosen:
         raise DataError("no features", "nothing would be patched", "give at least one")
     unknown = [name for name in controls if name not in CONTROLS]
@@ -108,7 +110,9 @@ def backpatch_features(
     donors = others(asked.questions, draw, "answer") if "shuffled" in names else []
     rest = [i for i in range(sae.n_features) if i not in set(chosen)] if "random" in names else []
     if "random" in names and len(rest) < len(chosen):
-        raise DataError(f"{len(rest)} features that are not among the chosen {len(chosen)}", "the random control takes as many", "choose fewer, or leave it out")
+        raise DataError(
+            f"{len(rest)} features that are not among the chosen {len(chosen)}", "the random control takes as many", "choose fewer, or leave it out"
+        )
     drawn = tuple(draw.sample(rest, len(chosen))) if rest else ()
     layers = [source for source, _ in pairs]
     sites = [Site(sae.site.name, layer) for layer in layers]

@@ -287,7 +287,9 @@ def features_of(sae: AttachedSAE, features: Any, n: int) -> list[tuple[int, ...]
             return [tuple(range(sae.n_features))] * n
         if sae.model.remote:
             raise Refused(
-                "features that are active in a remote model", "which are is known when the job is done", "list them, or use 'all'; one call can find them first"
+                "features that are active, or matter most, in a remote model",
+                "which they are is known when the job is done",
+                "list them: features=[...], for each prompt if you like; feature_sweep also takes 'all', and feature_attribution exact=False says which",
             )
         return None
     if isinstance(features, (list, tuple)) and features and all(isinstance(some, (list, tuple, Tensor)) and getattr(some, "shape", (1,)) for some in features):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
-from tests.contract.test_sae import N, attached
 from tests.conftest import flat
+from tests.contract.test_sae import N, attached
 
 PROMPTS = ["a prompt", "another, longer"]
 
@@ -36,10 +37,12 @@ def test_a_sweep_is_a_loop_of_plain_runs(case, architecture, change):
     if change == "times_max":
         sae = hb.sae.attach(case.adapter, sae.sae, maxima=torch.linspace(0.5, 3, N))
     prompts, strengths, word = sae.encode_prompts(PROMPTS), (0.5, -2.0), "c"
-    found = hb.feature_sweep(sae, PROMPTS, features=[[1, 5], [2]], strengths=strengths, change=change, position=[2, -1], tokens=[word, 7], k=3)
-    assert (found.rows.tolist(), found.features.tolist(), found.wanted) == ([0, 0, 1], [1, 5, 2], (word, case.adapter.tokenizer.decode([7])))
+    on = [sae.sae.encode(states(case, sae.site, prompt)[-1:])[0].topk(2).indices.tolist() for prompt in prompts]
+    off = next(i for i in range(N) if i not in on[0])
+    found = hb.feature_sweep(sae, PROMPTS, features=[[on[0][0], off], on[1][:1]], strengths=strengths, change=change, position=[2, -1], tokens=[word, 7], k=3)
+    assert (found.rows.tolist(), found.features.tolist(), found.wanted) == ([0, 0, 1], [on[0][0], off, on[1][0]], (word, case.adapter.tokenizer.decode([7])))
     wanted = [case.adapter.tokenizer.convert_tokens_to_ids(word), 7]
-    for at, (row, feature) in enumerate([(0, 1), (0, 5), (1, 2)]):
+    for at, (row, feature) in enumerate(zip(found.rows.tolist(), found.features.tolist(), strict=True)):
         plain = says(case, prompts[row])
         before = sae.sae.encode(states(case, sae.site, prompts[row])[[2, -1]])[:, feature].max()
         assert (found.activations[at] - before).abs() < exact(case)
@@ -47,12 +50,13 @@ def test_a_sweep_is_a_loop_of_plain_runs(case, architecture, change):
         assert (found.plain_logprobs[row] - plain.topk(3).values).abs().max() < exact(case)
         assert (found.wanted_logprobs[row] - plain[wanted]).abs().max() < exact(case)
         for s, strength in enumerate(strengths):
-            changed = says(case, prompts[row], sae.edit(feature, position=[2, -1], **{change: strength}))
+            more: Any = {change: strength}
+            changed = says(case, prompts[row], sae.edit(feature, position=[2, -1], **more))
             assert (found.kl[at, s] - (plain.exp() * (plain - changed)).sum()).abs() < exact(case)
             assert (found.changes[at, s] - (changed - plain)[wanted]).abs().max() < exact(case)
             assert found.token_ids[at, s].tolist() == changed.topk(3).indices.tolist()
             assert (found.logprobs[at, s] - changed.topk(3).values).abs().max() < exact(case)
-    assert found.kl.max() > 1e-3
+    assert found.kl[[0, 2]].min() > 1e-8
 
 
 def test_all_features_and_those_which_are_active(case):
@@ -163,10 +167,10 @@ def test_a_linear_readout_makes_attributions_exact(case):
     """At the last block's output only the norm stands before the logits: a planted feature along a direction in which a logit difference hardly bends."""
     card = case.adapter.card
     sae = attached(case, "standard", layer=card.n_layers - 1)
-    sae.sae.W_dec.data *= 1e-6
+    sae.sae.W_dec.data *= 1e-4
     sae = hb.sae.attach(case.adapter, sae.sae)
     found = hb.feature_attribution(sae, PROMPTS, answer="c", other="d", position=-1)
-    assert found.correlation() > 1 - 1e-3 and (found.attributions - found.effects).abs().max() < 1e-3 * found.effects.abs().max()
+    assert found.correlation() > 1 - 1e-3 and (found.attributions - found.effects).abs().max() < 1e-2 * found.effects.abs().max()
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
@@ -213,12 +217,13 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     assert sweep.top(3).kl.tolist() == sorted(frame.kl, reverse=True)[:3] and "about &lt;b&gt;" in sweep.view().html or 2 not in sweep.top(50).feature.tolist()
     assert len(sweep.plot(prompt=1, n=4).lines) == 4
     one = hb.feature_sweep(sae, PROMPTS, tokens=["c"])
-    assert [bar.get_width() for bar in one.plot(n=2, value="c").patches] == one.changes[:N, 0, 0][one.changes[:N, 0, 0].abs().topk(2).indices].tolist()
+    bars: Any = one.plot(n=2, value="c").patches
+    assert [bar.get_width() for bar in bars] == one.changes[:N, 0, 0][one.changes[:N, 0, 0].abs().topk(2).indices].tolist()
     found = hb.feature_attribution(sae, PROMPTS, answer="c")
     line, token = found.to_frame().iloc[-1], found.prompts[1].strings[int(found.positions[-1])]
     assert (line.prompt, line.token, line.attribution, line.feature) == (PROMPTS[1], token, found.attributions[-1].item(), int(found.features[-1]))
     assert found.top(2).attribution.abs().tolist() == found.attributions.abs().topk(2).values.tolist() and "neuronpedia.org/m/1-res" in found.view().html
-    dots = found.plot().collections[0].get_offsets()
+    dots: Any = found.plot().collections[0].get_offsets()
     assert len(dots) == (~found.effects.isnan()).sum() and "correlation" in plt.gca().get_title()
     assert hb.feature_attribution(sae, PROMPTS, answer="c", exact=False).plot().get_ylabel() == "attribution (nats)"
     patched = hb.backpatch_features(sae, [("ab", "c"), ("de", "f")], 2)
@@ -248,22 +253,24 @@ def test_a_checkpoint_resumes(case, tmp_path):
 
 def test_what_is_refused(case):
     sae = attached(case)
+    sweep: Any = hb.feature_sweep
+    attribute: Any = hb.feature_attribution
     cases = [
-        (lambda: hb.feature_sweep(case.adapter, "ab"), ModelError, "hb.sae.attach"),
-        (lambda: hb.feature_attribution(sae.sae, "ab", answer="c"), ModelError, "hb.sae.attach"),
-        (lambda: hb.feature_sweep(sae, "ab", change="set"), EditError, "change='set'"),
-        (lambda: hb.feature_sweep(sae, "ab", strengths=[]), DataError, "no strengths"),
-        (lambda: hb.feature_sweep(sae, "ab", k=0), TokenError, "k=0"),
-        (lambda: hb.feature_sweep(sae, "ab", tokens="c"), TokenError, "a list of texts"),
-        (lambda: hb.feature_sweep(sae, "ab", features="some"), EditError, "'all' or 'active'"),
-        (lambda: hb.feature_sweep(sae, "ab", features=[]), DataError, "no features"),
-        (lambda: hb.feature_sweep(sae, "ab", features=[N]), EditError, f"no feature {N}"),
-        (lambda: hb.feature_sweep(sae, "ab", features=[[1], [2]]), DataError, "2 lists of features for 1 prompts"),
-        (lambda: hb.feature_sweep(sae, "ab", change="times_max"), EditError, "times_max without maxima"),
-        (lambda: hb.feature_attribution(sae, "ab", answer="cd"), TokenError, "2 tokens"),
-        (lambda: hb.feature_attribution(sae, "ab", answer=["c", "d"]), DataError, "2 for 1 prompts"),
-        (lambda: hb.feature_attribution(sae, "ab", answer="c", top=0), DataError, "top=0"),
-        (lambda: hb.feature_attribution(sae, [[0, 0]], answer=5), TokenError, "only special tokens"),
+        (lambda: sweep(case.adapter, "ab"), ModelError, "hb.sae.attach"),
+        (lambda: attribute(sae.sae, "ab", answer="c"), ModelError, "hb.sae.attach"),
+        (lambda: sweep(sae, "ab", change="set"), EditError, "change='set'"),
+        (lambda: sweep(sae, "ab", strengths=[]), DataError, "no strengths"),
+        (lambda: sweep(sae, "ab", k=0), TokenError, "k=0"),
+        (lambda: sweep(sae, "ab", tokens="c"), TokenError, "a list of texts"),
+        (lambda: sweep(sae, "ab", features="some"), EditError, "'all' or 'active'"),
+        (lambda: sweep(sae, "ab", features=[]), DataError, "no features"),
+        (lambda: sweep(sae, "ab", features=[N]), EditError, f"no feature {N}"),
+        (lambda: sweep(sae, "ab", features=[[1], [2]]), DataError, "2 lists of features for 1 prompts"),
+        (lambda: sweep(sae, "ab", change="times_max"), EditError, "times_max without maxima"),
+        (lambda: attribute(sae, "ab", answer="cd"), TokenError, "2 tokens"),
+        (lambda: attribute(sae, "ab", answer=["c", "d"]), DataError, "2 for 1 prompts"),
+        (lambda: attribute(sae, "ab", answer="c", top=0), DataError, "top=0"),
+        (lambda: attribute(sae, [[0, 0]], answer=5), TokenError, "only special tokens"),
         (lambda: hb.backpatch_features(attached(case, name="mlp_out"), [("a", "b")], 1), Refused, "resid_post or resid_pre"),
         (lambda: hb.backpatch_features(sae, [("a", "b")], 1, source_layers=[1], controls=[]), DataError, "its own|own, so nothing"),
         (lambda: hb.backpatch_features(sae, [("a", "b")], [], controls=[]), DataError, "no features"),
