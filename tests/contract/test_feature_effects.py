@@ -173,6 +173,24 @@ def test_a_linear_readout_makes_attributions_exact(case):
     assert found.correlation() > 1 - 1e-3 and (found.attributions - found.effects).abs().max() < 1e-2 * found.effects.abs().max()
 
 
+def test_a_transcoder_s_features_are_read_at_one_site_and_changed_at_another(case):
+    """Attributions, which come from gradients, agree with what sweeps of small steps and of none do."""
+    reads, writes = hb.Site("resid_pre", 1), hb.Site("mlp_out", 1)
+    known = {"hook_name": reads.hook_name, "hook_name_out": writes.hook_name, "model_name": case.adapter.card.model_id}
+    sae = attached(case, "transcoder", "resid_pre", metadata=known, d_out=writes.width(case.adapter.card), apply_b_dec_to_input=False)
+    found = hb.feature_attribution(sae, "abcd", answer="c", position=-1)
+    feature, at = found.features.tolist(), (sae.site, sae.out)
+    assert at == (reads, writes) and len(feature) > 3
+    step, tolerance = (1e-5, 1e-7) if exact(case) < 1e-9 else (1e-2, 1e-2)
+    moved = hb.feature_sweep(sae, "abcd", features=feature, change="add", strengths=[step, -step], tokens=["c"]).changes[..., 0]
+    slopes = (moved[:, 0] - moved[:, 1]) / (2 * step)
+    assert (found.gradients - slopes).abs().max() < tolerance * (1 + slopes.abs().max()) and slopes.abs().min() > 0
+    without = hb.feature_sweep(sae, "abcd", features=feature, tokens=["c"])
+    assert (found.effects + without.changes[:, 0, 0]).abs().max() < exact(case) and (found.activations - without.activations).abs().max() < exact(case)
+    with pytest.raises(Refused, match="resid_post or resid_pre"):
+        hb.backpatch_features(sae, [("a", "b")], 1)
+
+
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 @pytest.mark.parametrize("name", ["resid_post", "resid_pre"])
 def test_backpatched_features_are_a_naive_loop(case, architecture, name):
