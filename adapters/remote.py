@@ -115,7 +115,6 @@ class RemoteAdapter(TracingAdapter):
         return deferred.tape(self).note("decode", {"kept": kept[0], "normed": normed, "todo": todo}, like)
 
     def leaf(self, *shape: int) -> Tensor:
-        """Zeros beside the model, for gradients."""
         dtype = getattr(torch, self.card.dtype)
         return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -126,6 +125,9 @@ class RemoteAdapter(TracingAdapter):
         tape = deferred.tape(self)
         tape.grad = True
         return list(tape.note("vjps", {"out": out, "leaves": leaves, "states": states, "chunk": chunk, "mean": mean}, tuple(like)))
+
+    def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
+        return self.vjps(value.reshape(1, 1), [leaf], [leaf], 1, False)[0][0]
 
     def size(self, tape: Tape, wanted: list[Deferred]) -> int:
         """How many bytes a tape is when it is sent."""

@@ -43,7 +43,7 @@ class Asked:
         return reply.readout.topk_ids[:, 0] == self.answers[list(numbers)]
 
 
-def ask(adapter: Adapter, questions: Sequence[Question], generate: int = 0) -> Asked:
+def ask(adapter: Adapter, questions: Sequence[Question], generate: int = 0, bos: bool | None = None) -> Asked:
     """Encode questions.
 
     Raises:
@@ -57,7 +57,7 @@ def ask(adapter: Adapter, questions: Sequence[Question], generate: int = 0) -> A
     short = [question.answer for question in questions if len(question.answer.strip()) < 2]
     if generate and short:
         raise DataError(f"the answer {short[0]!r} in generated text", "so short a text is found anywhere", "use generate=0")
-    return Asked(tuple(questions), *coded(adapter, questions), generate)
+    return Asked(tuple(questions), *coded(adapter, questions, bos), generate)
 
 
 def as_question(item: Any) -> Question:

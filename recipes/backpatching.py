@@ -248,8 +248,8 @@ def backpatch(
     adapter = wrap(model)
     asked = ask(adapter, [as_question(question) for question in questions], generate)
     names = ("patch", *_controls(controls))
-    chosen = _pairs(pairs, adapter.card)
-    at = [_place(question, prompt, position, adapter) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
+    chosen = pairs_of(pairs, adapter.card)
+    at = [place_of(question, prompt, position, adapter) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
     n, draw = len(at), random.Random(seed)
     order = draw.sample(range(n), n)
     donors = others(asked.questions, draw, "answer") if "shuffled" in names else []
@@ -262,8 +262,8 @@ def backpatch(
     ask_clean = Request(asked.prompts, [Row(i) for i in range(n)], reads, Readout(k=1, tokens=asked.answers[:, None]), generate)
     clean = adapter.run(ask_clean, progress=progress)
     states = torch.stack([reading.values for reading in clean.readings], 1)
-    own = _by_layer(states, layers)
-    noise = _by_layer(random_like(states.float().flatten(0, 1), seed).unflatten(0, (n, -1)), layers) if "random" in names else []
+    own = by_layer(states, layers)
+    noise = by_layer(random_like(states.float().flatten(0, 1), seed).unflatten(0, (n, -1)), layers) if "random" in names else []
 
     def edit(name: str, i: int, source: int, target: int) -> Edit:
         if name == "swapped":
@@ -284,11 +284,11 @@ def backpatch(
         positions=tuple(at),
         pairs=chosen,
         clean=asked.right(adapter, clean, range(n)),
-        right=later(_named, asked.right(adapter, patched, numbers), names, shape),
+        right=later(named, asked.right(adapter, patched, numbers), names, shape),
         clean_ids=clean.readout.topk_ids[:, 0],
-        token_ids=later(_named, ids, names, shape),
+        token_ids=later(named, ids, names, shape),
         clean_logprobs=clean.readout.token_logprobs[:, 0],
-        logprobs=later(_named, logprobs, names, shape),
+        logprobs=later(named, logprobs, names, shape),
         vocab=later(vocabulary, adapter, clean.readout.topk_ids, ids),
         donors=tuple(donors),
         order=tuple(order),
@@ -303,7 +303,8 @@ def _controls(controls: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(controls))
 
 
-def _pairs(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
+def pairs_of(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
+    """Source and target layers, checked."""
     if isinstance(pairs, str):
         if pairs != "later to earlier":
             raise SiteError(f"pairs={pairs!r}", "", "use 'later to earlier', or a list of (source, target)")
@@ -315,7 +316,8 @@ def _pairs(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
     return found
 
 
-def _place(question: Question, prompt: Tokens, position: Any, adapter: Any) -> int:
+def place_of(question: Question, prompt: Tokens, position: Any, adapter: Any) -> int:
+    """The token that is patched."""
     if position != "bridge":
         return check_one_token(resolve(position, prompt), f"the position {position!r}", adapter.tokenizer)
     if not isinstance(question, TwoHop):
@@ -323,9 +325,11 @@ def _place(question: Question, prompt: Tokens, position: Any, adapter: Any) -> i
     return question.subject_at(prompt)
 
 
-def _by_layer(states: Tensor, layers: Sequence[int]) -> list[dict[int, Tensor]]:
+def by_layer(states: Tensor, layers: Sequence[int]) -> list[dict[int, Tensor]]:
+    """For each question its states by layer."""
     return [dict(zip(layers, some.unbind(0), strict=True)) for some in states.unbind(0)]
 
 
-def _named(x: Tensor, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
+def named(x: Tensor, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """`[n * control * pair]` as `[n, pair]` by control."""
     return dict(zip(names, x.unflatten(0, shape).unbind(1), strict=True))

@@ -183,7 +183,7 @@ def feature_examples(
     gives a feature one example, its best.
     """
     adapter = checked(sae).model
-    chosen = None if features is None else torch.zeros(sae.n_features, dtype=torch.bool).index_fill(0, torch.tensor(sae._features(features)), True)
+    chosen = None if features is None else torch.zeros(sae.n_features, dtype=torch.bool).index_fill(0, torch.tensor(sae.chosen(features)), True)
     levels = tuple(float(level) for level in quantiles)
     if k < 1 or context < 0 or not all(0 <= level <= 1 for level in levels):
         raise DataError(
@@ -199,7 +199,7 @@ def feature_examples(
         found.add(n, tuple(prompts), reading.rows, reading.positions, reading.values)
         costs.append(reply.cost)
         n += len(prompts)
-    settings = {"features": None if features is None else sae._features(features), "k": k, "context": context, "cost": later(total, *costs)}
+    settings = {"features": None if features is None else sae.chosen(features), "k": k, "context": context, "cost": later(total, *costs)}
     names = ("n_tokens", "features", "activations", "texts", "positions", "contexts", "context_activations", "vocab")
     return FeatureExamples(
         card=adapter.card,

@@ -197,7 +197,7 @@ def feature_patchscope(
     Forum), who give scales as lengths and not as multiples, and ask what a word means.
     """
     sae = checked(sae)
-    adapter, chosen, strengths = sae.model, sae._features(features), check_strengths(strengths)
+    adapter, chosen, strengths = sae.model, sae.chosen(features), check_strengths(strengths)
     if not chosen:
         raise EditError("no features", "there is nothing to describe", "give one or more")
     if op not in ("set", "add"):

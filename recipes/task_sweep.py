@@ -172,11 +172,11 @@ def mean_states(adapter: Adapter, sites: Sequence[Site], shown: dict[str, list[Q
     return found
 
 
-def coded(adapter: Adapter, questions: Sequence[Question]) -> tuple[list[Tokens], Tensor]:
+def coded(adapter: Adapter, questions: Sequence[Question], bos: bool | None = None) -> tuple[list[Tokens], Tensor]:
     """Prompts, and the first token of each answer as it follows its prompt."""
     prompts, answers = [], []
     for question in questions:
-        prompt, whole = adapter.encode(question.text), adapter.encode(question.text + question.answer)
+        prompt, whole = adapter.encode(question.text, bos=bos), adapter.encode(question.text + question.answer, bos=bos)
         if whole.ids[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
             raise TokenError(
                 f"the answer {question.answer!r} after {question.text[-20:]!r}",

@@ -27,6 +27,12 @@ _HOME = {
     "select_direction": "recipes.refusal_direction",
     "steer": "recipes.steering",
     "steer_feature": "recipes.feature_steering",
+    "FeatureAttribution": "recipes.feature_attribution",
+    "FeatureBackpatch": "recipes.feature_backpatching",
+    "FeatureSweep": "recipes.feature_effects",
+    "backpatch_features": "recipes.feature_backpatching",
+    "feature_attribution": "recipes.feature_attribution",
+    "feature_sweep": "recipes.feature_effects",
     "Affine": "maps",
     "At": "tokens",
     "Edit": "request",
@@ -130,7 +136,13 @@ if TYPE_CHECKING:
     from hookbook.recipes.backpatching import backpatch as backpatch
     from hookbook.recipes.contrast_vectors import ContrastVectors as ContrastVectors
     from hookbook.recipes.contrast_vectors import contrast_vector as contrast_vector
+    from hookbook.recipes.feature_attribution import FeatureAttribution as FeatureAttribution
+    from hookbook.recipes.feature_attribution import feature_attribution as feature_attribution
+    from hookbook.recipes.feature_backpatching import FeatureBackpatch as FeatureBackpatch
+    from hookbook.recipes.feature_backpatching import backpatch_features as backpatch_features
     from hookbook.recipes.feature_decomposition import FeatureVector as FeatureVector
+    from hookbook.recipes.feature_effects import FeatureSweep as FeatureSweep
+    from hookbook.recipes.feature_effects import feature_sweep as feature_sweep
     from hookbook.recipes.feature_examples import FeatureExamples as FeatureExamples
     from hookbook.recipes.feature_examples import feature_examples as feature_examples
     from hookbook.recipes.feature_patchscopes import FeaturePatchscope as FeaturePatchscope

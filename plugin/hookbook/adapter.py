@@ -199,6 +199,21 @@ class Adapter(ABC):
     def _lens(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
         return LensReadout(*lens(self, states, rows, k, tokens, ranked))
 
+    def leaf(self, *shape: int) -> Tensor:
+        """Zeros beside the model, for gradients."""
+        return torch.zeros(shape, dtype=getattr(torch, self.card.dtype), requires_grad=True)
+
+    def gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
+        """The gradient `[1, m]` of one number with respect to a leaf `[1, m]`, through what a request with `grad` gave."""
+        if (account := planning.account()) is not None:
+            account.add([], vjps=1)
+            if not self.remote:
+                return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
+        return self._gradient(value, leaf)
+
+    def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
+        return torch.autograd.grad(value, leaf)[0]
+
     def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""
         return decode(self, kept, normed, todo, tick)

@@ -58,8 +58,9 @@ def _here(request: Request) -> Request:
     for edit in (edit for row in request.rows for edit in row.edits):
         if isinstance(edit.value, deferred.Deferred):
             object.__setattr__(edit, "value", deferred.here(edit.value))
-        elif isinstance(edit.value, FeatureChange) and isinstance(edit.value.shift, deferred.Deferred):
-            object.__setattr__(edit, "value", replace(edit.value, shift=deferred.here(edit.value.shift)))
+        elif isinstance(edit.value, FeatureChange) and any(isinstance(x, deferred.Deferred) for x in (edit.value.scale, edit.value.shift)):
+            scale, shift = deferred.here((edit.value.scale, edit.value.shift))
+            object.__setattr__(edit, "value", replace(edit.value, scale=scale, shift=shift))
     ask = request.readout
     if ask is not None and isinstance(ask.tokens, deferred.Deferred):
         request = replace(request, readout=replace(ask, tokens=deferred.here(ask.tokens)))

@@ -109,7 +109,7 @@ class AttachedSAE:
 
     def vector(self, index: int) -> Vector:
         """A feature's decoder row; see `feature`."""
-        (index,) = self._features(index)
+        (index,) = self.chosen(index)
         row = directions(self.sae)[index].cpu().float()
         return Vector(self.model.card, self.out, row, recipe="sae feature", settings={"feature": index, "sae": self.name, "label": self.labels.get(index, "")})
 
@@ -144,7 +144,7 @@ class AttachedSAE:
             EditError: Not one of `to`, `add`, `scale` and `times_max`, or no such feature.
             Refused: An architecture whose activations cannot be computed inside the model.
         """
-        chosen = self._features(features)
+        chosen = self.chosen(features)
         given = {"to": to, "add": add, "scale": scale, "times_max": times_max}
         asked = [name for name, value in given.items() if value is not None]
         if len(asked) != 1:
@@ -162,14 +162,15 @@ class AttachedSAE:
             raise EditError("an edit of no features", "it would change nothing", "name some, or use splice()")
         if value.dim() > 1 or (value.dim() and len(value) != len(chosen)):
             raise EditError(f"values of shape {list(value.shape)} for {len(chosen)} features", "each takes one", "give a number, or one for each feature")
-        value = value.expand(len(chosen))
-        factor = torch.ones_like(value) if add is not None else value if scale is not None else torch.zeros_like(value)
-        return self._edit(chosen, factor, torch.zeros_like(value) if scale is not None else value, keep_error, position, scope)
+        value = value if value.dim() else value.repeat(len(chosen))
+        nothing, one = torch.zeros(value.shape, dtype=value.dtype), torch.ones(value.shape, dtype=value.dtype)
+        factor = one if add is not None else value if scale is not None else nothing
+        return self._edit(chosen, factor, nothing if scale is not None else value, keep_error, position, scope)
 
     def keep_only(self, features: int | Sequence[int] = (), *, keep_error: bool = True, position: Position | None = None, scope: Scope = "prompt") -> Edit:
         """An edit that takes out every other feature; see `edit`."""
         chosen = torch.zeros(self.n_features)
-        chosen[list(self._features(features))] = 1
+        chosen[list(self.chosen(features))] = 1
         return self._edit(tuple(range(self.n_features)), chosen, torch.zeros(self.n_features), keep_error, position, scope)
 
     def splice(self, *, keep_error: bool = True, position: Position | None = None, scope: Scope = "prompt") -> Edit:
@@ -177,14 +178,11 @@ class AttachedSAE:
         return self._edit(tuple(range(self.n_features)), torch.ones(self.n_features), torch.zeros(self.n_features), keep_error, position, scope)
 
     def _edit(self, chosen: tuple[int, ...], scale: Tensor, shift: Tensor, keep_error: bool, position: Position | None, scope: Scope) -> Edit:
-        if isinstance(self.code, Refused):
-            raise self.code
-        every = tuple(range(self.n_features))
-        whole = not keep_error or bool(self.code["k"]) or chosen == every
-        code = self.code
+        code, every = self.weights, len(chosen) == self.n_features and chosen == tuple(range(self.n_features))
+        whole = not keep_error or bool(code["k"]) or every
         if not whole:
-            code = {key: part[list(chosen)] if part is not None and key in OWN else part for key, part in code.items()}
-        elif chosen != every:
+            code = _part(code, chosen)
+        elif not every:
             at = torch.tensor(chosen, dtype=torch.long)
             scale, shift = (
                 torch.ones(self.n_features, dtype=scale.dtype).index_put((at,), scale),
@@ -195,12 +193,28 @@ class AttachedSAE:
             position = self.every if scope in ("prompt", "all") else -1
         return Edit(self.out, change, "features", position, scope=scope, card=self.model.card)
 
+    def activations(self, states: Tensor, features: int | Sequence[int]) -> Tensor:
+        """Activations `[n, m]` of some features, as `encode`, by torch functions alone: `states` may be promises."""
+        code, chosen = self.weights, self.chosen(features)
+        code = code if code["k"] else _part(code, chosen)
+        code = {key: value.to(states.dtype).to(states.device) if isinstance(value, Tensor) else value for key, value in code.items()}
+        found = activations(sized(states, code["norm"])[0], code)
+        return found[:, list(chosen)] if code["k"] else found
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """`code`, or raise why there is none."""
+        if isinstance(self.code, Refused):
+            raise self.code
+        return self.code
+
     @cached_property
     def code(self) -> dict[str, Any] | Refused:
         """The weights as `hookbook.travel.features` takes them, or why it cannot; checked against SAELens' own activations."""
         return _code(self.sae, self.site, self.out)
 
-    def _features(self, features: Any) -> tuple[int, ...]:
+    def chosen(self, features: Any) -> tuple[int, ...]:
+        """Features as indices, each once, or `EditError`."""
         chosen = [features] if isinstance(features, Integral) and not isinstance(features, bool) else features
         if isinstance(chosen, Tensor):
             chosen = chosen.tolist()
@@ -445,6 +459,12 @@ def _labels(labels: Any) -> dict[int, str]:
     if not isinstance(labels, Mapping):
         raise DataError(f"labels of type {type(labels).__name__}", "", "give a dict from features to texts, or a file")
     return {int(index): str(text) for index, text in labels.items()}
+
+
+def _part(code: dict[str, Any], features: Sequence[int]) -> dict[str, Any]:
+    """The code of some features."""
+    at = torch.tensor(features, dtype=torch.long, device=code["reads"].device)
+    return {key: part.index_select(0, at) if part is not None and key in OWN else part for key, part in code.items()}
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def decompositions(model: Adapter, setup: Setup) -> Found:
 def _told_apart(what: str, found: Any, here: FeatureActivations, there: FeatureActivations, setup: Setup) -> Line:
     """How well the largest feature of a vector tells two sets of prompts apart."""
     curves = _auroc(*(torch.stack([side.dense(i).double().mean(0) for i in range(len(side.prompts))]) for side in (here, there)))
-    active = (here.share + there.share) > 0
+    active = (here.share() + there.share()) > 0
     top, control = int(found.features[0]), float(curves[active].median())
     rule = (least("AUROC", float(curves[top]), 0.9), *most({"median feature": control}, {"median feature": 0.65}))
     note = f"The largest features are {', '.join(map(str, found.features[:5].tolist()))}; {len(found.features)} of them are {float(found.explained):.0%} of its squared length."
