@@ -109,7 +109,9 @@ class RemoteAdapter(TracingAdapter):
         return LensReadout(*deferred.tape(self).note("lens", data, shapes))
 
     def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        self._tell(edit["site"] for row in todo["late"] for edit in row if edit["site"][0] not in ("resid_pre", "resid_post", "final_norm"))
+        late = [edit for row in todo["late"] for edit in row]
+        sites = [edit["site"] for edit in late] + [edit["value"]["seen"] for edit in late if edit["op"] == "features"]
+        self._tell(site for site in sites if site is not None and site[0] not in ("resid_pre", "resid_post", "final_norm"))
         shape = (len(normed), todo["steps"])
         like = tuple(torch.empty(s, dtype=d, device="meta") for s, d in ((shape, torch.long), (shape, torch.float64), (3, torch.long)))
         return deferred.tape(self).note("decode", {"kept": kept[0], "normed": normed, "todo": todo}, like)

@@ -68,7 +68,7 @@ def _here(request: Request) -> Request:
 
 
 def _run(adapter: Adapter, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
-    sites = {edit.site for row in request.rows for edit in row.edits} | {read.site for read in request.reads}
+    sites = {site for row in request.rows for edit in row.edits for site in edit.touches} | {read.site for read in request.reads}
     selfcheck.check(adapter, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
     steps = len(parts) * (1 + request.generate)
     quiet = adapter.remote or not (steps > 8 if progress is None else progress)
@@ -340,7 +340,7 @@ def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
         late.append([])
         for edit in row.late:
             item = _item(adapter, edit, 0, [])
-            item["join"] = None if edit.site.name == "final_norm" else join_place(edit.site)
+            item["join"] = None if edit.site.name == "final_norm" else min(map(join_place, edit.touches))
             item["at"] = edit.scope if isinstance(edit.scope, tuple) else None
             if edit.site.name == "attn_pattern":
                 item["seen"] = _seen(part, part.trunk_of[i], edit)

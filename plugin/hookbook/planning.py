@@ -158,7 +158,7 @@ class PlannedRow:
     @cached_property
     def join(self) -> Place:
         """Where it leaves the trunk."""
-        return min([join_place(edit.site) for edit, _ in self.edits], default=NEVER)
+        return min([join_place(site) for edit, _ in self.edits for site in edit.touches], default=NEVER)
 
     def numbers(self, request: Request, card: ModelCard) -> int:
         """How many numbers are read of it."""
@@ -384,7 +384,7 @@ def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
                 raise TokenError("a readout after several tokens", "it is about the next token after one", "give one position")
             planned.says = said[0]
         for edit in row.edits:
-            sites.add(edit.site)
+            sites.update(edit.touches)
             _plan_edit(edit, planned, request, card, n, resolved, top)
         _check_acts(planned, request, n)
         rows.append(planned)

@@ -191,6 +191,12 @@ class Edit:
         words = [self.op, "" if self.op == "knock_out" else value, f"to {self.to:g}" if self.op == "clamp" else "", "at", str(self.site), where, keys]
         return " ".join([word for word in words if word] + ([f"scope {self.scope}"] if self.scope != "prompt" else []))
 
+    @property
+    def touches(self) -> tuple[Site, ...]:
+        """The site, and what a transcoder reads for it."""
+        seen = self.value.seen if isinstance(self.value, FeatureChange) else None
+        return (self.site,) if seen is None else (seen, self.site)
+
     def positions(self, tokens: Tokens) -> list[int]:
         """The tokens of a prompt on which this edit acts."""
         if self.scope == "generated":

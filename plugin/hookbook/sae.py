@@ -295,6 +295,8 @@ def places(sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site 
     for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
         if where.check(card).width(card) != width:
             raise SiteError(f"an SAE that {what} {width} numbers at {where}", f"this model's width there is {where.width(card)}", "use an SAE of this model")
+    if reads.order > writes.order:
+        raise SiteError(f"a transcoder that reads {reads} and writes {writes}", "what it reads comes later", "swap site and out")
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ModelError(
             f"an SAE with normalize_activations={sae.cfg.normalize_activations!r}",

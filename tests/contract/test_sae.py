@@ -103,10 +103,17 @@ def test_encode_and_reconstruct_are_saelens_own(case, architecture):
     assert torch.equal(sae.reconstruct(reading.values), sae.sae.decode(acts).flatten(1))
 
 
-@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"])
-def test_a_transcoder_reads_the_mlp_s_input_and_changes_its_output(case, architecture):
-    adapter, layer = case.adapter, 1
-    reads, writes = hb.Site("mlp_in", layer), hb.Site("mlp_out", layer)
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("transcoder", ("resid_pre.1", "resid_post.1")),
+        ("transcoder", ("resid_post.0", "mlp_out.1")),
+        *((name, ("mlp_in.1", "mlp_out.1")) for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
+    ],
+)
+def test_a_transcoder_reads_one_site_and_changes_another(case, architecture, names):
+    adapter = case.adapter
+    reads, writes = map(hb.Site.parse, names)
     metadata = {"hook_name": reads.hook_name, "hook_name_out": writes.hook_name, "model_name": adapter.card.model_id}
     raw = make_sae(adapter, architecture, d_out=writes.width(adapter.card), apply_b_dec_to_input=False, metadata=metadata)
     sae = hb.sae.attach(adapter, raw)
@@ -140,7 +147,7 @@ def test_steering_by_a_feature_is_a_loop_of_clamps(case):
     texts, words = ["ab", "A longer one"], (["a", "e"], ["o"])
     ours = hb.steer_feature(sae, 3, texts, to=[1.0, -2.0], tokens=words)
     other = ours.settings["random_feature"]
-    ratio = float(sae.sae.W_dec[3].norm() / sae.sae.W_dec[other].norm())
+    ratio = float(sae.vector(3).norm / sae.vector(other).norm)
     ids = [[adapter.encode("x" + word).ids[-1] for word in side] for side in words]
     assert other != 3 and ours.strengths == (1.0, -2.0) and ours.sites == (sae.out,)
     for n, text in enumerate(texts):

@@ -46,6 +46,7 @@ def test_what_disagrees_is_refused(model):
         (SiteError, "layers 0 to 2", deep, {}),
         (ModelError, "fold_activation_norm_scaling_factor", scaled, {}),
         (DataError, "prepend_bos=True", with_bos, {"bos": False}),
+        (SiteError, "what it reads comes later", make_sae(model), {"out": "resid_pre.1"}),
         (DataError, "maxima", make_sae(model), {"maxima": torch.zeros(3)}),
         (DataError, "labels", make_sae(model), {"labels": ["French"]}),
         (ModelError, "a tuple", (make_sae(model), {}, None), {}),
@@ -79,18 +80,16 @@ def test_gemma_scope_transcoders_read_after_the_norm(model):
         hb.sae.attach(model, sae)
 
 
-def test_weights_that_transformer_lens_centred(tmp_path):
-    import transformers
+def test_weights_that_transformer_lens_centred():
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_vocab=258, act_fn="gelu", init_weights=True, seed=0)
-    tokenizer = hb.testing.toy_tokenizer()
-    assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
-    plain, centred = HookedTransformer(config, tokenizer), HookedTransformer(config, tokenizer)
+    plain, centred = HookedTransformer(config), HookedTransformer(config)
     centred.load_state_dict(plain.state_dict())
     centred.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False, fold_value_biases=False)
     for model, wanted, fits in [(plain, False, True), (centred, True, True), (plain, True, False), (centred, False, False), (centred, None, True)]:
-        sae = make_sae(hb.wrap(model.eval()), metadata={"hook_name": "blocks.1.hook_resid_post"})
+        model = hb.wrap(model.eval(), hb.testing.toy_tokenizer())
+        sae = make_sae(model, metadata={"hook_name": "blocks.1.hook_resid_post"})
         sae.cfg.metadata.model_from_pretrained_kwargs = None if wanted is None else {"center_writing_weights": wanted}
         if fits:
             hb.sae.attach(model, sae)
@@ -145,7 +144,7 @@ def test_labels_links_and_vectors(model, tmp_path):
     assert torch.equal(vector.values, raw.W_dec[3].float()) and vector.site == sae.site and vector.settings["label"] == "about 3"
     vector.save(tmp_path / "v.safetensors")
     assert torch.equal(hb.Vector.load(tmp_path / "v.safetensors").values, vector.values)
-    with pytest.raises(ModelError, match="attach it first"):
+    with pytest.raises(ModelError, match="hb.sae.attach"):
         hb.sae.feature(raw, 3)
     lines.write_text("French\n")
     with pytest.raises(DataError, match="Neuronpedia"):
