@@ -60,7 +60,7 @@ def same(ours: Any, theirs: Any) -> None:
     if isinstance(ours, torch.Tensor):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         if ours.is_floating_point():
-            assert ((ours - theirs).abs() <= 1e-4 * (1 + theirs.abs())).all()
+            assert torch.isclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True).all()
         else:
             assert torch.equal(ours, theirs)
     elif isinstance(ours, (tuple, list)):
@@ -168,6 +168,10 @@ RECIPES = {
     "edits along a relation": lambda model: hb.edit_relation(model, made(model), ranks=[2, 5], changes=3, n_unrelated=1),
     "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
     "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
+    "every feature and some strengths": lambda model: hb.feature_sweep(sae(model), PROMPTS[0], strengths=[-3.0, 9.0], tokens=[" Paris"]),
+    "attribution to features": lambda model: hb.feature_attribution(sae(model), PROMPTS[:1], answer=" Paris", features=[1, 2, 3]),
+    "features backpatched": lambda model: hb.backpatch_features(sae(model), HOPS, [1, 2, 3], source_layers=[14, 20]),
+    "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
     "features": lambda model: hb.feature_activations(sae(model), PROMPTS),
     "features' examples": lambda model: hb.feature_examples(sae(model), (text for text in PROMPTS), k=2, context=2, batch=1),
     "a report on an SAE": lambda model: hb.sae_report(sae(model), PROMPTS, batch=1),

@@ -189,7 +189,7 @@ def test_a_result_goes_through_a_file_and_is_drawn(tmp_path, plt):
 
 def transcoder():
     return make_sae(
-        TOY, "transcoder", d_out=WIDTH, apply_b_dec_to_input=False, metadata={"hook_name": SITE.hook_name, "hook_name_out": "blocks.1.hook_mlp_out"}
+        TOY, "transcoder", d_out=WIDTH, apply_b_dec_to_input=False, metadata={"hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.1.hook_mlp_out"}
     )
 
 

@@ -86,7 +86,7 @@ def test_weights_that_transformer_lens_centred():
     config = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_vocab=258, act_fn="gelu", init_weights=True, seed=0)
     plain, centred = HookedTransformer(config), HookedTransformer(config)
     centred.load_state_dict(plain.state_dict())
-    centred.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False, fold_value_biases=False)
+    centred.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
     for model, wanted, fits in [(plain, False, True), (centred, True, True), (plain, True, False), (centred, False, False), (centred, None, True)]:
         model = hb.wrap(model.eval(), hb.testing.toy_tokenizer())
         sae = make_sae(model, metadata={"hook_name": "blocks.1.hook_resid_post"})
