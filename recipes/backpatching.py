@@ -22,9 +22,9 @@ from hookbook.hops import TwoHop
 from hookbook.loading import wrap
 from hookbook.plots import heat_map
 from hookbook.recipe import recipe
-from hookbook.recipes.answering import as_question, ask, others
+from hookbook.recipes.answering import Asked, as_question, ask, others
 from hookbook.recipes.task_sweep import random_like
-from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token, total
+from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row, check_one_token, total
 from hookbook.results import Result, View, need
 from hookbook.sites import Site
 from hookbook.tasks import Question
@@ -33,6 +33,8 @@ from hookbook.tokens import Position, Tokens, resolve, vocabulary
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from hookbook.adapter import Adapter
     from matplotlib.figure import Figure
 
 CONTROLS = ("shuffled", "random", "swapped")
@@ -272,28 +274,43 @@ def backpatch(
         return Edit(sites[target], values[source], "set", at[i])
 
     rows = [Row(i, (edit(name, i, *pair),)) for i in range(n) for name in names for pair in chosen]
-    numbers = [row.prompt for row in rows]
-    patched = adapter.run(Request(asked.prompts, rows, (), Readout(k=1, tokens=asked.answers[numbers][:, None]), generate), progress=progress)
-    assert clean.readout is not None and patched.readout is not None
-    shape = (n, len(names), len(chosen))
-    ids, logprobs = patched.readout.topk_ids[:, 0], patched.readout.token_logprobs[:, 0]
-    return Backpatch(
-        card=adapter.card,
-        prompts=tuple(asked.prompts),
-        answers=tuple(question.answer for question in asked.questions),
-        positions=tuple(at),
-        pairs=chosen,
-        clean=asked.right(adapter, clean, range(n)),
-        right=later(named, asked.right(adapter, patched, numbers), names, shape),
-        clean_ids=clean.readout.topk_ids[:, 0],
-        token_ids=later(named, ids, names, shape),
-        clean_logprobs=clean.readout.token_logprobs[:, 0],
-        logprobs=later(named, logprobs, names, shape),
-        vocab=later(vocabulary, adapter, clean.readout.topk_ids, ids),
-        donors=tuple(donors),
-        order=tuple(order),
-        settings={"position": str(position), "rule": asked.rule, "seed": seed, "cost": later(total, clean.cost, patched.cost)},
-    )
+    found = patched(adapter, asked, at, clean, rows, names, chosen, generate, progress)
+    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "cost": found.pop("cost")}
+    return Backpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings)
+
+
+def patched(
+    adapter: Adapter,
+    asked: Asked,
+    at: Sequence[int],
+    clean: Reply,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    pairs: tuple[tuple[int, int], ...],
+    generate: int,
+    progress: bool | None,
+) -> dict[str, Any]:
+    """Run rows of every question, name and pair, and lay out what came of them as `Backpatch` has it."""
+    n, numbers = len(at), [row.prompt for row in rows]
+    reply = adapter.run(Request(asked.prompts, rows, (), Readout(k=1, tokens=asked.answers[numbers][:, None]), generate), progress=progress)
+    assert clean.readout is not None and reply.readout is not None
+    shape = (n, len(names), len(pairs))
+    ids, logprobs = reply.readout.topk_ids[:, 0], reply.readout.token_logprobs[:, 0]
+    return {
+        "card": adapter.card,
+        "prompts": tuple(asked.prompts),
+        "answers": tuple(question.answer for question in asked.questions),
+        "positions": tuple(at),
+        "pairs": pairs,
+        "clean": asked.right(adapter, clean, range(n)),
+        "right": later(named, asked.right(adapter, reply, numbers), names, shape),
+        "clean_ids": clean.readout.topk_ids[:, 0],
+        "token_ids": later(named, ids, names, shape),
+        "clean_logprobs": clean.readout.token_logprobs[:, 0],
+        "logprobs": later(named, logprobs, names, shape),
+        "vocab": later(vocabulary, adapter, clean.readout.topk_ids, ids),
+        "cost": later(total, clean.cost, reply.cost),
+    }
 
 
 def _controls(controls: Sequence[str]) -> tuple[str, ...]:

@@ -14,16 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hookbook.deferred import later
 from hookbook.errors import DataError, Refused
 from hookbook.recipe import recipe
 from hookbook.recipes.answering import as_question, ask, others
-from hookbook.recipes.backpatching import Backpatch, by_layer, named, pairs_of, place_of
+from hookbook.recipes.backpatching import Backpatch, by_layer, pairs_of, patched, place_of
 from hookbook.recipes.feature_effects import labels_of
-from hookbook.request import Each, Read, Readout, Request, Row, total
+from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
-from hookbook.tokens import Position, vocabulary
+from hookbook.tokens import Position
 
 CONTROLS = ("shuffled", "random")
 
@@ -134,28 +133,6 @@ def backpatch_features(
         for name in names:
             some, values = (drawn, noise[i]) if name == "random" else (chosen, own[donors[i]] if name == "shuffled" else own[i])
             rows += [Row(i, (sae.edit(some, to=values[layer], position=at[i]),)) for layer in layers]
-    numbers = [row.prompt for row in rows]
-    patched = adapter.run(Request(asked.prompts, rows, (), Readout(k=1, tokens=asked.answers[numbers][:, None]), generate), progress=progress)
-    assert clean.readout is not None and patched.readout is not None
-    shape = (n, len(names), len(pairs))
-    ids, logprobs = patched.readout.topk_ids[:, 0], patched.readout.token_logprobs[:, 0]
-    return FeatureBackpatch(
-        card=adapter.card,
-        prompts=tuple(asked.prompts),
-        answers=tuple(question.answer for question in asked.questions),
-        positions=tuple(at),
-        pairs=pairs,
-        clean=asked.right(adapter, clean, range(n)),
-        right=later(named, asked.right(adapter, patched, numbers), names, shape),
-        clean_ids=clean.readout.topk_ids[:, 0],
-        token_ids=later(named, ids, names, shape),
-        clean_logprobs=clean.readout.token_logprobs[:, 0],
-        logprobs=later(named, logprobs, names, shape),
-        vocab=later(vocabulary, adapter, clean.readout.topk_ids, ids),
-        donors=tuple(donors),
-        order=tuple(order),
-        settings={"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": later(total, clean.cost, patched.cost)},
-        sae=sae.name,
-        features=chosen,
-        labels=labels_of(sae, chosen),
-    )
+    found = patched(adapter, asked, at, clean, rows, names, pairs, generate, progress)
+    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": found.pop("cost")}
+    return FeatureBackpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=labels_of(sae, chosen))
