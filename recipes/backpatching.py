@@ -33,9 +33,9 @@ from hookbook.tokens import Position, Tokens, resolve, vocabulary
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from hookbook.adapter import Adapter
-    from matplotlib.figure import Figure
 
 CONTROLS = ("shuffled", "random", "swapped")
 
