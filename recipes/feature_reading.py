@@ -116,14 +116,26 @@ class FeatureActivations(Result):
         total = torch.zeros(self.n_features, dtype=torch.float64).index_add(0, self.features, self.values.double())
         return (total / self.n_tokens).to(self.values.dtype)
 
+    def largest(self) -> Tensor:
+        """`[n_features]`: each feature's largest activation; 0 of one that is never active. As `maxima` of `hb.sae.attach`."""
+        return torch.zeros(self.n_features, dtype=self.values.dtype).scatter_reduce(0, self.features, self.values, "amax")
+
     def share(self) -> Tensor:
         """`[n_features]`: on which share of the tokens read each feature is active."""
         return self.features.bincount(minlength=self.n_features).double() / self.n_tokens
 
+    def by_text(self, features: Tensor) -> Tensor:
+        """`[n_texts, m]`: the mean activation of some features over the tokens read of each text."""
+        place = torch.full((self.n_features,), -1).index_copy(0, features, torch.arange(len(features)))[self.features]
+        mine, found = place >= 0, torch.zeros(len(self.prompts), len(features), dtype=torch.float64)
+        found.index_put_((self.rows[mine], place[mine]), self.values[mine].double(), accumulate=True)
+        return found / torch.tensor([[max(1, len(read))] for read in self.read])
+
     def contrast(self, other: FeatureActivations) -> pd.DataFrame:
         """The features that are active here or in other texts, by how much more they are here, the largest difference first.
 
-        Columns: `feature`, `difference` (of mean activations), `mean`, `other_mean`, `share`, `other_share` (of tokens where it is active), `label`, `link`.
+        Columns: `feature`, `difference` (of mean activations), `mean`, `other_mean`, `share`, `other_share` (of tokens where it is active), `auroc` (how often
+        its mean activation in a text from here is above that in a text from there; 0.5: it tells nothing), `label`, `link`.
 
         Raises:
             DataError: The other activations are of another SAE.
@@ -139,6 +151,7 @@ class FeatureActivations(Result):
         columns = dict(zip(("difference", "mean", "other_mean", "share", "other_share"), (difference, *sides), strict=True))
         labels, listed = self.labels | other.labels, chosen.tolist()
         frame = pd.DataFrame({"feature": listed} | {name: x[chosen].tolist() for name, x in columns.items()})
+        frame["auroc"] = auroc(self.by_text(chosen), other.by_text(chosen)).tolist()
         return frame.assign(label=[labels.get(i, "") for i in listed], link=[link(self.page, i) for i in listed])
 
     def _prompt(self, prompt: int) -> int:
@@ -170,6 +183,13 @@ class FeatureActivations(Result):
         colored = need("circuitsvis.tokens", "view()").colored_tokens_multi
         values, chosen = self._largest(prompt, k)
         return View.of(colored([show(token) for token in self.prompts[prompt].strings], values, [f"{i} {self.labels.get(i, '')}".strip() for i in chosen]))
+
+
+def auroc(first: Tensor, second: Tensor) -> Tensor:
+    """`[m]`: for each column, how often a number of `first` `[n, m]` is above one of `second` `[k, m]`; equal ones count half."""
+    sought, ordered = first.T.contiguous(), second.T.sort(-1).values.contiguous()
+    below = torch.searchsorted(ordered, sought) + torch.searchsorted(ordered, sought, right=True)
+    return below.double().mean(-1) / (2 * len(second))
 
 
 @recipe

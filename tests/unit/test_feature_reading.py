@@ -12,7 +12,7 @@ import torch
 import hookbook as hb
 from hookbook.deferred import Deferred, Tape, known
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
-from hookbook.recipes.feature_reading import Stream
+from hookbook.recipes.feature_reading import Stream, auroc
 from hookbook.request import Read, Request, Row
 from hookbook.testing import toy
 from tests.contract.test_sae import make_sae
@@ -236,3 +236,22 @@ def test_fields_that_wait_for_the_same_batches_are_all_filled_in():
         batch.number = torch.tensor([1.0, i])
     known(result)
     assert result.loss == 6 and result.settings == {"largest": 2}
+
+
+def test_auroc_counts_pairs_with_ties_as_half():
+    first, second = torch.tensor([[1.0, 5.0, 2.0], [2.0, 7.0, 0.0]]), torch.tensor([[1.0, 1.0, 2.0], [3.0, 2.0, 2.0], [0.0, 3.0, 0.0]])
+    naive = [sum((a > b) + (a == b) / 2 for a in first[:, i].tolist() for b in second[:, i].tolist()) / 6 for i in range(3)]
+    assert auroc(first, second).tolist() == pytest.approx(naive)
+
+
+def test_means_of_texts_and_how_well_they_tell_texts_apart():
+    sae = hb.sae.attach(toy(), make_sae(toy()))
+    one, other = hb.feature_activations(sae, ["ab", "cde", "good"]), hb.feature_activations(sae, ["xyz", "1 + 2"])
+    features = torch.tensor([5, 0, 3])
+    for side in (one, other):
+        naive = torch.stack([side.dense(i)[list(side.read[i])].mean(0)[features] for i in range(len(side.prompts))])
+        assert torch.allclose(side.by_text(features), naive.double(), atol=1e-12)
+    frame: Any = one.contrast(other).set_index("feature")
+    for feature in frame.index:
+        a, b = (side.by_text(torch.tensor([feature]))[:, 0].tolist() for side in (one, other))
+        assert frame.auroc[feature] == pytest.approx(sum((x > y) + (x == y) / 2 for x in a for y in b) / len(a) / len(b))
