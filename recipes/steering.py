@@ -85,8 +85,10 @@ class Steering(Result):
         """The mean score over prompts: by strength with the controls for one site, a heat map of sites and strengths for several."""
         mean, labels = self.scores.mean(0), [f"{strength:g}" for strength in self.strengths]
         if len(self.sites) == 1:
-            curves = {str(self.sites[0]): mean[0], "random vector": self.random.mean(0)[0]}
-            return lines(ax, curves, ("strength", self.metric), labels=labels, levels={"no vector": float(self.base.mean())})
+            feature = self.settings.get("feature")
+            mine, kind, over = (str(self.sites[0]), "vector", "strength") if feature is None else (f"feature {feature}", "feature", "clamped to")
+            curves = {mine: mean[0], f"random {kind}": self.random.mean(0)[0]}
+            return lines(ax, curves, (over, self.metric), labels=labels, levels={f"no {kind}": float(self.base.mean())})
         sites = [str(site) for site in self.sites]
         return heat_map(ax, mean, [[f"{x:.2f}" for x in line] for line in mean.tolist()], sites, labels, ("site", "strength", self.metric), limits=None)
 

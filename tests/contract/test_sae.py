@@ -52,8 +52,7 @@ def check(case, edits, generate=0, reads=()):
     assert_plain(case, request, case.adapter.run(request, progress=False), exact)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize(("architecture", "norm"), [*((name, "none") for name in ARCHITECTURES), ("topk", "layer_norm"), ("jumprelu", "constant_norm_rescale")])
 def test_edits_of_features_are_hooks_between_encode_and_decode(case, architecture, norm):
     sae = attached(case, architecture, normalize_activations=norm)
     check(
