@@ -169,7 +169,6 @@ RECIPES = {
     "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
     "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
     "every feature and some strengths": lambda model: hb.feature_sweep(sae(model), PROMPTS[0], strengths=[-3.0, 9.0], tokens=[" Paris"]),
-    "attribution to features": lambda model: hb.feature_attribution(sae(model), PROMPTS[:1], answer=" Paris", features=[1, 2, 3]),
     "features backpatched": lambda model: hb.backpatch_features(sae(model), HOPS, [1, 2, 3], source_layers=[14, 20]),
     "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
     "features": lambda model: hb.feature_activations(sae(model), PROMPTS),
@@ -287,6 +286,18 @@ def test_relations_where_the_key_is_trusted(remote, local):
             hb.linear_relation(remote, relation, **call)
         return
     ours, theirs = fields(hb.linear_relation(remote, relation, **call)), fields(hb.linear_relation(local, relation, **call))
+    assert remote.service.jobs == before + 1
+    same(ours, theirs)
+
+
+def test_attribution_to_features_where_the_key_is_trusted(remote, local):
+    call = dict(answer=" Paris", features=[1, 2, 3])
+    if SANDBOX:
+        with pytest.raises(RemoteError, match="gradients.*sandbox"):
+            hb.feature_attribution(sae(remote), PROMPTS[:1], **call)
+        return
+    before = remote.service.jobs
+    ours, theirs = (fields(hb.feature_attribution(sae(model), PROMPTS[:1], **call)) for model in (remote, local))
     assert remote.service.jobs == before + 1
     same(ours, theirs)
 
