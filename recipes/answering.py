@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hookbook.adapter import Adapter
 from hookbook.deferred import later
-from hookbook.errors import DataError, TokenError
+from hookbook.errors import DataError, check_counts
 from hookbook.recipes.task_sweep import coded
 from hookbook.request import Reply
 from hookbook.tasks import Question
@@ -52,8 +52,7 @@ def ask(adapter: Adapter, questions: Sequence[Question], generate: int = 0, bos:
     """
     if not questions:
         raise DataError("no questions", "there is nothing to ask", "give at least one")
-    if generate < 0:
-        raise TokenError(f"generate={generate}", "none or more tokens are decoded", "use 0 or more")
+    check_counts(0, generate=generate)
     short = [question.answer for question in questions if len(question.answer.strip()) < 2]
     if generate and short:
         raise DataError(f"the answer {short[0]!r} in generated text", "so short a text is found anywhere", "use generate=0")

@@ -7,9 +7,11 @@ was chosen is judged on questions that did not choose it.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -186,22 +188,36 @@ class Backpatch(Result):
         words = [[f"{x:.2f}".lstrip("0") if x == x else "·" for x in line] for line in values.tolist()]
         top = max(float(share.nan_to_num().max()) for share in shares.values()) or 1.0
         names = ("source layer", "target layer", f"{'kept' if answered else 'fixed'}, {control}")
-        return heat_map(ax, values, words, [str(s) for s in sources], [str(t) for t in targets], names, upwards=True, limits=(0, top))
+        return heat_map(
+            ax,
+            values,
+            words,
+            [str(s) for s in sources],
+            [str(t) for t in targets],
+            names,
+            upwards=True,
+            limits=(0, top),
+            title=f"Back-patching {self.card.model_id}: {control}",
+        )
 
     def plot_controls(self, *, answered: bool = False) -> Figure:
         """The heat maps of the patch and of every control side by side, in the same colours."""
         plt = need("matplotlib.pyplot", "plot_controls()")
-        figure, axes = plt.subplots(1, len(self.right), figsize=(5 * len(self.right), 4.2), layout="constrained", squeeze=False)
-        for ax, control in zip(axes[0], self.right, strict=True):
-            self.plot(ax, control=control, answered=answered).set_title(control)
+        wide = math.ceil(len(self.right) ** 0.5)
+        high = math.ceil(len(self.right) / wide)
+        figure, axes = plt.subplots(high, wide, figsize=(5 * wide, 4.2 * high), layout="constrained", squeeze=False)
+        for ax, control in zip_longest(axes.flat, self.right):
+            if control is None:
+                ax.remove()
+            else:
+                self.plot(ax, control=control, answered=answered).set_title(control, loc="left")
         return figure
 
     def view(self) -> View:
         """The table of `summary()`, and of the pairs that fix most."""
-        need("pandas", "view()")
         frame = self.to_frame().pivot_table("fixed", ["layer", "target_layer"], "control", sort=False, dropna=False)
         top = frame.sort_values("patch", ascending=False).head(20)
-        return View("".join(table.to_html(float_format=lambda x: f"{x:.3f}") for table in (self.summary(), top)))
+        return View.table(self.summary(), "The best pair of layers, and any pair") + View.table(top, "Share of questions fixed, by the pairs that fix most")
 
 
 @recipe
@@ -238,8 +254,11 @@ def backpatch(
         SiteError: A pair of layers that are not in the model.
         TokenError: The position is not one token of every prompt; an answer's first token depends on how it is cut.
 
-    Source: Biran et al. 2024, arXiv:2406.12775, section 5. The paper counts a question as fixed if any pair fixes it, by text; it has none of these controls.
-    The donor of the shuffled control asks for another answer and, where there is one, is of the same two relations.
+    Source: Biran et al. 2024, arXiv:2406.12775, section 5.
+
+    Differs: the paper counts a question as fixed if any pair fixes it, by text; here its first token counts, every pair and their mean are given, and a
+    pair is chosen on one half and judged on the other. The controls are ours: the donor of the shuffled one asks for another answer and, where there is
+    one, is of the same two relations.
 
     Example:
         >>> from hookbook.testing import toy

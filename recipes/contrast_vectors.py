@@ -16,7 +16,7 @@ from hookbook.loading import wrap
 from hookbook.plots import heat_map, lines
 from hookbook.recipe import recipe
 from hookbook.request import Each, Read, Reading, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, resolve
 from hookbook.vectors import Vector
@@ -87,14 +87,12 @@ class ContrastVectors(Result):
         """How well held-out texts are told apart, by site, with shuffled classes beside it; of several positions, a heat map."""
         labels = [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
         if len(self.positions) == 1:
-            return lines(ax, {"held out": self.auroc[0], "shuffled classes": self.shuffled[0]}, ("layer", "AUROC"), labels=labels)
+            return lines(ax, {"held out": self.auroc[0], "shuffled classes": self.shuffled[0]}, ("layer", "AUROC"), labels=labels, title=self._title())
         words = [[f"{x:.2f}" for x in line] for line in self.auroc.tolist()]
-        return heat_map(ax, self.auroc, words, self.positions, labels, ("position", "layer", "AUROC"))
+        return heat_map(ax, self.auroc, words, self.positions, labels, ("position", "layer", "AUROC"), title=self._title())
 
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.2f}"))
+    def _title(self) -> str:
+        return f"How well held-out texts are told apart, {self.card.model_id}"
 
 
 @recipe
@@ -135,9 +133,10 @@ def contrast_vector(
         DataError: A class is empty or too small, or the classes share a prompt.
         SiteError, TokenError: A layer or position that is not there.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717 (`site="resid_pre"`, a chat template's last tokens). Contrastive activation addition
-    (Rimsky et al. 2023, arXiv:2312.06681) is the same over one question answered in two ways: texts that end in `(A)` and `(B)`, `position=-2`.
-    Neither holds texts out in making its vectors; `held_out=0` is theirs.
+    Source: Arditi et al. 2024, arXiv:2406.11717 (`site="resid_pre"`, a chat template's last tokens). Contrastive activation addition (Rimsky et al. 2023,
+    arXiv:2312.06681) is the same over one question answered in two ways: texts that end in `(A)` and `(B)`, `position=-2`.
+
+    Differs: neither holds texts out in making its vectors; `held_out=0` is theirs.
 
     Example:
         >>> from hookbook.testing import toy

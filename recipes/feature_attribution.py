@@ -16,12 +16,14 @@ from torch import Tensor
 from hookbook import planning
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, TokenError
+from hookbook.errors import DataError, TokenError, check_counts
+from hookbook.plots import COLOURS, drawing, token_values
 from hookbook.recipe import recipe
-from hookbook.recipes.feature_effects import CHUNK, features_of, labels_of, links_of
+from hookbook.recipes.feature_decomposition import feature_names
+from hookbook.recipes.feature_effects import CHUNK, features_of
 from hookbook.recipes.patchscopes import wanted_id
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
@@ -108,26 +110,30 @@ class FeatureAttribution(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Attributions against exact effects, with the line on which they agree; without exact effects, in order of size."""
-        plt = need("matplotlib.pyplot", "plot()")
-        if ax is None:
-            _, ax = plt.subplots(figsize=(5, 4.5), layout="constrained")
-        assert ax is not None
         known = ~self.effects.isnan()
-        if not known.any():
-            ax.plot(self.attributions.sort(descending=True).values, color="#0072B2")
-            ax.set_xlabel("features at tokens, by attribution")
-        else:
-            ax.axline((0, 0), slope=1, color="0.6", linewidth=1, linestyle="--")
-            ax.scatter(self.effects[known], self.attributions[known], s=12, color="#0072B2")
-            ax.set_xlabel("exact effect (nats)")
-            ax.set_title(f"correlation {self.correlation():.2f}")
-        ax.set_ylabel("attribution (nats)")
+        correlation = f", correlation {self.correlation():.2f}" if known.any() else ""
+        with drawing(ax, (5, 4.5), f"Attribution to features, {self.card.model_id}{correlation}") as ax:
+            if known.any():
+                ax.axline((0, 0), slope=1, color="0.5", linewidth=1, linestyle="--")
+                ax.scatter(self.effects[known].tolist(), self.attributions[known].tolist(), s=12, color=COLOURS[0])
+                ax.set_xlabel("exact effect (nats)")
+            else:
+                ax.plot(self.attributions.sort(descending=True).values.tolist(), color=COLOURS[0])
+                ax.set_xlabel("features at tokens, by attribution")
+            ax.set_ylabel("attribution (nats)")
         return ax
 
-    def view(self) -> View:
-        """The table of `top(50)`, with links to the features' pages."""
-        need("pandas", "view()")
-        return View(self.top(50).to_html(index=False, render_links=True, float_format=lambda x: f"{x:.3f}"))
+    def view(self, *, prompt: int = 0, k: int = 20) -> View:
+        """An interactive picture (circuitsvis): choose one of the `k` features that matter most in a prompt, see its attributions to the tokens. Below, `top(50)`."""
+        if not -len(self.prompts) <= prompt < len(self.prompts):
+            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        mine = self.rows == prompt % len(self.prompts)
+        tokens, (chosen, where) = self.prompts[prompt].strings, self.features[mine].unique(return_inverse=True)
+        values = torch.zeros(len(tokens), len(chosen), dtype=torch.float64)
+        values[self.positions[mine], where] = self.attributions[mine].double()
+        best = values.abs().sum(0).argsort(descending=True)[:k]
+        table = View.table(self.top(50), "The largest attributions")
+        return token_values(tokens, values[:, best], feature_names(chosen[best].tolist(), self.labels)) + table if len(best) else table
 
 
 @recipe
@@ -168,7 +174,9 @@ def feature_attribution(
             no gradients; an SAE whose features cannot be changed inside the model.
 
     Source: Marks et al. 2024, arXiv:2403.19647, section 3.1, attribution patching with a baseline of zero; the SAE's error is held fixed and has an
-    attribution of its own, as there. One site is looked at, not a circuit of several.
+    attribution of its own, as there.
+
+    Differs: one site is looked at, not a circuit of several, and the exact effect of the largest features is measured beside.
 
     Example:
         found = hb.feature_attribution(sae, "The capital of France is", answer=" Paris", other=" Rome")
@@ -180,8 +188,7 @@ def feature_attribution(
         adapter.require(site)
     code = sae.weights
     coded = sae.encode_prompts(prompts)
-    if top < 1:
-        raise DataError(f"top={top}", "nothing would be measured", "use 1 or more, or exact=False")
+    check_counts(top=top)
     given = [_each(answer, len(coded), "answer")] + ([] if other is None else [_each(other, len(coded), "other")])
     wanted = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, words[i]) for words in given] for i, prompt in enumerate(coded)])
     where = [_where(sae, prompt, position) for prompt in coded]
@@ -220,8 +227,8 @@ def feature_attribution(
         error_rows=torch.tensor([i for i, _ in at]),
         error_positions=torch.tensor([position for _, position in at]),
         errors=later(_errors, sae, seen, old, slopes),
-        labels=later(_known, labels_of, sae, found),
-        links=later(_known, links_of, sae, found),
+        labels=later(_labels, sae, found),
+        links=later(_links, sae, found),
         settings={"position": str(position), "exact": exact, "top": top, "metric": "logit difference" if other is not None else "log-probability"}
         | {"cost": later(total, *cost)},
     )
@@ -335,5 +342,9 @@ def _errors(sae: AttachedSAE, seen: Tensor, old: Tensor, slopes: Tensor) -> Tens
     return ((old - made) * slopes).sum(-1)
 
 
-def _known(which: Any, sae: AttachedSAE, found: Found) -> dict[int, str]:
-    return which(sae, found[2].unique().tolist())
+def _labels(sae: AttachedSAE, found: Found) -> dict[int, str]:
+    return sae.labels_of(found[2].unique().tolist())
+
+
+def _links(sae: AttachedSAE, found: Found) -> dict[int, str]:
+    return sae.links_of(found[2].unique().tolist())

@@ -18,7 +18,6 @@ from hookbook.errors import DataError, Refused
 from hookbook.recipe import recipe
 from hookbook.recipes.answering import as_question, ask, others
 from hookbook.recipes.backpatching import Backpatch, by_layer, pairs_of, patched, place_of
-from hookbook.recipes.feature_effects import labels_of
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
@@ -77,7 +76,9 @@ def backpatch_features(
         EditError: An unknown feature.
         DataError, SiteError, TokenError: As `hookbook.backpatch`; too few other features for `"random"`; the SAE's own layer as a source.
 
-    Source: ours, after Biran et al. 2024, arXiv:2406.12775, section 5, who patch whole states.
+    Source: ours, after Biran et al. 2024, arXiv:2406.12775, section 5.
+
+    Differs: the paper patches whole states, here only some features of them travel.
 
     Example:
         found = hb.backpatch_features(sae, questions, [12, 404])
@@ -135,4 +136,4 @@ def backpatch_features(
             rows += [Row(i, (sae.edit(some, to=values[layer], position=at[i]),)) for layer in layers]
     found = patched(adapter, asked, at, clean, rows, names, pairs, generate, progress)
     settings = {"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": found.pop("cost")}
-    return FeatureBackpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=labels_of(sae, chosen))
+    return FeatureBackpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=sae.labels_of(chosen))

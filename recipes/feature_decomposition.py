@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.errors import DataError, EditError, Refused, SiteError
+from hookbook.errors import DataError, EditError, Refused, SiteError, check_counts
 from hookbook.plots import bars
-from hookbook.results import Result, View, need
-from hookbook.sae import AttachedSAE, checked_sae, directions, encode, link, name_of, places, reconstruct
+from hookbook.results import Result, View
+from hookbook.sae import AttachedSAE
+from hookbook.saelens import checked_sae, directions, encode, link, name_of, places, reconstruct
 from hookbook.sites import Site
 from hookbook.vectors import Vector
 
@@ -155,13 +156,14 @@ class FeatureVector(Result):
 
     def plot(self, ax: Axes | None = None, *, n: int = 20) -> Axes:
         """The `n` largest values."""
-        return bars(ax, feature_names(self.features[:n].tolist(), self.labels), self.values[:n], f"value ({self.method})")
+        return bars(ax, feature_names(self.features[:n].tolist(), self.labels), self.values[:n], f"value ({self.method})", title=self._title())
 
     def view(self) -> View:
         """The table of `to_frame()`, behind how much is explained."""
-        need("pandas", "view()")
-        head = f"<h3>{self.recipe or 'vector'} at {self.site}: {float(self.explained):.1%} explained by {len(self.features)} features</h3>"
-        return View(head + self.to_frame().to_html(index=False, render_links=True, float_format=lambda x: f"{x:.3f}"))
+        return View.table(self.to_frame(), self._title())
+
+    def _title(self) -> str:
+        return f"{self.recipe or 'vector'} at {self.site}: {float(self.explained):.1%} explained by {len(self.features)} features"
 
 
 def decompose(
@@ -170,8 +172,7 @@ def decompose(
     """A vector as features of an SAE; see `hookbook.Vector.decompose`."""
     if method not in ("pursuit", "encode"):
         raise DataError(f"method={method!r}", "", "use pursuit for directions, or encode for states")
-    if k < 1:
-        raise DataError(f"k={k}", "a vector is made of at least one feature", "use 1 or more")
+    check_counts(k=k)
     bare, name, reads, labels = _placed(vector, sae)
     target = vector.values.detach().double().cpu()
     if not target.any():

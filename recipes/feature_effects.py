@@ -18,12 +18,12 @@ from torch import Tensor
 from hookbook import planning
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, EditError, Refused, TokenError
-from hookbook.plots import lines
+from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts
+from hookbook.plots import bars, lines
 from hookbook.recipe import recipe
 from hookbook.recipes.patchscopes import wanted_id
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View, need, show
+from hookbook.results import Result, View, ending, show
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
@@ -144,23 +144,15 @@ class FeatureSweep(Result):
         best = values.abs().amax(-1).topk(min(n, len(mine))).indices
         names = [self._name(int(self.features[mine[i]])) for i in best.tolist()]
         what = "KL(plain || changed), nats" if value == "kl" else f"change of log p({value!r}), nats"
+        title = f"Features that do most, {ending(self.prompts[prompt].text, 60)!r}, {self.card.model_id}"
         if len(self.strengths) > 1:
             curves = dict(zip(names, values[best].unbind(0), strict=True))
-            return lines(ax, curves, (self.change, what), labels=[f"{x:g}" for x in self.strengths])
-        plt = need("matplotlib.pyplot", "plot()")
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
-        assert ax is not None
-        ax.barh(range(len(names)), values[best, 0], color="#0072B2")
-        ax.set_yticks(range(len(names)), names, parse_math=False)
-        ax.invert_yaxis()
-        ax.set_xlabel(what)
-        return ax
+            return lines(ax, curves, (self.change, what), labels=[f"{x:g}" for x in self.strengths], title=title)
+        return bars(ax, names, values[best, 0], what, title=title)
 
     def view(self) -> View:
         """The table of `top(50)`, with links to the features' pages."""
-        need("pandas", "view()")
-        return View(self.top(50).to_html(index=False, render_links=True, float_format=lambda x: f"{x:.3f}"))
+        return View.table(self.top(50), "What does most")
 
     def _name(self, feature: int) -> str:
         return f"{feature} {show(self.labels[feature])[:40]}" if feature in self.labels else str(feature)
@@ -207,6 +199,8 @@ def feature_sweep(
 
     Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity", with the SAE's error kept. A plan with `"active"` counts all features.
 
+    Differs: one prompt's next token under every feature, where they write texts under few.
+
     Example:
         sweep = hb.feature_sweep(sae, "The capital of France is", tokens=[" Paris"])
         sweep.top(10, by=" Paris")
@@ -219,8 +213,7 @@ def feature_sweep(
         raise EditError(f"change={change!r}", "", f"use one of {', '.join(CHANGES)}")
     if not strengths:
         raise DataError("no strengths", "nothing would be changed", "give at least one")
-    if k < 1:
-        raise TokenError(f"k={k}", "at least one token is kept", "use k of 1 or more")
+    check_counts(k=k)
     if isinstance(tokens, str):
         raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
     end = Site("resid_post", adapter.card.n_layers - 1)
@@ -272,8 +265,8 @@ def feature_sweep(
         wanted_logprobs=before(said),
         changes=after(said) - before(said)[at][:, None],
         vocab=later(vocabulary, adapter, token_ids, plain_ids),
-        labels=labels_of(sae, present),
-        links=links_of(sae, present),
+        labels=sae.labels_of(present),
+        links=sae.links_of(present),
         settings={"position": str(position), "keep_error": keep_error, "k": k, "cost": later(total, plain.cost, changed.cost, unembedded)},
     )
 
@@ -301,16 +294,6 @@ def features_of(sae: AttachedSAE, features: Any, n: int) -> list[tuple[int, ...]
     if not any(found):
         raise DataError("no features", "there is nothing to look at", "give at least one")
     return found
-
-
-def labels_of(sae: AttachedSAE, features: Sequence[int]) -> dict[int, str]:
-    """The labels of those features that have one."""
-    return {feature: sae.labels[feature] for feature in features if feature in sae.labels}
-
-
-def links_of(sae: AttachedSAE, features: Sequence[int]) -> dict[int, str]:
-    """The pages of features; none if the SAE has none."""
-    return {feature: page for feature in features if (page := sae.link(feature))}
 
 
 def _most(sae: AttachedSAE, states: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError
-from hookbook.plots import COLOURS
+from hookbook.errors import DataError, check_counts
+from hookbook.plots import COLOURS, drawing
 from hookbook.recipe import recipe
 from hookbook.recipes.feature_reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View, need, show
-from hookbook.sae import AttachedSAE, checked, link
+from hookbook.results import Result, View, show
+from hookbook.sae import AttachedSAE, checked
+from hookbook.saelens import link
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, vocabulary
 
@@ -105,25 +106,19 @@ class FeatureExamples(Result):
 
     def plot(self, ax: Axes | None = None, *, feature: int | None = None) -> Axes:
         """The histogram of a feature's activations; or of every feature that is active, the density and the largest activation."""
-        plt = need("matplotlib.pyplot", "plot()")
-        if feature is not None:
-            self._of(feature)
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        assert ax is not None
         if feature is None:
             fired = self.density > 0
-            ax.scatter(self.density[fired], self.maxima[fired], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
-            ax.set(xscale="log", yscale="log", xlabel="share of tokens where the feature is active", ylabel="largest activation")
-            ax.set_title(f"{int(fired.sum())} of {self.n_features} features active", fontsize=9)
+            with drawing(ax, (6, 3.5), f"{int(fired.sum())} of {self.n_features} features active, {self.card.model_id}") as ax:
+                ax.scatter(self.density[fired].tolist(), self.maxima[fired].tolist(), s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
+                ax.set(xscale="log", yscale="log", xlabel="share of tokens where the feature is active", ylabel="largest activation")
             return ax
+        self._of(feature)
         _, bins, counts = self.histogram[self.histogram[:, 0] == feature].unbind(1)
         left = torch.exp2(bins.double() / BINS)
-        ax.bar(left, counts, left * (2 ** (1 / BINS) - 1), align="edge", color=COLOURS[0])
-        ax.set(xscale="log", xlabel=f"activation of feature {feature}", ylabel="tokens")
-        ax.set_title(
-            f"{self.labels.get(feature, '')} active on {float(self.density[feature]):.3%} of {self.n_tokens} tokens".strip(), fontsize=9, parse_math=False
-        )
+        name = f"{feature} {self.labels.get(feature, '')}".strip()
+        with drawing(ax, (6, 3.5), f"Feature {name}: active on {float(self.density[feature]):.3%} of {self.n_tokens} tokens") as ax:
+            ax.bar(left.tolist(), counts.tolist(), (left * (2 ** (1 / BINS) - 1)).tolist(), align="edge", color=COLOURS[0])
+            ax.set(xscale="log", xlabel=f"activation of feature {feature}", ylabel="tokens")
         return ax
 
     def view(self, feature: int | None = None) -> View:
@@ -135,7 +130,8 @@ class FeatureExamples(Result):
         feature, middle, words = int(self.features[at]), self.contexts.shape[1] // 2, []
         for i, (token, x) in enumerate(zip(self.contexts[at].tolist(), self.context_activations[at].tolist(), strict=True)):
             if token >= 0:
-                style = f"background:rgba(230,159,0,{max(0.0, x) / float(self.maxima[feature]):.2f})" + (";font-weight:bold" if i == middle else "")
+                share = max(0.0, x) / float(self.maxima[feature])
+                style = f"background:rgba(230,159,0,{share:.2f})" + (";color:#000" if share > 0.4 else "") + (";font-weight:bold" if i == middle else "")
                 words.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(self.vocab[token]))}</span>')
         title = f"{feature} {self.labels.get(feature, '')}".strip()
         return f'<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> <span style="white-space:pre-wrap">{"".join(words)}</span></p>'
@@ -179,18 +175,17 @@ def feature_examples(
         TokenError: No texts, or one that cannot be read.
         Refused: The model cannot read the site.
 
-    Source: Bricken et al. 2023, "Towards Monosemanticity", whose examples of features are those with the largest activations. It differs in that a text
-    gives a feature one example, its best.
+    Source: Bricken et al. 2023, "Towards Monosemanticity", whose examples of features are those with the largest activations.
+
+    Differs: a text gives a feature one example, its best.
     """
     adapter = checked(sae).model
     chosen = None if features is None else torch.zeros(sae.n_features, dtype=torch.bool).index_fill(0, torch.tensor(sae.chosen(features)), True)
     levels = tuple(float(level) for level in quantiles)
-    if k < 1 or context < 0 or not all(0 <= level <= 1 for level in levels):
-        raise DataError(
-            f"k={k}, context={context}, quantiles={list(levels)}",
-            "at least one example is kept, and no fewer than no tokens around it",
-            "use k of 1 or more, context of 0 or more, and quantiles from 0 to 1",
-        )
+    check_counts(k=k)
+    check_counts(0, context=context)
+    if not all(0 <= level <= 1 for level in levels):
+        raise DataError(f"quantiles={list(levels)}", "a quantile is a share", "use numbers from 0 to 1")
     found, costs, n = Stream(_Best(sae, chosen, k, context, levels)), [], 0
     for prompts in batches(sae, texts, batch, progress):
         read = Each(tuple(readable(sae, prompt) for prompt in prompts))

@@ -25,7 +25,8 @@ from hookbook.recipes.patchscopes import check_asked, grouped_texts, wanted_word
 from hookbook.recipes.steering import check_strengths
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
-from hookbook.sae import AttachedSAE, checked, directions
+from hookbook.sae import AttachedSAE, checked
+from hookbook.saelens import directions
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded, vocabulary
 
@@ -140,7 +141,15 @@ class FeaturePatchscope(Result):
             at = self.wanted.index(value)
             values = torch.cat([self.wanted_logprobs[..., at], self.random_wanted_logprobs[None, :, at]]).exp()
         said = [[self.token(m, p) for m, p in line] for line in cells]
-        return heat_map(ax, values, said, rows, columns, (row_name, column_name, value if value == "probability" else f"probability of {value}"))
+        return heat_map(
+            ax,
+            values,
+            said,
+            rows,
+            columns,
+            (row_name, column_name, value if value == "probability" else f"probability of {value}"),
+            title=f"What features say, {self.card.model_id}",
+        )
 
     def view(self) -> View:
         """An interactive picture (circuitsvis): choose a feature and a strength, see the likeliest tokens by probability, and what was generated."""
@@ -194,7 +203,9 @@ def feature_patchscope(
         SiteError, TokenError: Something asked for is not in the model or the prompt, or a site has another width.
 
     Source: patchscopes, Ghandeharioun et al. 2024, arXiv:2401.06102, of features as in Kharlapenko et al. 2024, "Self-explaining SAE features" (Alignment
-    Forum), who give scales as lengths and not as multiples, and ask what a word means.
+    Forum).
+
+    Differs: the latter give scales as lengths and not as multiples, and ask what a word means.
     """
     sae = checked(sae)
     adapter, chosen, strengths = sae.model, sae.chosen(features), check_strengths(strengths)
@@ -245,8 +256,8 @@ def feature_patchscope(
         card=adapter.card,
         sae=sae.name,
         features=chosen,
-        labels={i: sae.labels[i] for i in chosen if i in sae.labels},
-        links={i: sae.link(i) for i in chosen if sae.link(i)},
+        labels=sae.labels_of(chosen),
+        links=sae.links_of(chosen),
         target=coded[0],
         target_position=at,
         op=op,

@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from hookbook import planning
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, TokenError
-from hookbook.plots import heat_map
+from hookbook.errors import DataError, TokenError, check_counts
+from hookbook.plots import heat_map, token_values
 from hookbook.recipe import recipe
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View, need, show
-from hookbook.sae import AttachedSAE, checked, link
+from hookbook.results import Result, View
+from hookbook.sae import AttachedSAE, checked
+from hookbook.saelens import link
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 
@@ -74,8 +75,7 @@ class FeatureActivations(Result):
 
     def top(self, k: int = 5) -> pd.DataFrame:
         """The same of the `k` most active features of each token."""
-        if k < 1:
-            raise DataError(f"k={k}", "at least one feature is shown", "use k of 1 or more")
+        check_counts(k=k)
         return self._frame(self._ranks() < k)
 
     def _ranks(self) -> Tensor:
@@ -161,8 +161,7 @@ class FeatureActivations(Result):
 
     def _largest(self, prompt: int, k: int) -> tuple[Tensor, list[int]]:
         """A prompt's activations `[pos, k]`, and its `k` features with the largest ones."""
-        if k < 1:
-            raise DataError(f"k={k}", "at least one feature is shown", "use k of 1 or more")
+        check_counts(k=k)
         mine = self.rows == self._prompt(prompt)
         features, values = self.features[mine], self.values[mine]
         if not len(features):
@@ -176,13 +175,21 @@ class FeatureActivations(Result):
         at = list(self.read[prompt])
         words = [[f"{x:.3g}" if x else "" for x in line] for line in values[at].tolist()]
         rows = [f"{p} {self.prompts[prompt].strings[p]}" for p in at]
-        return heat_map(ax, values[at], words, rows, [str(i) for i in chosen], ("token", "feature", "activation"), limits=(0, float(values.max())))
+        return heat_map(
+            ax,
+            values[at],
+            words,
+            rows,
+            [str(i) for i in chosen],
+            ("token", "feature", "activation"),
+            limits=(0, float(values.max())),
+            title=f"Activations of features, {self.card.model_id}",
+        )
 
     def view(self, *, prompt: int = 0, k: int = 30) -> View:
         """An interactive picture (circuitsvis): choose one of the `k` features with the largest activations, see it on the prompt's tokens."""
-        colored = need("circuitsvis.tokens", "view()").colored_tokens_multi
         values, chosen = self._largest(prompt, k)
-        return View.of(colored([show(token) for token in self.prompts[prompt].strings], values, [f"{i} {self.labels.get(i, '')}".strip() for i in chosen]))
+        return token_values(self.prompts[prompt].strings, values, [f"{i} {self.labels.get(i, '')}".strip() for i in chosen])
 
 
 def auroc(first: Tensor, second: Tensor) -> Tensor:
@@ -220,6 +227,8 @@ def feature_activations(
         Refused: The model cannot read the site.
 
     Source: Huben et al. 2023, arXiv:2309.08600; Bricken et al. 2023, "Towards Monosemanticity". Encoding is SAELens'.
+
+    Differs: special tokens are left out by default.
     """
     adapter = checked(sae).model
     coded = sae.encode_prompts(prompts)
@@ -257,7 +266,7 @@ class _Active:
 
     @property
     def labels(self) -> dict[int, str]:
-        return {i: self.sae.labels[i] for i in self.features.unique().tolist() if i in self.sae.labels}
+        return self.sae.labels_of(self.features.unique().tolist())
 
 
 def active(sae: AttachedSAE, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,8 +307,7 @@ def readable(sae: AttachedSAE, prompt: Tokens, position: Position | None = None,
 
 def batches(sae: AttachedSAE, texts: Any, size: int, progress: bool | None) -> Iterator[list[Tokens]]:
     """Texts as prompts, so many at once; what is no list is taken as it comes."""
-    if size < 1:
-        raise DataError(f"batch={size}", "at least one text is run at once", "use a batch of 1 or more")
+    check_counts(batch=size)
     listed = isinstance(texts, (str, list, tuple, Tensor, Tokens))
     prompts: Any = iter(sae.encode_prompts(texts) if listed else texts)
     hidden = sae.model.remote or planning.account() is not None or progress is False

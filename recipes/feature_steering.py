@@ -11,7 +11,8 @@ from hookbook.errors import EditError
 from hookbook.recipe import recipe
 from hookbook.recipes.steering import Steering, check_strengths, steered
 from hookbook.request import Scope
-from hookbook.sae import AttachedSAE, checked, directions
+from hookbook.sae import AttachedSAE, checked
+from hookbook.saelens import directions
 from hookbook.tokens import Position
 
 
@@ -57,8 +58,10 @@ def steer_feature(
         EditError: Neither or both of `to` and `times_max`, or no such feature.
         DataError, TokenError: As `hookbook.steer`.
 
-    Source: clamping with the error term kept as in Templeton et al. 2024 (Scaling Monosemanticity, "Influence on behavior"), who clamp to multiples
-    of the maximum.
+    Source: clamping with the error term kept as in Templeton et al. 2024 (Scaling Monosemanticity, "Influence on behavior"), who clamp to multiples of
+    the maximum.
+
+    Differs: the random feature that is pushed as far is ours.
     """
     sae = checked(sae)
     if (to is None) == (times_max is None):

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import hold, later
-from hookbook.errors import DataError, EditError
+from hookbook.errors import DataError, EditError, check_counts
 from hookbook.loading import wrap
 from hookbook.plots import heat_map, lines
 from hookbook.recipe import recipe
-from hookbook.recipes.task_sweep import TaskSweep, check_counts, coded, judge, plain, random_like
+from hookbook.recipes.task_sweep import TaskSweep, coded, judge, plain, random_like
 from hookbook.request import Edit, Read, Readout, Request, Row, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question, Task
 
@@ -64,14 +64,22 @@ class HeadEffects(Result):
         mean = self.mean.T
         words = [[f"{x:.2f}" for x in line] for line in mean.tolist()]
         names = ("head", "layer", "mean indirect effect")
-        return heat_map(ax, mean, words, [str(i) for i in range(mean.shape[0])], [str(i) for i in range(mean.shape[1])], names, limits=None)
+        return heat_map(
+            ax,
+            mean,
+            words,
+            [str(i) for i in range(mean.shape[0])],
+            [str(i) for i in range(mean.shape[1])],
+            names,
+            signed=True,
+            title=f"Heads that matter, {self.card.model_id}",
+        )
 
     def view(self) -> View:
         """The heads with the largest effects."""
-        need("pandas", "view()")
         frame = self.to_frame().pivot_table("effect", ["layer", "head"], "task", sort=False)
         frame = frame.assign(mean=frame.mean(axis=1)).sort_values("mean", ascending=False).head(20)
-        return View(frame.to_html(float_format=lambda x: f"{x:.3f}"))
+        return View.table(frame, "The heads with the largest mean effect")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +98,14 @@ class FunctionVectors(TaskSweep):
         curves = {name: values for name, values in self.misled.items() if name != "none"}
         labels = [str(site.layer) for site in self.sites]
         names = ("layer", f"accuracy on {self.task}, rotated examples")
-        return lines(ax, curves, names, labels=labels, levels={"no vector": float(self.misled["none"][0])})
+        return lines(
+            ax,
+            curves,
+            names,
+            labels=labels,
+            levels={"no vector": float(self.misled["none"][0])},
+            title=f"Function vector behind rotated examples, {self.card.model_id}",
+        )
 
 
 @recipe
@@ -125,8 +140,10 @@ def head_effects(
         TokenError: An answer's first token depends on how it is cut.
         Refused: The model has no heads to edit.
 
-    Source: Todd et al. 2023, arXiv:2310.15213, section 2.3. It differs in two things: answers are rotated among the examples, where the authors permute them at random and
-    some stay right; and queries are training pairs, where theirs are a validation part.
+    Source: Todd et al. 2023, arXiv:2310.15213, section 2.3.
+
+    Differs: answers are rotated among the examples, where the authors permute them at random and some stay right; and queries are training pairs, where
+    theirs are a validation part.
     """
     adapter = wrap(model)
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -182,9 +199,10 @@ def function_vector(
         EditError: No such head, or more heads than there are.
         DataError, TokenError, Refused: As `head_effects`.
 
-    Source: Todd et al. 2023, arXiv:2310.15213, sections 2.3 and 3.1. It differs in that biases of the output projection are left out (the authors' code adds them once for each
-    head). In Gemma 2 and 3, where a norm follows the projection, a head's output is what the norm makes of its part with its scale frozen
-    (`Adapter.head_contributions`).
+    Source: Todd et al. 2023, arXiv:2310.15213, sections 2.3 and 3.1.
+
+    Differs: biases of the output projection are left out (the authors' code adds them once for each head). In Gemma 2 and 3, where a norm follows the
+    projection, a head's output is what the norm makes of its part with its scale frozen (`Adapter.head_contributions`).
     """
     adapter = wrap(model)
     card = adapter.card

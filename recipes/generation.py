@@ -11,13 +11,13 @@ import torch
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import EditError, TokenError
+from hookbook.errors import EditError, TokenError, check_counts
 from hookbook.loading import wrap
 from hookbook.plots import heat_map
 from hookbook.recipe import recipe
 from hookbook.recipes.patchscopes import encode_prompts
 from hookbook.request import Edit, Request, Row, Sampling, total
-from hookbook.results import Result, View, need, show
+from hookbook.results import Result, View, ending, need, show
 from hookbook.tokens import Tokens, decoded, lines, vocabulary
 
 if TYPE_CHECKING:
@@ -71,11 +71,19 @@ class Generation(Result):
         for row, (_, _, logprobs) in enumerate(lines):
             values[row, : len(logprobs)] = torch.tensor(logprobs).exp()
         words = [[self.vocab[i] for i in ids] + [""] * (longest - len(ids)) for _, ids, _ in lines]
-        return heat_map(ax, values, words, [name for name, _, _ in lines], [str(i + 1) for i in range(longest)], ("prompt", "generated token", "probability"))
+        return heat_map(
+            ax,
+            values,
+            words,
+            [name for name, _, _ in lines],
+            [str(i + 1) for i in range(longest)],
+            ("prompt", "generated token", "probability"),
+            title=f"What is generated, {self.card.model_id}",
+        )
 
     def _lines(self, edited: bool) -> list[tuple[str, tuple[int, ...], tuple[float, ...]]]:
         ids, logprobs = (self.ids, self.logprobs) if edited else (self.control_ids, self.control_logprobs)
-        names = [prompt.text[-24:] + (" | edited" if edited else " | control") for prompt in self.prompts]
+        names = [ending(prompt.text, 24) + (" | edited" if edited else " | control") for prompt in self.prompts]
         return list(zip(names, ids, logprobs, strict=True))
 
     def view(self, *, prompt: int = 0) -> View:
@@ -127,6 +135,10 @@ def generate(
         SiteError, TokenError, EditError: Something asked for is not in the model or a prompt, or would change nothing.
         Refused: The model cannot edit a site.
 
+    Source: no paper: decoding, greedy or drawn, of which every method that changes what a model writes is made.
+
+    Differs: in nothing; the tests compare with running the whole text again at each step.
+
     Example:
         >>> from hookbook.testing import toy
         >>> import torch
@@ -137,8 +149,7 @@ def generate(
     """
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts, bos, chat)
-    if max_new_tokens < 1:
-        raise TokenError(f"max_new_tokens={max_new_tokens}", "nothing would be generated", "use 1 or more")
+    check_counts(max_new_tokens=max_new_tokens)
     if isinstance(edits, Edit):
         raise EditError("edits is one Edit", "it is a list of them", "write edits=[...]")
     if do_sample and seed is None:

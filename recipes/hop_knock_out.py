@@ -16,15 +16,15 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, EditError
+from hookbook.errors import DataError, TokenError, check_counts
 from hookbook.hops import TwoHop
 from hookbook.loading import wrap
-from hookbook.plots import COLOURS, lines
+from hookbook.plots import COLOURS, legend, lines, token_values
 from hookbook.recipe import recipe
 from hookbook.recipes.answering import ask
 from hookbook.recipes.two_hops import check_hops
 from hookbook.request import Edit, Readout, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, covering
 
@@ -85,17 +85,25 @@ class HopKnockOut(Result):
         """The share of answered questions that still are, by the window's centre; the controls are dashed."""
         kept = self.kept()
         names = ("layer in the middle of the window", "still answered")
-        ax = lines(ax, {f"{a} to {b}": kept[e, 0] for e, (a, b) in enumerate(self.edges)}, names, labels=[str(layer) for layer in range(len(self.windows))])
+        title = f"Questions still answered without attention, {self.card.model_id}"
+        curves = {f"{a} to {b}": kept[e, 0] for e, (a, b) in enumerate(self.edges)}
+        ax = lines(ax, curves, names, labels=[str(layer) for layer in range(len(self.windows))], title=title)
         for e in range(len(self.edges)):
             label = "as many others" if e == 0 else None
-            ax.plot(range(len(self.windows)), kept[e, 1], color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1, label=label)
-        ax.legend(frameon=False, fontsize=8)
+            ax.plot(range(len(self.windows)), kept[e, 1].tolist(), color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1, label=label)
+        legend(ax)
         return ax
 
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.3f}"))
+    def view(self, *, prompt: int = 0) -> View:
+        """An interactive picture (circuitsvis): choose an edge, see which tokens of a prompt are not seen (1), and which are not in the control (-1). Below, the table."""
+        if not -len(self.prompts) <= prompt < len(self.prompts):
+            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        values = torch.zeros(len(self.prompts[prompt].strings), len(self.edges), dtype=torch.float64)
+        for e in range(len(self.edges)):
+            values[list(self.keys[prompt][e]), e] = 1.0
+            values[list(self.control_keys[prompt][e]), e] = -1.0
+        edges = [f"{a} to {b}" for a, b in self.edges]
+        return token_values(self.prompts[prompt].strings, values, edges) + View.table(self.to_frame(), "What is still answered")
 
 
 @recipe
@@ -129,7 +137,9 @@ def hop_knock_out(
         Refused: The model's attention patterns cannot be edited.
 
     Source: Biran et al. 2024, arXiv:2406.12775, section 4, where the window is 7 layers (`k=3`). Attention that is knocked out is shared among the other
-    tokens, as by a mask before the softmax. The control is ours.
+    tokens, as by a mask before the softmax.
+
+    Differs: the control, as many other tokens of the same sentence, is ours.
     """
     adapter = wrap(model)
     check_hops(questions)
@@ -137,8 +147,7 @@ def hop_knock_out(
     unknown = [edge for edge in edges if edge[0] not in ("last", "bridge") or edge[1] not in SEEN]
     if unknown or not edges:
         raise DataError(f"the edges {unknown or 'of an empty list'}", "", f"give pairs of last or bridge, and one of {', '.join(SEEN)}")
-    if k < 0:
-        raise EditError(f"a window of {k} layers on either side", "", "use 0 or more")
+    check_counts(0, k=k)
     asked = ask(adapter, questions, generate)
     n, layers = len(questions), adapter.card.n_layers
     for layer in range(layers):

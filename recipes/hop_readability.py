@@ -17,7 +17,7 @@ from torch import Tensor
 from hookbook import prompts
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, TokenError
+from hookbook.errors import DataError, check_counts
 from hookbook.hops import TwoHop
 from hookbook.loading import wrap
 from hookbook.plots import lines
@@ -25,7 +25,7 @@ from hookbook.recipe import recipe
 from hookbook.recipes.answering import ask, others
 from hookbook.recipes.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, decoded
@@ -93,12 +93,13 @@ class HopReadability(Result):
             raise DataError(f"shares by {by!r}", "this result does not have them", "use lens, or described, with generate=10")
         asked = [("bridge", 0), ("other bridge", 0), ("bridge", 1), ("other bridge", 1), ("answer", 1), ("other answer", 1)]
         curves = {f"{name} at {'the bridge token' if p == 0 else 'the last token'}": found[name][:, p].float().mean(0) for name, p in asked}
-        return lines(ax, curves, ("layer", f"questions, by {by}"), labels=[str(site.layer) for site in self.sites])
-
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.3f}"))
+        return lines(
+            ax,
+            curves,
+            ("layer", f"questions, by {by}"),
+            labels=[str(site.layer) for site in self.sites],
+            title=f"Where the hops can be read, {self.card.model_id}",
+        )
 
 
 @recipe
@@ -130,13 +131,14 @@ def hop_readability(
         DataError: No questions, one that is not in two hops, or none with another bridge and another answer.
         TokenError, SiteError, Refused: As `hookbook.patchscope`.
 
-    Source: Biran et al. 2024, arXiv:2406.12775, section 4. It differs in that the paper tries every target layer for each source layer, and three
-    drawn continuations; here are one layer, the likeliest continuation, and a control.
+    Source: Biran et al. 2024, arXiv:2406.12775, section 4.
+
+    Differs: the paper tries every target layer for each source layer, and three drawn continuations; here are one layer, the likeliest continuation, and
+    a control.
     """
     adapter = wrap(model)
     check_hops(questions)
-    if generate < 0:
-        raise TokenError(f"generate={generate}", "none or more tokens are decoded", "use 0 or more")
+    check_counts(0, generate=generate)
     other = others(questions, random.Random(seed), "bridge", "answer")
     names = {"bridge": [question.bridge for question in questions], "answer": [question.answer.strip() for question in questions]}
     names |= {f"other {name}": [names[name][i] for i in other] for name in ("bridge", "answer")}

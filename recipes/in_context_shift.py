@@ -16,7 +16,7 @@ from hookbook.plots import lines
 from hookbook.recipe import recipe
 from hookbook.recipes.contrast_vectors import mean_states
 from hookbook.request import Edit
-from hookbook.results import Result, View, need
+from hookbook.results import Result
 from hookbook.sites import Site, layers_to_sites
 from hookbook.vectors import Vector
 
@@ -66,12 +66,12 @@ class InContextVectors(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The length of the vector by layer, with that of the mean difference."""
-        return lines(ax, {"in-context vector": self.values.norm(dim=-1), "mean difference": self.means.norm(dim=-1)}, ("layer", "length"))
-
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.3f}"))
+        return lines(
+            ax,
+            {"in-context vector": self.values.norm(dim=-1), "mean difference": self.means.norm(dim=-1)},
+            ("layer", "length"),
+            title=f"In-context vector, {self.card.model_id}",
+        )
 
 
 @recipe
@@ -92,10 +92,12 @@ def in_context_vector(
     Raises:
         DataError: Fewer than two pairs, or a pair of the same text.
 
-    Source: Liu et al. 2023, arXiv:2311.06668, as the authors' code has it: states of the last token, of the embedding and of all layers end to end; the first
-    principal component of the centred differences, of length 1 over all layers and signed so that the largest of the pairs' scores is positive, **plus the
-    mean difference** (the paper's text names the component alone; `to_frame()` says how near the mean it is). It differs in reading the stream entering the first block for the
-    embedding (with learned positions, they are in it), and, where a norm follows the MLP (Gemma 2 and 3), in turning what is after that norm.
+    Source: Liu et al. 2023, arXiv:2311.06668, as the authors' code has it: states of the last token, of the embedding and of all layers end to end; the
+    first principal component of the centred differences, of length 1 over all layers and signed so that the largest of the pairs' scores is positive,
+    **plus the mean difference** (the paper's text names the component alone; `to_frame()` says how near the mean it is).
+
+    Differs: the stream entering the first block is read for the embedding (with learned positions, they are in it), and, where a norm follows the MLP
+    (Gemma 2 and 3), what is turned is after that norm.
 
     Example:
         >>> from hookbook.testing import toy

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import Deferred, Later, hold, later
-from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError
+from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError, check_counts
 from hookbook.gradients import Jacobian, jacobian
 from hookbook.loading import wrap
 from hookbook.maps import Affine
@@ -26,7 +26,7 @@ from hookbook.recipes.patchscopes import Patchscope, encode_prompts, patchscope
 from hookbook.recipes.task_sweep import coded, plain
 from hookbook.relations import Relation, Statement
 from hookbook.request import Each, Read, Readout, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens
 
@@ -168,26 +168,28 @@ class LinearRelation(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Faithfulness by layer, with the other maps."""
         names = ("layer of the subject's state", f"faithfulness on {self.relation}")
-        return lines(ax, {"linear relation": self.faithfulness, **self.controls}, names, labels=self._labels())
+        return lines(ax, {"linear relation": self.faithfulness, **self.controls}, names, labels=self._labels(), title=f"{self.relation}, {self.card.model_id}")
 
     def plot_betas(self, ax: Axes | None = None) -> Axes:
         """Faithfulness on validation pairs by `beta`, at the best layer and two others."""
         order = [self.best_index, *(at for at in (0, len(self.sites) // 2) if at != self.best_index)]
         curves = {f"layer {self._labels()[at]}": self.chosen_by[at] for at in order}
-        return lines(ax, curves, ("beta", f"faithfulness on {self.relation}"), labels=[f"{beta:g}" for beta in self.betas])
+        return lines(
+            ax,
+            curves,
+            ("beta", f"faithfulness on {self.relation}"),
+            labels=[f"{beta:g}" for beta in self.betas],
+            title=f"{self.relation} by beta, {self.card.model_id}",
+        )
 
     def plot_spectrum(self, ax: Axes | None = None) -> Axes:
         """The singular values of `W` at the best layer, over the largest."""
         values = torch.linalg.svdvals(self.weight[self.best_index])
-        return lines(ax, {"singular value": values / values[0]}, (f"rank, layer {self._labels()[self.best_index]}", "singular value over the largest"))
+        names = (f"rank, layer {self._labels()[self.best_index]}", "singular value over the largest")
+        return lines(ax, {"singular value": values / values[0]}, names, title=f"Spectrum of the map of {self.relation}, {self.card.model_id}")
 
     def _labels(self) -> list[str]:
         return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
-
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.2f}"))
 
 
 @recipe
@@ -233,9 +235,11 @@ def linear_relation(
         TokenError: An answer's first token depends on how it is cut.
         Refused: The backend keeps no gradients.
 
-    Source: Hernandez et al. 2023, arXiv:2308.09124, sections 3 and 4. It differs in that an answer is right if it is the first token of the object, also of one of
-    several tokens (the authors take any prefix, in lower case); in that training pairs are not required to be known; and in that `layers="all"` leaves
-    out the embedding, which is `"resid_pre.0"`. For what the map says of other prompts see `hookbook.attribute_lens`, for edits `hookbook.edit_relation`.
+    Source: Hernandez et al. 2023, arXiv:2308.09124, sections 3 and 4. For what the map says of other prompts see `hookbook.attribute_lens`, for edits
+    `hookbook.edit_relation`.
+
+    Differs: an answer is right if it is the first token of the object, also of one of several tokens (the authors take any prefix, in lower case);
+    training pairs are not required to be known; and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
     """
     adapter = wrap(model)
     card = adapter.card
@@ -244,8 +248,11 @@ def linear_relation(
         if site.name not in ("resid_pre", "resid_post", "resid_mid", "embed"):
             raise SiteError(f"a subject's state at {site}", "a relation maps states of the stream", "use resid_pre or resid_post")
         adapter.require(site)
-    if n_train < 1 or ridge < 0 or (queries is not None and queries < 1) or not betas:
-        raise TokenError(f"n_train={n_train}, queries={queries}, ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use 1 or more")
+    check_counts(n_train=n_train)
+    if queries is not None:
+        check_counts(queries=queries)
+    if ridge < 0 or not betas:
+        raise TokenError(f"ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use a ridge of 0 or more, and at least one beta")
     betas = sorted({float(beta) for beta in betas})
     train, validation, test = _parts(relation, n_train, queries, seed)
     shown = [relation.ask(x, train) for x, _ in train]
@@ -410,6 +417,8 @@ def attribute_lens(
         SiteError, TokenError: It has no such layer; or the position is not in a prompt.
 
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 6.
+
+    Differs: any prompts and the likeliest objects of each, where the paper counts recall over prompts that distract.
     """
     adapter = wrap(model)
     check_model(adapter, relation)

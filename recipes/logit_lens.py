@@ -17,13 +17,14 @@ from torch import Tensor
 
 from hookbook.adapter import Adapter, ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, SiteError, TokenError
+from hookbook.errors import DataError, SiteError, TokenError, check_counts
 from hookbook.loading import wrap
 from hookbook.plots import Cells, heat_map, lines, samples, site_labels
 from hookbook.recipe import recipe
 from hookbook.recipes.patchscopes import encode_prompts, wanted_id
+from hookbook.report import grid_sections
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View
+from hookbook.results import Result, View, ending
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, beginnings, resolve, vocabulary, words
 
@@ -117,7 +118,7 @@ class LogitLens(Result):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
         single = len(self.rows) == len(self.prompts)
         chosen = [n for n, (of, _) in enumerate(self.rows) if single or of == prompt % len(self.prompts)]
-        names = [self.prompts[of].text[-30:] if single else f"{at} {self.prompts[of].strings[at]}" for of, at in (self.rows[n] for n in chosen)]
+        names = [ending(self.prompts[of].text, 30) if single else f"{at} {self.prompts[of].strings[at]}" for of, at in (self.rows[n] for n in chosen)]
         where = [[(n, s) for s in range(len(self.sites))] for n in chosen]
         return names, site_labels(self.sites), "prompt" if single else "token", "layer", where
 
@@ -134,7 +135,7 @@ class LogitLens(Result):
         chosen = [line[0][0] for line in where]
         said = [[self.token(n, s) for n, s in line] for line in where]
         limits = None if value in ("entropy", "kl") else (0, 1)
-        return heat_map(ax, values[chosen], said, rows, columns, (row_name, column_name, name), limits=limits)
+        return heat_map(ax, values[chosen], said, rows, columns, (row_name, column_name, name), limits=limits, title=f"Logit lens, {self.card.model_id}")
 
     def _values(self, value: str) -> tuple[Tensor, str]:
         """`[n, site]` to draw, and what it is."""
@@ -155,7 +156,13 @@ class LogitLens(Result):
             raise TokenError(f"no value {value!r} of tokens", "", "use probability or rank")
         values = self.wanted_ranks.double().quantile(0.5, 0) if value == "rank" else self.wanted_logprobs.double().exp().mean(0)
         curves = dict(zip([repr(word) for word in self.wanted], values.unbind(-1), strict=True))
-        ax = lines(ax, curves, ("layer", "median rank" if value == "rank" else "probability"), labels=site_labels(self.sites))
+        ax = lines(
+            ax,
+            curves,
+            ("layer", "median rank" if value == "rank" else "probability"),
+            labels=site_labels(self.sites),
+            title=f"Tokens through the logit lens, {self.card.model_id}",
+        )
         if value == "rank":
             ax.set_yscale("symlog")
             ax.set_ylim(float(values.max()) + 1, 0)
@@ -170,11 +177,18 @@ class LogitLens(Result):
         error = 1.96 * chances.std(0) / n**0.5 if n > 1 else torch.zeros_like(mean)
         curves = {name: mean[:, m] for m, name in enumerate(self.languages)}
         bands = {name: ((mean - error)[:, m].clamp(min=0), (mean + error)[:, m]) for m, name in enumerate(self.languages)}
-        return lines(ax, curves, ("layer", "probability"), labels=site_labels(self.sites), bands=bands)
+        return lines(
+            ax, curves, ("layer", "probability"), labels=site_labels(self.sites), bands=bands, title=f"Languages through the logit lens, {self.card.model_id}"
+        )
 
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability."""
         return samples(self.cells(prompt), self.token, self.logprobs)
+
+    def sections(self) -> list[tuple[str, str, str]]:
+        """What is in each cell, of the first prompts."""
+        single = len(self.rows) == len(self.prompts)
+        return grid_sections(self, [prompt.text for prompt in self.prompts[: 1 if single else 5]])
 
 
 @recipe
@@ -219,9 +233,11 @@ def logit_lens(
         DataError: Languages share a token, so that it would count twice, or their number is not that of the prompts.
         Refused: The model cannot read a site.
 
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens", with the final norm; the divergence as in Belrose et al. 2023,
-    arXiv:2303.08112; languages as in Wendler et al. 2024, arXiv:2402.10588, who count entropy in bits and, of byte-level BPE, a first byte
-    alone.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens", with the final norm; the divergence as in Belrose et al. 2023, arXiv:2303.08112;
+    languages as in Wendler et al. 2024, arXiv:2402.10588.
+
+    Differs: Wendler et al. count entropy in bits, here it is in nats; and, of byte-level BPE, a first byte alone, where here all tokens of the first
+    character's first bytes count.
 
     Example:
         >>> from hookbook.testing import toy
@@ -237,8 +253,7 @@ def logit_lens(
         if site.name not in SITES:
             raise SiteError(f"a logit lens at {site}", "it reads what is in the stream, before the final norm", f"use one of {', '.join(SITES)}")
         adapter.require(site)
-    if k < 1:
-        raise TokenError(f"k={k}", "at least one token is kept", "use k of 1 or more")
+    check_counts(k=k)
     if isinstance(tokens, str):
         raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
     rows = [(n, at) for n, prompt in enumerate(coded) for at in resolve(position, prompt)]

@@ -18,13 +18,14 @@ from torch import Tensor
 from hookbook import prompts
 from hookbook.adapter import Adapter, ModelCard
 from hookbook.deferred import later
-from hookbook.errors import EditError, SiteError, TokenError
+from hookbook.errors import EditError, SiteError, TokenError, check_counts
 from hookbook.loading import wrap
 from hookbook.maps import Affine, Map
 from hookbook.plots import Cells, heat_map, samples, site_labels
 from hookbook.recipe import recipe
+from hookbook.report import grid_sections
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
-from hookbook.results import Result, View
+from hookbook.results import Result, View, ending
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
 
@@ -137,7 +138,7 @@ class Patchscope(Result):
         if reads != writes and set(writes) != {Site("resid_post", self.target_card.n_layers - 1)}:
             columns = [f"{read}→{write}" for read, write in zip(columns, site_labels(writes), strict=True)]
         cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
-        return [source.text[-30:] for source in self.sources], columns, "prompt", "layer", cells
+        return [ending(source.text, 30) for source in self.sources], columns, "prompt", "layer", cells
 
     def plot(self, ax: Axes | None = None, *, prompt: int = 0, value: str = "probability") -> Axes:
         """A heat map: source layer by target layer of one prompt, or prompt by layer; the likeliest token in each cell when it fits.
@@ -151,7 +152,17 @@ class Patchscope(Result):
         values = torch.tensor([[self._value(n, p, value) for n, p in line] for line in cells])
         words = [[self.token(n, p) for n, p in line] for line in cells]
         names = (row_name, column_name, "surprisal (nats)" if value == "surprisal" else "probability")
-        return heat_map(ax, values, words, rows, columns, names, upwards=self.is_grid, limits=None if value == "surprisal" else (0, 1))
+        return heat_map(
+            ax,
+            values,
+            words,
+            rows,
+            columns,
+            names,
+            upwards=self.is_grid,
+            limits=None if value == "surprisal" else (0, 1),
+            title=f"Patchscope{f' of {ending(self.sources[prompt].text, 60)!r}' if self.is_grid else ''}, {self.target_card.model_id}",
+        )
 
     def _value(self, n: int, p: int, value: str) -> float:
         if value == "probability":
@@ -165,6 +176,10 @@ class Patchscope(Result):
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability, and what was generated."""
         return samples(self.cells(prompt), self.token, self.logprobs, self.texts)
+
+    def sections(self) -> list[tuple[str, str, str]]:
+        """What is in each cell, of the first prompts."""
+        return grid_sections(self, [source.text for source in self.sources[: 5 if self.is_grid else 1]])
 
 
 @recipe
@@ -224,10 +239,10 @@ def patchscope(
         SiteError, TokenError, EditError: Something asked for is not in a model or a prompt.
         Refused: A model cannot read or edit a site.
 
-    Source: Ghandeharioun et al. 2024, arXiv:2401.06102, sections 3 and 4. Layers count block outputs from 0. States are
-    what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same as
-    the authors' patch of the normed state after it. It differs from the authors' code where only `l` is the last layer:
-    there they write the normed state into the stream.
+    Source: Ghandeharioun et al. 2024, arXiv:2401.06102, sections 3 and 4. Layers count block outputs from 0.
+
+    Differs: states are what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same as the authors'
+    patch of the normed state after it. It is not where only `l` is the last layer: there the authors' code writes the normed state into the stream.
 
     Example:
         >>> from hookbook.testing import toy
@@ -374,10 +389,8 @@ def check_asked(writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[in
     """The ids `[target, m]` of the tokens asked for after each target's token; raises if what is asked of the model cannot be told."""
     if isinstance(tokens, str):
         raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
-    if k < 1 or generate < 0:
-        raise TokenError(
-            f"k={k}, generate={generate}", "at least one token is kept, and none or more are decoded", "use k of 1 or more and generate of 0 or more"
-        )
+    check_counts(k=k)
+    check_counts(0, generate=generate)
     if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
         raise TokenError(
             f"{max(len(t) for t in targets)} tokens and {generate} to decode",

@@ -18,7 +18,7 @@ from hookbook.recipe import recipe
 from hookbook.recipes.contrast_vectors import ContrastVectors
 from hookbook.recipes.patchscopes import encode_prompts, wanted_id
 from hookbook.request import Edit, Readout, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sites import Site
 from hookbook.vectors import Vector
 
@@ -37,6 +37,8 @@ def directional_ablation(vector: Vector) -> list[Edit]:
     At all tokens, read and generated, whatever layer the vector is of; for `hookbook.generate` and requests. All share one value.
 
     Source: Arditi et al. 2024, arXiv:2406.11717, as the authors' code has it. `hookbook.orthogonalize` writes the same into the weights.
+
+    Differs: from the paper's text, which has the stream in the middle of a block for the outputs of attention and MLP.
     """
     return _ablation(vector.values, vector.card, vector.site)
 
@@ -96,14 +98,20 @@ class DirectionChoice(Result):
         """A heat map of the log-odds on positive prompts under ablation; crosses are discarded."""
         words = [["x" if why else "" for why in line] for line in self.discarded]
         names = ("position", "layer", "log-odds under ablation")
-        known = self.ablation[self.ablation.isfinite()]
-        limits = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-        return heat_map(ax, self.ablation, words, self.positions, [str(site.layer) for site in self.sites], names, limits=limits)
+        return heat_map(
+            ax,
+            self.ablation,
+            words,
+            self.positions,
+            [str(site.layer) for site in self.sites],
+            names,
+            signed=True,
+            title=f"Refusal without each direction, {self.card.model_id}; x: discarded",
+        )
 
     def view(self) -> View:
         """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View((f"<p>{self.why}</p>" if self.why else "") + self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.3f}"))
+        return View.table(self.to_frame(), self.why or "Directions, and how they were chosen")
 
 
 @recipe
@@ -140,8 +148,10 @@ def select_direction(
     Raises:
         DataError: The candidates are not of the stream entering blocks, or tokens or prompts that cannot be used.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717, as the authors' code has it: discarded are layers from 0.8 of the model on, a divergence above
-    `max_kl`, and candidates whose addition (at their own layer, all tokens) leaves mean log-odds below 0; of the rest the lowest mean log-odds under ablation.
+    Source: Arditi et al. 2024, arXiv:2406.11717, as the authors' code has it: discarded are layers from 0.8 of the model on, a divergence above `max_kl`,
+    and candidates whose addition (at their own layer, all tokens) leaves mean log-odds below 0; of the rest the lowest mean log-odds under ablation.
+
+    Differs: `tokens` are yours to name, and no prompts ship with the authors' numbers; `filter=False` keeps prompts that the paper leaves out.
     """
     adapter = wrap(model)
     if not isinstance(candidates, ContrastVectors) or any(site.name != "resid_pre" for site in candidates.sites):

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, EditError
+from hookbook.errors import DataError, EditError, check_counts
 from hookbook.loading import wrap
 from hookbook.plots import lines
 from hookbook.recipe import recipe
 from hookbook.recipes.generation import Generation, generate
 from hookbook.recipes.linear_relations import LinearRelation, Pair, check_model, subject_states
-from hookbook.recipes.task_sweep import check_counts, plain, random_like
+from hookbook.recipes.task_sweep import plain, random_like
 from hookbook.relations import Relation, Statement
 from hookbook.request import Edit, Read, Readout, Request, Row, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import vocabulary
 
@@ -122,27 +122,29 @@ class RelationEdits(Result):
         """Success by layer at the best rank, with its controls."""
         rank = self.best_index[1]
         curves = {f"edit, rank {self.ranks[rank]}": self.success[:, rank], "random": self.random[:, rank], "the other's state": self.substituted}
-        return lines(ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels())
+        return lines(ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels(), title=self._title())
 
     def plot_ranks(self, ax: Axes | None = None) -> Axes:
         """Success by rank at the best layer."""
         site = self.best_index[0]
         curves = {f"edit, layer {self._labels()[site]}": self.success[site], "random": self.random[site]}
-        return lines(ax, curves, ("rank", f"says the other object of {self.relation}"), labels=[str(rank) for rank in self.ranks])
+        return lines(ax, curves, ("rank", f"says the other object of {self.relation}"), labels=[str(rank) for rank in self.ranks], title=self._title())
 
     def plot_divergence(self, ax: Axes | None = None) -> Axes:
         """What else changes, by layer at the best rank."""
         rank = self.best_index[1]
         curves = {f"edit, rank {self.ranks[rank]}": self.divergence[:, rank], "random": self.random_divergence[:, rank]}
-        return lines(ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels())
+        return lines(ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels(), title=self._title())
+
+    def _title(self) -> str:
+        return f"Edits of {self.relation}, {self.card.model_id}"
 
     def _labels(self) -> list[str]:
         return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
 
     def view(self) -> View:
         """The table of `said_frame()`."""
-        need("pandas", "view()")
-        return View(self.said_frame().to_html(index=False))
+        return View.table(self.said_frame(), f"{self._title()}: what each came to at the best layer and rank")
 
 
 @recipe
@@ -183,6 +185,9 @@ def edit_relation(
         DataError: The known pairs of a part have only one object, or an unrelated sentence has no place for the subject.
 
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 5. As in the authors' code, `W` is inverted without `beta`.
+
+    Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are measured
+    beside it.
     """
     adapter = wrap(model)
     check_model(adapter, relation)
@@ -306,7 +311,9 @@ def change_answer(
         EditError: The relation is of another model, or has no such rank.
         DataError: No pair of the relation has this answer, or it is the subject's own, or the sentence has no place for the subject.
 
-    Source: as `edit_relation`, which counts how often this succeeds, beside its controls.
+    Source: Hernandez et al. 2023, arXiv:2308.09124, section 5.
+
+    Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
     """
     adapter = wrap(model)
     check_model(adapter, relation)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, Refused, SiteError
+from hookbook.errors import DataError, Refused, SiteError, check_counts
 from hookbook.plots import bars
 from hookbook.recipe import recipe
 from hookbook.recipes.feature_decomposition import decompose, feature_names
 from hookbook.recipes.linear_relations import LinearRelation, check_model, subject_states
 from hookbook.recipes.task_sweep import coded
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
 from hookbook.tokens import vocabulary
@@ -99,13 +99,14 @@ class RelationFeatures(Result):
         """The `n` largest contributions, and the other parts."""
         names = [*feature_names(self.features[:n].tolist(), self.labels), "other features", "decoder bias", "error", "bias"]
         others = torch.stack([self.contributions[n:].sum(), self.decoder_bias, self.error, self.bias])
-        return bars(ax, names, torch.cat([self.contributions[:n], others]), f"logit of {self.answer!r} over others, by {self.relation}")
+        return bars(ax, names, torch.cat([self.contributions[:n], others]), f"logit of {self.answer!r} over others, by {self.relation}", title=self._title())
 
     def view(self) -> View:
         """The table of `to_frame()`."""
-        need("pandas", "view()")
-        head = f"<h3>{self.subject}: {self.answer!r} over {len(self.against)} others at {self.site}, {float(self.total):.2f} logits</h3>"
-        return View(head + self.to_frame().to_html(index=False, render_links=True, na_rep="", float_format=lambda x: f"{x:.3f}"))
+        return View.table(self.to_frame(), self._title())
+
+    def _title(self) -> str:
+        return f"{self.subject}: {self.answer!r} over {len(self.against)} others at {self.site}, {float(self.total):.2f} logits"
 
 
 @recipe
@@ -139,7 +140,9 @@ def relation_features(
         DataError: There is no other answer, or one begins with the answer's first token.
         Refused: The model is remote; or the SAE is a transcoder, or brings states to one size.
 
-    Source: the map is that of Hernandez et al. 2023, arXiv:2308.09124; its sum over features is ours, the arithmetic of direct logit attribution.
+    Source: the map is that of Hernandez et al. 2023, arXiv:2308.09124.
+
+    Differs: its sum over features is ours, the arithmetic of direct logit attribution.
     """
     sae = checked(sae)
     adapter = sae.model
@@ -151,8 +154,7 @@ def relation_features(
         raise Refused(
             "features of a relation on a remote model", "which features are active decides what is asked next, and gradients are needed", "load the model here"
         )
-    if k < 1:
-        raise DataError(f"k={k}", "at least one token is kept", "use 1 or more")
+    check_counts(k=k)
     others = tuple(dict.fromkeys(y for pairs in (relation.train, relation.validation, relation.test) for _, y in pairs)) if against is None else tuple(against)
     others = tuple(other for other in others if other != answer) if against is None else others
     if not others:

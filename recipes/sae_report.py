@@ -11,11 +11,11 @@ from torch import Tensor
 from hookbook.card import ModelCard
 from hookbook.deferred import later
 from hookbook.errors import DataError, Refused
-from hookbook.plots import COLOURS
+from hookbook.plots import bars
 from hookbook.recipe import recipe
 from hookbook.recipes.feature_reading import Stream, batches, chunks, readable
 from hookbook.request import Each, Edit, Read, Request, Row, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sites import Site
 
@@ -91,25 +91,18 @@ class SAEReport(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars that are 1 for a perfect SAE: explained variance, cosine, loss recovered, and features that are active at all."""
-        plt = need("matplotlib.pyplot", "plot()")
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
-        assert ax is not None
         shares = {"explained variance": 1 - self.fvu, "cosine": self.cosine, "loss recovered": self.loss_recovered, "features active": 1 - self.dead}
-        bars = ax.barh(list(shares), list(shares.values()), color=[COLOURS[0] if value >= 0 else COLOURS[1] for value in shares.values()])
-        ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
-        ax.invert_yaxis()
-        ax.axvline(1, color="0.35", linestyle="--", linewidth=1)
-        ax.axvline(0, color="0.35", linewidth=1)
+        title = f"SAE of {self.out}, {self.l0:.1f} features active on a token, {self.card.model_id}"
+        ax = bars(ax, list(shares), torch.tensor(list(shares.values())), "1 for a perfect SAE", title=title)
+        ax.bar_label(ax.containers[-1], fmt="%.3f", padding=3, fontsize=8)  # type: ignore[arg-type]
+        ax.axvline(1, color="0.5", linestyle="--", linewidth=1)
         ax.margins(x=0.15)
-        ax.set_title(f"{self.out}, {self.l0:.1f} features active on a token", fontsize=9)
         return ax
 
     def view(self) -> View:
         """The table, and what was measured."""
-        need("pandas", "view()")
         said = f"{self.card.model_id} in {self.card.dtype}, an SAE of {self.site} in {self.sae_dtype}: it {'fits' if self.fits else 'does not fit'}."
-        return View(f"<p>{said}</p>" + self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.4g}"))
+        return View.table(self.to_frame(), said)
 
 
 @recipe
@@ -134,8 +127,9 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
         Refused: The model cannot read or edit the site, the SAE cannot be computed inside the model, or the site is after the stream.
 
     Source: the loss recovered as in Rajamanoharan et al. 2024, arXiv:2404.16014, with zeros as the worst; the other numbers as in Bricken et al. 2023,
-    "Towards Monosemanticity", and SAELens' `run_evals` with special tokens ignored, whose `explained_variance` is `1 - fvu`. SAELens' zeros replace the
-    states of special tokens, too.
+    "Towards Monosemanticity", and SAELens' `run_evals` with special tokens ignored, whose `explained_variance` is `1 - fvu`.
+
+    Differs: SAELens' zeros replace the states of special tokens, too.
     """
     adapter = checked(sae).model
     if sae.out.name == "final_norm":

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.deferred import later
-from hookbook.errors import DataError, EditError, SiteError, TokenError
+from hookbook.errors import DataError, EditError, SiteError, TokenError, check_counts
 from hookbook.loading import wrap
 from hookbook.plots import heat_map, lines
 from hookbook.recipe import recipe
 from hookbook.recipes.contrast_vectors import ContrastVectors
 from hookbook.recipes.patchscopes import encode_prompts, wanted_id
 from hookbook.request import Edit, Readout, Request, Row, Scope
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded
 from hookbook.vectors import Vector
@@ -84,21 +84,21 @@ class Steering(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The mean score over prompts: by strength with the controls for one site, a heat map of sites and strengths for several."""
         mean, labels = self.scores.mean(0), [f"{strength:g}" for strength in self.strengths]
+        title = f"Steering {self.card.model_id}, {self.sites[0] if len(self.sites) == 1 else f'{len(self.sites)} sites'}"
         if len(self.sites) == 1:
             feature = self.settings.get("feature")
             mine, kind, over = (str(self.sites[0]), "vector", "strength") if feature is None else (f"feature {feature}", "feature", "clamped to")
             curves = {mine: mean[0], f"random {kind}": self.random.mean(0)[0]}
-            return lines(ax, curves, (over, self.metric), labels=labels, levels={f"no {kind}": float(self.base.mean())})
+            return lines(ax, curves, (over, self.metric), labels=labels, levels={f"no {kind}": float(self.base.mean())}, title=title)
         sites = [str(site) for site in self.sites]
-        return heat_map(ax, mean, [[f"{x:.2f}" for x in line] for line in mean.tolist()], sites, labels, ("site", "strength", self.metric), limits=None)
+        words, names, signed = [[f"{x:.2f}" for x in line] for line in mean.tolist()], ("site", "strength", self.metric), bool(mean.min() < 0)
+        return heat_map(ax, mean, words, sites, labels, names, limits=None, signed=signed, title=title)
 
     def view(self) -> View:
         """The mean score of the vector, of a random one and of none, by site and strength; with what was generated, if it was."""
-        need("pandas", "view()")
         frame = self.to_frame()
-        table = frame.pivot_table("score", ["site", "strength"], "vector", sort=False)
-        tables = [table.to_html(float_format=lambda x: f"{x:.3f}", na_rep=""), frame.to_html(index=False, na_rep="") if self.said else ""]
-        return View(f"<h3>{self.metric}</h3>" + "".join(tables))
+        table = View.table(frame.pivot_table("score", ["site", "strength"], "vector", sort=False), f"Mean {self.metric}")
+        return table + View.table(frame, "What was said") if self.said else table
 
 
 @recipe
@@ -143,8 +143,9 @@ def steer(
         DataError: There is not one score, or a word is on both sides.
         EditError, SiteError, TokenError: A vector of another model, no strengths, or words that are not one token.
 
-    Source: activation addition at all tokens as in Arditi et al. 2024, arXiv:2406.11717 (`resid_pre`, strength 1 and -1). Rimsky et al. 2023, arXiv:2312.06681, add
-    after the instruction only: give their tokens as `position`.
+    Source: activation addition at all tokens as in Arditi et al. 2024, arXiv:2406.11717 (`resid_pre`, strength 1 and -1).
+
+    Differs: Rimsky et al. 2023, arXiv:2312.06681, add after the instruction only: give their tokens as `position`. The random vector beside it is ours.
 
     Example:
         >>> from hookbook.testing import toy
@@ -195,7 +196,8 @@ def steered(
     """What `steer` does once the edits are there: those of every site and strength, then their controls."""
     if (tokens is None) == (score is None):
         raise DataError("tokens and score" if tokens is not None else "no score", "one of them says what counts", "give either tokens=(words, words) or score=")
-    if generate < 0 or (score is not None and not generate):
+    check_counts(0, generate=generate)
+    if score is not None and not generate:
         raise TokenError(f"generate={generate}", "the score is of generated texts", "say how many tokens to generate")
     wanted, split = (None, 0) if tokens is None else _wanted_ids(adapter, coded, tokens)
     n = len(coded)

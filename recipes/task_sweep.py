@@ -13,7 +13,7 @@ from hookbook.card import ModelCard
 from hookbook.errors import TokenError
 from hookbook.plots import lines
 from hookbook.request import Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result
 from hookbook.sites import Site
 from hookbook.tasks import Question, Splits
 from hookbook.tokens import Tokens
@@ -83,18 +83,7 @@ class TaskSweep(Result):
         curves = {self.mode: self.accuracy, **self.controls}
         levels = {"with examples": float(self.few_shot), "without": float(self.zero_shot)}
         labels = [str(site.layer) for site in self.sites] if len({site.name for site in self.sites}) == 1 else [str(site) for site in self.sites]
-        return lines(ax, curves, ("layer", f"accuracy on {self.task}"), labels=labels, levels=levels)
-
-    def view(self) -> View:
-        """The table of `to_frame()`."""
-        need("pandas", "view()")
-        return View(self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.2f}"))
-
-
-def check_counts(**counts: int) -> None:
-    """Raise if there is nothing to average or to ask."""
-    if min(counts.values()) < 1:
-        raise TokenError(", ".join(f"{name}={n}" for name, n in counts.items()), "there is nothing to average or to ask", "use 1 or more")
+        return lines(ax, curves, ("layer", f"accuracy on {self.task}"), labels=labels, levels=levels, title=f"{self.task}, {self.mode}, {self.card.model_id}")
 
 
 def judge(

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hookbook.deferred import later
-from hookbook.errors import DataError
+from hookbook.errors import DataError, check_counts
 from hookbook.loading import wrap
 from hookbook.recipe import recipe
-from hookbook.recipes.task_sweep import TaskSweep, check_counts, coded, judge, mean_states, plain, random_like
+from hookbook.recipes.task_sweep import TaskSweep, coded, judge, mean_states, plain, random_like
 from hookbook.request import Edit, Op, Readout, Request, Row
 from hookbook.sites import layers_to_sites
 from hookbook.tasks import Splits, Task, lists
@@ -65,8 +65,9 @@ def task_vector(
         DataError: The task has too few pairs to show and to ask.
         TokenError: An answer's first token depends on how it is cut.
 
-    Source: Hendel, Geva and Globerson 2023, arXiv:2310.15916, sections 2 and 3; layers count block outputs from 0. It differs in that the mean is over
-    many prompts, where the authors' code has a vector of its own for each test episode.
+    Source: Hendel, Geva and Globerson 2023, arXiv:2310.15916, sections 2 and 3; layers count block outputs from 0.
+
+    Differs: the mean is over many prompts, where the authors' code has a vector of its own for each test episode.
     """
     adapter = wrap(model)
     op = _op(mode)
@@ -125,8 +126,10 @@ def compose(
     Raises:
         DataError, TokenError: As `hookbook.task_vector`.
 
-    Source: Todd et al. 2023, arXiv:2310.15213, section 3.3, who sum function vectors; here they are mean states. For function vectors, add what
-    `hookbook.function_vector` gives for each list task with the same heads: `Vector` has `+` and `-`.
+    Source: Todd et al. 2023, arXiv:2310.15213, section 3.3.
+
+    Differs: the paper sums function vectors, here they are mean states. For function vectors, add what `hookbook.function_vector` gives for each list
+    task with the same heads: `Vector` has `+` and `-`.
     """
     adapter = wrap(model)
     op = _op(mode)
@@ -179,6 +182,10 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
     Raises:
         DataError: It answers none, or there are too few pairs to show.
         TokenError: An answer's first token depends on how it is cut.
+
+    Source: as papers on tasks and relations choose their items, such as Todd et al. 2023, arXiv:2310.15213, and Hernandez et al. 2023, arXiv:2308.09124.
+
+    Differs: each pair is asked once, behind one draw of examples.
     """
     adapter = wrap(model)
     order = list(task.pairs)

@@ -23,7 +23,7 @@ from hookbook.plots import heat_map
 from hookbook.recipe import recipe
 from hookbook.recipes.answering import ask
 from hookbook.request import Readout, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, vocabulary
 
@@ -106,13 +106,11 @@ class TwoHops(Result):
         words = [f"{composed} of {n}" for composed, n in zip(cells["composed"], cells["n"], strict=True)]
         values = torch.tensor(cells["rate"].tolist()).view(2, 2)
         labels, names = (["known", "not known"], ("first hop", "second hop", "composed questions answered"))
-        return heat_map(ax, values, [words[:2], words[2:]], labels, labels, names)
+        return heat_map(ax, values, [words[:2], words[2:]], labels, labels, names, title=f"Two hops, {self.card.model_id}")
 
     def view(self) -> View:
         """The cells, of all questions and of each pair of relations."""
-        need("pandas", "view()")
-        tables = (self.cells(), self.cells(by_chain=True))
-        return View("".join(table.to_html(index=False, float_format=lambda x: f"{x:.2f}") for table in tables))
+        return View.table(self.cells(), "Composed questions, by which hops are known") + View.table(self.cells(by_chain=True), "Of each pair of relations")
 
 
 @recipe
@@ -133,8 +131,9 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         DataError: No questions, or one that is not in two hops.
         TokenError: An answer's first token depends on how it is cut.
 
-    Source: Biran et al. 2024, arXiv:2406.12775, sections 3 and 4. The relation shortcut is the prompt with the entity's text removed, as theirs. Answers have
-    no aliases here.
+    Source: Biran et al. 2024, arXiv:2406.12775, sections 3 and 4. The relation shortcut is the prompt with the entity's text removed, as theirs.
+
+    Differs: answers have no aliases here.
 
     Example:
         >>> from hookbook import hops

@@ -37,8 +37,10 @@ def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) ->
     (Gemma 2 and 3)** a matrix is made orthogonal to `g * r`, with `g` the norm's weight: what comes out of the norm then has no component along `r`, so nothing writes
     the direction; but the norm no longer counts the component in its scale, so the new model is not exactly the ablated one.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717, which has `r` itself for every matrix and says that both are the same. A bias for activation
-    addition is not written: most families have none to write to.
+    Source: Arditi et al. 2024, arXiv:2406.11717.
+
+    Differs: the paper has `r` itself for every matrix and says that weights and ablation are the same; where a norm follows, they are not, and matrices
+    are made orthogonal to what the norm turns into `r`. A bias for activation addition is not written: most families have none to write to.
     """
     path = Path(folder)
     if path.exists():

@@ -12,8 +12,6 @@ Names are loaded when they are first used, so that importing hookbook imports no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOME = {
     "Adapter": "adapter",
     "ContrastVectors": "recipes.contrast_vectors",
@@ -113,6 +111,7 @@ _MODULES = (
 __all__ = sorted([*_HOME, "errors", "hops", "interop", "prompts", "relations", "sae", "scores", "tasks", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    __version__: str
     from hookbook import errors as errors
     from hookbook import hops as hops
     from hookbook import interop as interop
@@ -203,6 +202,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"hookbook.{_HOME[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"hookbook.{name}")
+    elif name == "__version__":
+        value = import_module("importlib.metadata").version("hookbook")
     else:
         raise AttributeError(f"module 'hookbook' has no attribute {name!r}")
     globals()[name] = value

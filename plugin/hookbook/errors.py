@@ -6,7 +6,7 @@
     ├── DataError     pairs or contrasts that cannot be used
     ├── EditError     an edit that cannot be applied, or that never fired
     ├── ModelError    a model that cannot be found, loaded or wrapped
-    ├── ResultError   a file that is not a saved result, or not this kind of result
+    ├── ResultError   a file that is not a saved result, or not this kind of result; a page that would be too large
     ├── RemoteError   a job that a server refused, failed or lost touch with
     └── Refused       an adapter cannot do what was asked
 
@@ -15,6 +15,7 @@ Bad input raises before the first forward pass.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 
@@ -50,7 +51,7 @@ class ModelError(HookbookError, ValueError):
 
 
 class ResultError(HookbookError, ValueError):
-    """A file that is not a saved result, or not this kind of result."""
+    """A file that is not a saved result, or not this kind of result; a page that would be too large."""
 
 
 class RemoteError(HookbookError, RuntimeError):
@@ -61,6 +62,14 @@ class RemoteError(HookbookError, RuntimeError):
         self.job, self.server = job, server
         self.handle: Any = None
         """A `hookbook.Handle` of the job, if it goes on."""
+
+
+def check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Raise `TokenError` unless arguments are whole numbers of at least `least`."""
+    for name, n in counts.items():
+        whole = isinstance(n, Integral) and not isinstance(n, bool)
+        if not whole or n < least:
+            raise TokenError(f"{name}={n!r}", "" if whole else "it is not a whole number", f"use {name} of {least} or more")
 
 
 class Refused(HookbookError, NotImplementedError):

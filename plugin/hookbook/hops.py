@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hookbook import relations
-from hookbook.errors import DataError
+from hookbook.errors import DataError, check_counts
 from hookbook.relations import Relation, Statement
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, covering
@@ -75,8 +75,9 @@ def chain(first: str | Relation, second: str | Relation, n: int | None = None, *
     first, second = (relations.load(source) if isinstance(source, str) else source for source in (first, second))
     if not first.phrase:
         raise DataError(f"the relation {first.name!r} has no phrase", "its object has to be named in another prompt", "give phrase='the country of {}'")
-    if shots < 0 or (n is not None and n < 1):
-        raise DataError(f"n={n}, shots={shots}", "", "use n of 1 or more, and shots of 0 or more")
+    check_counts(0, shots=shots)
+    if n is not None:
+        check_counts(n=n)
     answers = dict(second.pairs)
     triples = [(entity, bridge, answers[bridge]) for entity, bridge in first.pairs if bridge in answers]
     triples = [triple for triple in triples if not _given(*triple, second.ask(first.phrase.format(triple[0]), answer=triple[2]).text)]

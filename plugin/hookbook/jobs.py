@@ -6,7 +6,9 @@ process or in another one.
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import re
 import sys
 import time
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType, NoneType
 from typing import Any
 
 import httpx
@@ -26,6 +29,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 from torch import Tensor
 from tqdm.auto import tqdm
+from zstandard import ZstdDecompressor
 
 from hookbook import deferred, errors, storage
 from hookbook.deferred import Deferred, Later, Tape
@@ -37,6 +41,18 @@ PATIENCE = 20.0
 """Seconds without any answer of the server after which waiting ends; the job itself goes on."""
 
 STATES = ("RECEIVED", "QUEUED", "PROVISIONING", "DEPLOYING", "DISPATCHED", "RUNNING", "COMPLETED")
+
+
+def unpacked(content: bytes, compressed: bool, host: str) -> Any:
+    """What a server sent, if it is numbers: nnsight's own loading would run whatever stands in a pickle.
+
+    Raises:
+        RemoteError: It is something else.
+    """
+    try:
+        return torch.load(io.BytesIO(ZstdDecompressor().decompress(content) if compressed else content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RemoteError(f"{host} sent something else than numbers", "it would have to be run to be read", "ask whoever runs the server") from error
 
 
 class Service:
@@ -158,7 +174,7 @@ class Service:
             answer.raise_for_status()
             content = answer.content
         self.bytes_down = len(content)
-        saved = backend.finalize(content)
+        saved = unpacked(content, backend.compress, self.host)
         (out,) = [value for value in (saved or {}).values() if isinstance(value, dict)]
         return out
 
@@ -293,7 +309,11 @@ class Handle:
         return self.value
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write what `load` needs in another process. The key is not in it."""
+        """Write what `load` needs in another process. The key is not in it.
+
+        Raises:
+            ResultError: The result needs what a file cannot keep: a function of yours that scores texts, or an SAE that encodes states.
+        """
         value = self.value
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         conditions = [[x.slot, type(error).__name__, error.what, error.why, error.instead] for x, error in self.tape.conditions]
@@ -318,11 +338,7 @@ class Handle:
             raise ResultError(f"{path} is a job of {data['model']}", f"not of {adapter.card.model_id}", "give the remote model it was submitted with")
         tape, pack = Tape(adapter), _Pack(adapter)
         pack.tape = tape
-        module, name = data["of"].split(":")
-        if not module.startswith("hookbook."):
-            raise ResultError(f"{path} is damaged", f"it names {module}", "submit again")
-        made = getattr(import_module(module), name)
-        value = made(**{key: pack.back(data[key]) for key in data["fields"]})
+        value = _found(data["of"])(**{key: pack.back(data[key]) for key in data["fields"]})
         for slot, kind, *words in data["conditions"]:
             tape.conditions.append((pack.slot(slot, [], "bool"), getattr(errors, kind)(*words)))
         adapter.service.host = data["host"]
@@ -341,27 +357,28 @@ class _Pack:
         if isinstance(value, Deferred):
             return {"slot": value.slot, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if isinstance(value, Later):
-            if not value.fn.__module__.startswith("hookbook.") or "<" in value.fn.__qualname__:
-                raise ResultError(f"a handle that waits for {value.fn.__qualname__}", "a file names functions of hookbook alone", "wait in this process")
-            return {"later": f"{value.fn.__module__}:{value.fn.__qualname__}", "args": [self.out(item) for item in value.args]}
+            return {"later": _name(value.fn), "args": [self.out(item) for item in value.args]}
+        if isinstance(value, FunctionType):
+            return {"function": _name(value)}
         if value is self.adapter:
             return {"adapter": True}
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)(self.out(item) for item in value)
         if isinstance(value, dict):
             return {key: self.out(item) for key, item in value.items()}
-        return value
+        if isinstance(value, (Tensor, str, int, float, NoneType, *storage.PARTS)):
+            return value
+        why = "its numbers are worked out here once they come, which a file cannot keep"
+        raise ResultError(f"a handle that waits with a {type(value).__name__}", why, "wait for it in this process: handle.result()")
 
     def back(self, value: Any) -> Any:
         if isinstance(value, dict):
             if value.keys() == {"slot", "shape", "dtype"}:
                 return self.slot(value["slot"], value["shape"], value["dtype"])
             if value.keys() == {"later", "args"}:
-                module, name = value["later"].split(":")
-                if not module.startswith("hookbook."):
-                    raise ResultError("a damaged handle", f"it names {module}", "submit again")
-                fn: Callable[..., Any] = getattr(import_module(module), name)
-                return Later(fn, tuple(self.back(item) for item in value["args"]))
+                return Later(_found(value["later"]), tuple(self.back(item) for item in value["args"]))
+            if value.keys() == {"function"}:
+                return _found(value["function"])
             if value == {"adapter": True}:
                 return self.adapter
             return {key: self.back(item) for key, item in value.items()}
@@ -376,6 +393,21 @@ class _Pack:
             x.slot = slot
             self.known[slot] = x
         return self.known[slot]
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    if not fn.__module__.startswith("hookbook.") or "<" in fn.__qualname__:
+        raise ResultError(
+            f"a handle that waits for {fn.__qualname__}", "a file names functions of hookbook alone", "wait for it in this process: handle.result()"
+        )
+    return f"{fn.__module__}:{fn.__qualname__}"
+
+
+def _found(named: str) -> Callable[..., Any]:
+    module, name = named.split(":")
+    if not module.startswith("hookbook."):
+        raise ResultError("a damaged handle", f"it names {module}", "submit again")
+    return getattr(import_module(module), name)
 
 
 def submit(value: Any, tapes: dict[int, Tape]) -> Handle:

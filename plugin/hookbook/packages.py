@@ -73,9 +73,14 @@ PACKAGES: dict[str, Package] = {
 
 def cache_folder() -> Path:
     """Where converted models are kept: `$HOOKBOOK_CACHE`, else `hookbook` in the user's cache folder."""
-    if "HOOKBOOK_CACHE" in os.environ:
+    if os.environ.get("HOOKBOOK_CACHE"):
         return Path(os.environ["HOOKBOOK_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hookbook"
+
+
+def converted(name: str) -> Path:
+    """Where the converted model of a package is, or will be."""
+    return cache_folder() / "models" / f"{name.lower()}-{PACKAGES[name.lower()].sha256[:12]}"
 
 
 def find(name: str) -> Path | str:
@@ -91,7 +96,7 @@ def find(name: str) -> Path | str:
         return Path(name) if Path(name).is_dir() else name
     if not package.installed:
         return package.hub_name
-    folder = cache_folder() / "models" / f"{name.lower()}-{package.sha256[:12]}"
+    folder = converted(name)
     if not _whole(folder):
         if folder.exists():
             logger.warning("the converted model in %s is broken and is made again", folder)

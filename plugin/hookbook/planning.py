@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hookbook.deferred import hold
-from hookbook.errors import EditError, TokenError
-from hookbook.request import Each, Edit, FeatureChange, Request, position_of
+from hookbook.errors import EditError, TokenError, check_counts
+from hookbook.request import Each, Edit, FeatureChange, Request, Sampling, position_of
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 from hookbook.travel.layout import NEVER, Layout
@@ -352,8 +352,11 @@ def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
     card, ask = adapter.card, request.readout
     if not request.rows:
         raise EditError("a request without rows", "there is nothing to run", "give at least one row")
-    if request.generate < 0 or (ask is not None and ask.k < 0):
-        raise TokenError(f"generate={request.generate}, k={0 if ask is None else ask.k}", "less than no tokens", "use 0 or more")
+    check_counts(0, generate=request.generate)
+    if ask is not None:
+        check_counts(0, k=ask.k)
+    if request.sampling is not None and not isinstance(request.sampling, Sampling):
+        raise TokenError(f"sampling={request.sampling!r}", "", "give hb.Sampling(seed=0)")
     if request.sampling is not None and not request.generate:
         raise TokenError("sampling without generate", "nothing is drawn", "say how many tokens to generate")
     if request.grad and request.generate:

@@ -1,10 +1,10 @@
-"""What every result has in common: frozen, saved as safetensors and JSON, shown offline."""
+"""What every result has in common: frozen, saved as safetensors and JSON, drawn, shown and reported offline."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,9 +28,29 @@ class Result:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw, and return the axes."""
 
-    @abstractmethod
     def view(self) -> View:
-        """An interactive picture that needs no network."""
+        """What a browser shows, without a network: of a result whose tokens matter something to click on, of others the table of `to_frame()`."""
+        return View.table(self.to_frame(), type(self).__name__)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write one HTML file with everything in it: what was run and how, the pictures, the table, the controls, the texts, and the view.
+
+        It needs no network and no other file, and is smaller than 5 MB: what is longer is cut or left out, which the page says.
+
+        Args:
+            path: The file; it appears whole or not at all, and missing folders are made.
+
+        Raises:
+            Refused: matplotlib is not installed.
+            ResultError: It would be larger all the same.
+        """
+        from hookbook import report, reporting
+
+        return report.write(path, reporting.of(self))
+
+    def sections(self) -> list[tuple[str, str, str]]:
+        """What a report has of this kind of result alone: headings, a sentence or two, and HTML."""
+        return []
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file with everything in it; the file appears whole or not at all."""
@@ -54,23 +74,34 @@ class Result:
 class View:
     """HTML that draws itself without a network, in a notebook or saved to a file."""
 
-    html: str
+    html: str = field(repr=False)
 
     @classmethod
     def of(cls, picture: Any) -> View:
-        """A circuitsvis picture; its own display asks the network first, and lets a token end the script it stands in."""
-        head, call, rest = picture.local_src.rpartition("CircuitsVis.render(")
-        data, end, tail = rest.rpartition("</script>")
-        return cls(head + call + data.replace("</", "<\\/").replace("<!--", "<\\!--") + end + tail)
+        """A circuitsvis picture, without its own display, which asks the network first."""
+        from hookbook.views import drawn
+
+        return cls(drawn(picture.local_src))
+
+    @classmethod
+    def table(cls, frame: pd.DataFrame, caption: str, *, limit: int = 200) -> View:
+        """A table with its index if that has a name; longer ones are cut, which the caption says."""
+        from hookbook.report import frame_table
+
+        return cls(frame_table(frame, caption, limit=limit))
+
+    def __add__(self, other: View) -> View:
+        """One below the other."""
+        return View(self.html + other.html)
 
     def _repr_html_(self) -> str:
         return self.html
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a page that opens in any browser."""
-        path = Path(path)
-        path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>hookbook</title><body>{self.html}</body></html>', encoding="utf-8")
-        return path
+        from hookbook import report
+
+        return report.write(path, report.page("hookbook", [("", "", self.html)], ""))
 
 
 def need(module: str, what: str, install: str = '"hookbook[viz]"') -> Any:
@@ -83,7 +114,12 @@ def need(module: str, what: str, install: str = '"hookbook[viz]"') -> Any:
         raise Refused(what, f"{module.split('.')[0]} is not installed", f"pip install {install}") from error
 
 
+def ending(text: str, n: int) -> str:
+    """The last `n` characters of a text, and a mark where more was before them."""
+    return text if len(text) <= n else "…" + text[1 - n :]
+
+
 def show(token: str) -> str:
-    """A token for display: white space and line breaks are made visible, control characters and half letters are marked."""
+    """A token for display: white space and line breaks are made visible, control characters and half letters are marked; joiners of letters and signs stay."""
     text = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
-    return "".join(c if c.isprintable() else "·" for c in text) if text.strip() else "␣" * max(1, len(text))
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "·" for c in text) if text.strip() else "␣" * max(1, len(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from hookbook.errors import DataError
 
@@ -59,8 +59,12 @@ def safety_score(texts: Sequence[str], judge: Callable[[str], bool] | None = Non
     return _share(texts, lambda text: len(text.split()) < 15 or bool(judge(text)))
 
 
-def french_score(texts: Sequence[str]) -> float:
+def french_score(texts: Sequence[str], words: Collection[str] = FRENCH) -> float:
     """The share of texts with more French function words than English ones; the word lists are our own.
+
+    Args:
+        texts: What was generated.
+        words: Which words count as French, in lower case.
 
     Example:
         >>> french_score(["le chat est dans la rue", "the cat is in the street"])
@@ -68,8 +72,8 @@ def french_score(texts: Sequence[str]) -> float:
     """
 
     def french(text: str) -> bool:
-        words = re.findall(r"[^\W\d_]+", text.lower())
-        return sum(word in FRENCH for word in words) > sum(word in ENGLISH for word in words)
+        said = re.findall(r"[^\W\d_]+", text.lower())
+        return sum(word in words for word in said) > sum(word in ENGLISH for word in said)
 
     return _share(texts, french)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
 FORMAT = 1
-_PARTS: dict[str, type] = {cls.__name__: cls for cls in (ModelCard, Tokens, Site, Reading, TokenReadout, Reply)}
+PARTS = (ModelCard, Tokens, Site, Reading, TokenReadout, Reply)
+"""The data classes that a file can hold."""
+
+_PARTS: dict[str, type] = {cls.__name__: cls for cls in PARTS}
 
 
 def write(path: str | os.PathLike[str], kind: str, data: dict[str, Any]) -> Path:
@@ -46,14 +50,15 @@ def whole(path: str | os.PathLike[str]) -> Iterator[str]:
     """A scratch file to write, which becomes `path` if nothing is raised; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    scratch.touch()
+    rights = scratch.stat().st_mode
     try:
-        yield scratch
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
+        yield str(scratch)
+        scratch.chmod(rights)  # which safetensors takes from others
+        scratch.replace(path)
     except BaseException:
-        os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
         raise
 
 

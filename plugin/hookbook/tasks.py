@@ -201,20 +201,57 @@ class Contrast(NamedTuple):
     negative: tuple[str, ...]
 
 
-def contrast(name: str) -> Contrast:
-    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or `sentiment`.
+def contrast(source: str | Path) -> Contrast:
+    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or `sentiment`; or the path of
+    a JSON file, an object with two lists of texts, `positive` and `negative`.
+
+    Raises:
+        DataError: There is no such contrast, or the file is none.
 
     Example:
         >>> contrast("sentiment").positive[0]
         'The movie was wonderful and I loved every minute of it.'
     """
-    data = _contrast_data(name, "positive", "a contrast")
+    data = _contrast_file(Path(source)) if Path(source).suffix == ".json" else _contrast_data(str(source), "positive", "a contrast")
     return Contrast(tuple(data["positive"]), tuple(data["negative"]))
 
 
+def contrasts() -> list[str]:
+    """The contrasts that ship."""
+    return sorted(file.name.removesuffix(".json") for file in (_DATA / "contrasts").iterdir() if not file.name.startswith("openings_"))
+
+
+def _contrast_file(path: Path) -> dict[str, list[str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if all(data[side] and all(isinstance(text, str) for text in data[side]) for side in Contrast._fields):
+            return data
+        why = "positive and negative are lists of texts"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise DataError(f"{path} cannot be read as a contrast", why, "give an object with two lists of texts, positive and negative")
+
+
 def openings(name: str) -> tuple[str, ...]:
-    """Beginnings of texts that ship: `english`, or `neutral` (which may go on well or badly)."""
+    """Beginnings of texts that ship: `english`, `neutral` (which may go on well or badly), or `news` (long ones)."""
     return tuple(_contrast_data(f"openings_{name}", "texts", "openings")["texts"])
+
+
+def entities(kind: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Names of a kind that ship (`person`, `company` or `country`), each with words of which any one in a short text shows that it is known.
+
+    Raises:
+        DataError: No such kind.
+
+    Example:
+        >>> entities("company")[1]
+        ('Microsoft', ('software', 'technology', 'windows', 'computer'))
+    """
+    listed = json.loads((_DATA / "entities.json").read_text(encoding="utf-8"))["entities"]
+    found = tuple((one["name"], tuple(one["keywords"])) for one in listed if one["kind"] == kind)
+    if not found:
+        raise DataError(f"no entities of kind {kind!r}", "", f"use one of {', '.join(dict.fromkeys(one['kind'] for one in listed))}")
+    return found
 
 
 def _contrast_data(name: str, key: str, what: str) -> dict[str, Any]:

@@ -185,15 +185,14 @@ class Vector(Result):
         """Its numbers, sorted by size."""
         from hookbook.plots import lines
 
-        return lines(ax, {"size": self.values.abs().sort(descending=True).values}, ("dimension, largest first", "absolute value"))
+        curves, names = {"size": self.values.abs().sort(descending=True).values}, ("dimension, largest first", "absolute value")
+        return lines(ax, curves, names, title=f"{self.recipe or 'vector'} at {self.site}, {self.card.model_id}")
 
     def view(self) -> View:
         """A table of its largest numbers."""
         top = self.values.abs().topk(min(20, len(self.values))).indices.tolist()
-        rows = "".join(f"<tr><td>{i}</td><td>{float(self.values[i]):.4g}</td></tr>" for i in top)
-        return View(
-            f"<table><caption>{self.site} of {self.card.model_id}, norm {float(self.norm):.4g}</caption><tr><th>dimension</th><th>value</th></tr>{rows}</table>"
-        )
+        frame = self.to_frame().iloc[top]
+        return View.table(frame, f"{self.site} of {self.card.model_id}, norm {float(self.norm):.4g}: the largest")
 
 
 def _kind(vector: Vector) -> str:

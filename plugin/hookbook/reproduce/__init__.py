@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hookbook.reproduce.suite import Suite
 
 SUITES = {
+    "patchscopes": ("The next token out of middle layers, descriptions of entities, an attribute out of a sentence.", "identity"),
     "vectors": ("Task vectors, function vectors, their sums, and steering.", "french"),
     "knowledge": ("Linear relations, edits through them, two hops and backpatching, the language between two others.", "edits"),
     "sae": ("Whether a sparse autoencoder fits, what vectors are made of, clamping the language feature, attribution to features.", "language"),

@@ -153,7 +153,7 @@ def two(model: Adapter, setup: Setup) -> Found:
         cut = results["knock_out"] = hop_knock_out(model, [asked[i] for i in answered], edges=[("last", "entity"), ("last", "bridge")])
         lines.append(knock_out_line(cut, setup))
         results["readability"] = hop_readability(model, [asked[i] for i in answered])
-    if len(late) >= 4:
+    if len(late) >= 4 and model.card.n_layers > 1:
         back = results["backpatching"] = backpatch(model, [asked[i] for i in late])
         lines += backpatch_lines(back, setup)
     return results, lines
@@ -172,9 +172,9 @@ def cells_line(found: TwoHops) -> Line:
 def knock_out_line(found: HopKnockOut, setup: Setup) -> Line:
     """What is left of the answers where the last token cannot see the entity."""
     n = len(found.windows)
-    begin, end = setup.knock_out or (n // 2, n * 5 // 6)
+    begin, end = setup.knock_out or (n // 2, max(n // 2 + 1, n * 5 // 6))
     kept, other = found.kept()[0]
-    before = float(kept[:begin].min())
+    before = float(kept[:begin].min()) if begin else float("nan")
     measured, controls = float(kept[begin:end].max()), {"other tokens": float(other[begin:end].min()), "windows before": before}
     rule = (("still answered <= 0.3", measured <= 0.3), least("other tokens", controls["other tokens"], 0.7), least("windows before", before, 0.6))
     what = f"last token to entity, windows around layers {begin} to {end - 1}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -174,12 +173,7 @@ def language(model: Adapter, setup: Setup) -> Found:
 
 def french_alone(texts: Sequence[str]) -> float:
     """The share of texts with more words that are French, and not Spanish, Italian or Portuguese as well, than English ones."""
-
-    def holds(text: str) -> bool:
-        words = re.findall(r"[^\W\d_]+", text.lower())
-        return sum(word in scores.FRENCH - SHARED for word in words) > sum(word in scores.ENGLISH for word in words)
-
-    return sum(map(holds, texts)) / len(texts)
+    return scores.french_score(texts, scores.FRENCH - SHARED)
 
 
 def attribution(model: Adapter, setup: Setup) -> Found:

@@ -6,8 +6,8 @@ An effect is a function of a model and the suite's setup for it that gives resul
 from __future__ import annotations
 
 import contextlib
+import csv
 import inspect
-import io
 import os
 import sys
 import time
@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hookbook import report, storage
+from hookbook import packages, report, reporting, storage
 from hookbook.errors import DataError, HookbookError, ResultError
 from hookbook.loading import load
 from hookbook.results import Result, need
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
     from hookbook.adapter import Adapter
 
@@ -114,6 +113,11 @@ class Suite(Generic[SetupT]):
     numbers: str = ""
     """How the numbers are to be read."""
 
+    def setup(self, name: str) -> SetupT:
+        """Of a model by any name that `hookbook.load` knows it by."""
+        own = {known.lower(): key for key, package in packages.PACKAGES.items() for known in (key, package.hub_name)}
+        return self.setups.get(own.get(name.lower(), name), self.default)
+
 
 def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequence[str] = ()) -> list[Line]:
     """Run the effects on a model, and write a folder: a table and the pictures of every result, `summary.csv`, and `report.html`.
@@ -139,28 +143,29 @@ def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequenc
         raise ResultError(f"{out} exists", "a report does not overwrite", "name a new folder with --out, or remove it")
     if unknown := [one for one in only if one not in suite.effects]:
         raise DataError(f"no effect {unknown[0]!r}", "", f"use some of {', '.join(suite.effects)}")
-    plt = need("matplotlib.pyplot", "a report")
+    need("matplotlib", "a report")
     need("pandas", "a report")
     start = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries say while they load
-        model = load(name)
-    setup, lines, sections = suite.setups.get(name, suite.default), [], []
+    lines, sections = [], []
     chosen = [key for key in suite.effects if not only or key in only]
-    with storage.whole_folder(out) as scratch, tqdm(chosen, desc="effects", file=sys.stderr) as bar:
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries say
+        model, setup = load(name), suite.setup(name)
+    with contextlib.redirect_stdout(sys.stderr), storage.whole_folder(out) as scratch, tqdm(chosen, desc="effects", file=sys.stderr) as bar:
         for key in bar:
             bar.set_postfix_str(key)
             title, effect = suite.effects[key]
             begun = time.perf_counter()
             try:
                 results, found = effect(model, setup)
-            except HookbookError as error:  # of a model that cannot do this one
-                results, found = {}, [Line(key, "not run", float("nan"), {}, "", (("it runs", False),), True, str(error))]
+                pictures = [picture for file, result in results.items() for picture in _save(scratch, file, result)]
+            except Exception as error:  # hookbook's own: of a model that cannot do this one; any other must not lose the effects that ran
+                why = str(error) if isinstance(error, HookbookError) else f"{type(error).__name__}: {error}"
+                pictures, found = [], [Line(key, "not run", float("nan"), {}, "", (("it runs", False),), True, why)]
             seconds = time.perf_counter() - begun
-            pictures = [picture for file, result in results.items() for picture in _save(scratch, file, result, plt)]
             words = f"{' '.join((inspect.getdoc(effect) or '').split())} {' '.join(line.note for line in found if line.note)} ({seconds:.0f} s)"
             sections.append((title, words, "".join(pictures)))
             lines += found
-        frame(lines).to_csv(scratch / "summary.csv", index=False)
+        (scratch / "summary.csv").write_bytes(to_csv(frame(lines)).encode())
         seconds = time.perf_counter() - start
         page = report.page(
             f"{suite.title} in {name}",
@@ -184,9 +189,14 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([line.cells() | {"controls": controls_text(line)} for line in lines])
 
 
-def number(value: float) -> str:
+def to_csv(frame: pd.DataFrame) -> str:
+    """A frame as CSV; every text is quoted, since one may hold a bare carriage return, which pandas leaves unquoted."""
+    return frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+
+def number(value: Any) -> str:
     """Two decimals; a dash for what is not known."""
-    return "–" if value != value else f"{value:z.2f}"
+    return "–" if value != value else f"{float(value):z.2f}"
 
 
 def controls_text(line: Line) -> str:
@@ -201,28 +211,11 @@ def _summary(lines: Sequence[Line]) -> str:
     return report.table(header, [row + end for row, end in zip(rows, ends, strict=True)], caption="Each effect beside its controls")
 
 
-def _save(folder: Path, file: str, result: Result, plt: Any) -> Iterator[str]:
+def _save(folder: Path, file: str, result: Result) -> Iterator[str]:
     """Write a result's table and pictures; the pictures as HTML."""
-    result.to_frame().to_csv(folder / f"{file}.csv", index=False)
-    for plot in _plots(type(result)):
-        try:
-            figure: Any = plot(result).figure
-        except HookbookError:  # a picture of what this result was not asked for
-            if plot.__name__ == "plot":
-                raise
-            continue
-        name = file + plot.__name__.removeprefix("plot")
-        title = name.replace("_", " ")
-        figure.suptitle(title)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=110)
-        plt.close(figure)
-        (folder / f"{name}.png").write_bytes(drawn.getvalue())
+    (folder / f"{file}.csv").write_bytes(to_csv(result.to_frame()).encode())
+    for plot, words, png in reporting.pictures(result):
+        name = file + plot.removeprefix("plot")
+        (folder / f"{name}.png").write_bytes(png)
         numbers = f" The numbers are in {file}.csv." if name == file else ""
-        yield report.picture(drawn.getvalue(), f"{title}: {(inspect.getdoc(plot) or '').splitlines()[0]}{numbers}")
-
-
-def _plots(kind: type[Result]) -> list[Callable[[Result], Axes]]:
-    """`plot`, and every other `plot_...` that needs no argument."""
-    named = [method for name, method in inspect.getmembers(kind, inspect.isfunction) if name == "plot" or name.startswith("plot_")]
-    return [method for method in named if all(p.default is not p.empty for p in [*inspect.signature(method).parameters.values()][1:])]
+        yield report.picture(png, f"{name.replace('_', ' ')}: {words}{numbers}")
