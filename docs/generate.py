@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hookbook as hb
 from hookbook import selfcheck
 from hookbook.adapter import Adapter
 from hookbook.errors import HookbookError, ModelError, Refused
@@ -118,20 +122,112 @@ def sites() -> str:
     ])  # fmt: skip
 
 
+REMEDIES = {
+    "DataError": "see which pairs or texts it names; `hb.tasks.names()` and `hb.relations.names()` list what ships",
+    "EditError": "compare the value's shape with the site's, and the position with the prompt's tokens (`print(model.encode(prompt))`)",
+    "ModelError": "load it with `hb.load`, or wrap a TransformerBridge, a HookedTransformer or an nnsight model; `hookbook doctor MODEL` asks a model everything",
+    "Refused": "do what the message says after `Instead`; [sites](sites.md) lists what which family cannot do",
+    "RemoteError": "if it has a `handle`, the job goes on: `error.handle.result()` waits again, `error.handle.save(path)` keeps it",
+    "ResultError": "load it with the class that wrote it, such as `hb.Patchscope.load`; a damaged file has to be made again",
+    "SiteError": "write `name.layer`, such as `resid_post.10`; [sites](sites.md) lists the names, the model's card the layers",
+    "TokenError": "look at how the prompt is cut (`print(model.encode(prompt))`); a word often needs its leading space",
+}
+
+
 def errors() -> str:
     """The table of errors."""
-    rows = [f"| `{e.__name__}` | {(e.__doc__ or '').strip().rstrip('.')} |" for e in sorted(HookbookError.__subclasses__(), key=lambda e: e.__name__)]
+    kinds = sorted(HookbookError.__subclasses__(), key=lambda e: e.__name__)
+    rows = [f"| `{e.__name__}` | {(e.__doc__ or '').strip().rstrip('.')} | {REMEDIES[e.__name__]} |" for e in kinds]
     return "\n".join([
-        "# Errors", "", "Every error says what happened, why, and what to do instead, and is raised before the first forward pass where it can be known.", "",
-        "| error | meaning |", "|---|---|", f"| `HookbookError` | {(HookbookError.__doc__ or '').strip().rstrip('.')} |", *rows, "",
+        "# Errors", "", "Every error says what happened, why, and what to do instead (`error.what`, `error.why`, `error.instead`), and is raised before the first "
+        "forward pass where it can be known. All are `HookbookError`s.", "",
+        "| error | meaning | what to do |", "|---|---|---|", *rows, "", "::: hookbook.errors", "",
     ])  # fmt: skip
 
 
-PAGES = {"sites.md": sites, "errors.md": errors}
+def paragraph(recipe: Any, head: str) -> str:
+    """One paragraph of a recipe's docstring, such as `Source`, on one line."""
+    found = re.search(rf"^{head}: (.+?)(?:\n\n|\Z)", inspect.getdoc(recipe) or "", re.M | re.S)
+    if found is None:
+        raise ValueError(f"the docstring of {recipe.__module__}.{recipe.__name__} has no paragraph `{head}:`")
+    return " ".join(found[1].split()).replace("|", "\\|")
+
+
+def recipe_names() -> list[str]:
+    """Every recipe, in the order of the API pages."""
+    return [name for _, names, _ in TOPICS.values() for name in names if name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")]
+
+
+def linked(text: str) -> str:
+    """arXiv numbers as links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def recipes() -> str:
+    """The table of recipes, their papers, and where they depart from them."""
+    page = {name: file for file, (_, names, _) in TOPICS.items() for name in names}
+    rows = [
+        f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | {paragraph(getattr(hb, name), 'Differs')} |"
+        for name in recipe_names()
+    ]
+    return "\n".join([
+        "# Recipes and their papers", "",
+        "Every recipe follows the definition of a paper, section by section, or of the authors' code where the two disagree. Where ours is another, it says so here and in its docstring. "
+        "What each method measures, and what it does not: [what the methods measure](../explanation/what-the-methods-measure.md).", "",
+        "| call | source | differs |", "|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
+TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
+    "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"], []),
+    "reading": ("Reading states", ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "gradients.Jacobian"], []),
+    "vectors": (
+        "Vectors of tasks",
+        ["Vector", "task_vector", "TaskVectors", "head_effects", "HeadEffects", "function_vector", "FunctionVectors", "recipes.task_sweep.TaskSweep"]
+        + ["compose", "Composition", "known"],
+        [],
+    ),
+    "steering": (
+        "Steering",
+        ["contrast_vector", "ContrastVectors", "steer", "Steering", "in_context_vector", "InContextVectors", "directional_ablation", "select_direction"]
+        + ["DirectionChoice", "orthogonalize"],
+        [],
+    ),
+    "relations": ("Relations", ["linear_relation", "LinearRelation", "attribute_lens", "edit_relation", "RelationEdits", "change_answer"], ["relations"]),
+    "hops": (
+        "Two hops and backpatching",
+        ["two_hops", "TwoHops", "hop_readability", "HopReadability", "hop_knock_out", "HopKnockOut", "backpatch", "Backpatch"],
+        ["hops"],
+    ),
+    "features": (
+        "Features of SAEs",
+        ["feature_activations", "FeatureActivations", "feature_examples", "FeatureExamples", "sae_report", "SAEReport", "FeatureVector", "steer_feature"]
+        + ["feature_sweep", "FeatureSweep", "feature_attribution", "FeatureAttribution", "feature_patchscope", "FeaturePatchscope"]
+        + ["backpatch_features", "FeatureBackpatch", "relation_features", "RelationFeatures"],
+        ["sae"],
+    ),
+    "generation": ("Generation", ["generate", "Generation"], []),
+    "requests": ("Requests, sites, tokens", [], ["request", "sites", "tokens"]),
+    "data": ("Prompts, tasks, scores", [], ["prompts", "tasks", "scores"]),
+    "results": ("Results and pictures", [], ["results", "plots"]),
+    "elsewhere": ("Other tools", [], ["interop"]),
+    "own": ("Your own recipe or backend", ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter"], ["testing"]),
+}
+"""The pages of the API: file, title, names of the package, and public modules, whose public names are all shown."""
+
+
+def api(file: str) -> str:
+    """One page of the API; mkdocstrings fills it."""
+    title, names, modules = TOPICS[file]
+    return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in [*names, *modules])])
+
+
+PAGES = {"sites.md": sites, "errors.md": errors, "recipes.md": recipes} | {f"api/{file}.md": partial(api, file) for file in TOPICS}
 
 
 def main() -> None:
-    REFERENCE.mkdir(exist_ok=True)
+    """Write the generated pages."""
+    (REFERENCE / "api").mkdir(parents=True, exist_ok=True)
     for name, make in PAGES.items():
         (REFERENCE / name).write_text(make(), encoding="utf-8")
 
