@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The remote tests need a server: `make test-remote`."""
+    """What needs a server, a browser, a package index or much time runs where its folder is named, as the targets of make do."""
+    named = {part for arg in config.args for part in Path(arg.partition("::")[0]).parts}
+    if collection_path.name in {"docs", "browser", "release"} - named:
+        return True
     return True if collection_path.name == "remote" and "HOOKBOOK_TEST_SERVER" not in os.environ else None
 
 
@@ -96,6 +100,23 @@ def require(module: str) -> None:
         if module in os.environ.get("HOOKBOOK_ALLOW_MISSING", "").split(","):
             pytest.skip(f"{module} is not installed")
         pytest.fail(f"{module} is not installed; set HOOKBOOK_ALLOW_MISSING={module} to do without")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser without a window; one that is missing is a failure unless it was said that it may be."""
+    require("playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        if "chromium" in os.environ.get("HOOKBOOK_ALLOW_MISSING", "").split(","):
+            pytest.skip("chromium is not installed")
+        pytest.fail("chromium is not installed; set HOOKBOOK_ALLOW_MISSING=chromium to do without")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @dataclass
@@ -472,7 +493,7 @@ def plt() -> Iterator[Any]:
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Two for real models; one for tiny ones, whose threads would wait for each other longer than they work."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before) if request.node.path.parent.name in ("real", "agreement") else 1)
+    torch.set_num_threads(min(2, before) if request.node.path.parent.name in ("real", "agreement", "docs") else 1)
     yield
     torch.set_num_threads(before)
 

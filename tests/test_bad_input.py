@@ -102,6 +102,11 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "wanted token out of range": (run(readout=Readout(tokens=torch.tensor([[-1]]))), TokenError, "ids 0 to 257"),
     "negative k": (run(readout=Readout(k=-1)), TokenError, "0 or more"),
     "negative generate": (run(generate=-1), TokenError, "0 or more"),
+    "half a token": (run(generate=1.5), TokenError, "not a whole number"),
+    "half a likeliest token": (run(readout=Readout(k=1.5)), TokenError, "not a whole number"),  # type: ignore[arg-type]
+    "half a token of a recipe": (scope(generate=1.5), TokenError, "not a whole number"),
+    "k that is no number": (scope(k="5"), TokenError, "not a whole number"),
+    "sampling of another kind": (run(generate=1, sampling={}), TokenError, "hb.Sampling"),
     "tokens as one text": (scope(tokens="xyz"), TokenError, "tokens="),
     "another tokenizer for a wrapped model": (lambda: hb.wrap(TOY, tokenizer=TOY.tokenizer), ModelError, "has its own"),
     "span of no numbers": (scope(source_position=slice(None, "a")), TokenError, "is not a span"),

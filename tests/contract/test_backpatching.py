@@ -184,7 +184,7 @@ def test_pictures_and_files(tmp_path):
     patch, shuffled, swapped, *_ = found.plot_controls().axes
     assert torch.as_tensor(patch.images[0].get_array())[1].tolist() == [0.25, 1.0] and patch.images[0].get_clim() == shuffled.images[0].get_clim() == (0.0, 1.0)
     assert [text.get_text() for text in swapped.get_yticklabels()] == ["0", "1"]
-    assert "patch" in found.view().html and "0.250" in found.view().html
+    assert "patch" in found.view().html and "<td class=number>0.25</td>" in found.view().html
     again = hb.Backpatch.load(found.save(tmp_path / "found"))
     assert again.summary().equals(found.summary()) and again.best() == found.best()
 

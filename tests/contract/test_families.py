@@ -12,7 +12,7 @@ import hookbook as hb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import ToyAdapter, toy, toy_tokenizer
-from tests.conftest import DTYPE, require
+from tests.conftest import DTYPE, Case, assert_plain, require, tiny_config
 
 SMALL = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
 
@@ -37,6 +37,28 @@ def test_an_edit_and_a_read_of_the_very_first_site(case):
         if row.edits:
             want[-1] *= 2
         assert (reading.values[reading.rows == i] - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["toy", "bridge-gpt2", "nnsight-gpt2"])
+def test_a_model_of_one_layer_is_run(name, tmp_path):
+    adapter = toy(n_layers=1, dtype=DTYPE)
+    if name != "toy":
+        backend = {"bridge": "transformer_lens"}.get(name.split("-")[0], "nnsight")
+        require(backend)
+        config = tiny_config("gpt2")
+        config.n_layer = 1
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+        toy_tokenizer().save_pretrained(tmp_path)
+        adapter = hb.load(str(tmp_path), backend, dtype="float64", device="cpu")
+    value = torch.linspace(-1, 1, adapter.card.d_model, dtype=DTYPE)
+    edits = [hb.Edit("resid_pre.0", value, "set", 0), hb.Edit("resid_post.0", value), hb.Edit("attn_out.0", value, "add", slice(None), scope="all")]
+    rows = [Row(i, more) for i in range(2) for more in [(), *((edit,) for edit in edits)]]
+    reads = [Read(hb.Site(name, 0), slice(None)) for name in ("resid_pre", "mlp_out", "resid_post")]
+    request = Request([adapter.encode("abcd"), adapter.encode("ef")], rows, reads, Readout(logits=True, k=3), generate=3)
+    assert_plain(Case(name, adapter), request, adapter.run(request))
+    grid = hb.patchscope(adapter, "abc", target="de?", generate=2)
+    assert grid.to_frame()[["layer", "target_layer"]].drop_duplicates().values.tolist() == [[0, 0]] and len(grid.texts) == 1
 
 
 def test_a_model_whose_tokens_see_later_ones_is_refused():

@@ -242,7 +242,7 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     assert (line.prompt, line.token, line.attribution, line.feature) == (PROMPTS[1], token, found.attributions[-1].item(), int(found.features[-1]))
     assert found.top(2).attribution.abs().tolist() == found.attributions.abs().topk(2).values.tolist() and "neuronpedia.org/m/1-res" in found.view().html
     dots: Any = found.plot().collections[0].get_offsets()
-    assert len(dots) == (~found.effects.isnan()).sum() and "correlation" in plt.gca().get_title()
+    assert len(dots) == (~found.effects.isnan()).sum() and "correlation" in plt.gca().get_title("left")
     assert hb.feature_attribution(sae, PROMPTS, answer="c", exact=False).plot().get_ylabel() == "attribution (nats)"
     patched = hb.backpatch_features(sae, [("ab", "c"), ("de", "f")], 2)
     assert patched.labels == {2: "about <b>"}
@@ -287,7 +287,7 @@ def test_what_is_refused(case):
         (lambda: sweep(sae, "ab", change="times_max"), EditError, "times_max without maxima"),
         (lambda: attribute(sae, "ab", answer="cd"), TokenError, "2 tokens"),
         (lambda: attribute(sae, "ab", answer=["c", "d"]), DataError, "2 for 1 prompts"),
-        (lambda: attribute(sae, "ab", answer="c", top=0), DataError, "top=0"),
+        (lambda: attribute(sae, "ab", answer="c", top=0), TokenError, "top=0"),
         (lambda: attribute(sae, [[0, 0]], answer=5), TokenError, "only special tokens"),
         (lambda: hb.backpatch_features(attached(case, name="mlp_out"), [("a", "b")], 1), Refused, "resid_post or resid_pre"),
         (lambda: hb.backpatch_features(sae, [("a", "b")], 1, source_layers=[1], controls=[]), DataError, "its own|own, so nothing"),

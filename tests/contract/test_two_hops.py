@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.errors import DataError, EditError, Refused, TokenError
+from hookbook.errors import DataError, Refused, TokenError
 from hookbook.recipes.two_hops import WAYS
 from hookbook.relations import Relation
 from hookbook.tasks import Question
@@ -235,7 +235,7 @@ def test_plans_count_what_is_run():
         ("hop_knock_out", {"edges": [("entity", "last")]}, DataError, "last or bridge"),
         ("hop_knock_out", {"edges": []}, DataError, "last or bridge"),
         ("hop_knock_out", {"edges": [("bridge", "bridge")]}, DataError, "no question has such tokens"),
-        ("hop_knock_out", {"k": -1}, EditError, "0 or more"),
+        ("hop_knock_out", {"k": -1}, TokenError, "0 or more"),
         ("hop_readability", {"generate": -1}, TokenError, "generate=-1"),
         ("hop_readability", {"questions": "one"}, DataError, "no other bridge and answer than"),
     ],

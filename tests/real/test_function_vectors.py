@@ -58,7 +58,7 @@ def test_effects_equal_plain_hooks_on_transformers():
 
 
 def test_two_heads_of_gemma_carry_tasks():
-    found = hb.head_effects(real("gemma-3-270m"), tasks("country_capital", "singular_plural", "present_past"), n_prompts=24, n_trials=10)
+    found = hb.head_effects(real("gemma-3-270m"), tasks("country_capital", "singular_plural", "present_past"), n_prompts=16, n_trials=6)
     (first, second, third) = found.top(3)
     assert (first, second) == ((9, 3), (11, 2))
     assert found.mean[first] >= 0.2 and found.mean[second] >= 0.08 and found.mean[third] <= 0.1
@@ -66,10 +66,10 @@ def test_two_heads_of_gemma_carry_tasks():
 
 def test_ten_heads_of_smollm2_answer_without_examples():
     model, some = real("smollm2-135m-instruct"), tasks("singular_plural", "present_past")
-    effects = hb.head_effects(model, some, shots=6, n_prompts=24, n_trials=10)
+    effects = hb.head_effects(model, some, shots=6, n_prompts=16, n_trials=6)
     assert effects.top(1) == [(20, 5)]
     for task in some:
-        found = hb.function_vector(model, task, heads=10, effects=effects, strength=4.0, layers=[10, 12, 14], shots=6, n_prompts=24, queries=40)
+        found = hb.function_vector(model, task, heads=10, effects=effects, strength=4.0, layers=[12, 14], shots=6, n_prompts=16, queries=30)
         at = found.best_index
         assert found.accuracy[at] >= 0.55 and found.controls["random heads"][at] <= 0.2 and found.controls["random"][at] <= 0.05
         assert found.zero_shot <= 0.1 and found.misled["vector"][at] > found.misled["none"][0]
@@ -77,7 +77,7 @@ def test_ten_heads_of_smollm2_answer_without_examples():
 
 @pytest.mark.parametrize(("name", "layer", "least"), [("gemma-3-270m", 11, 0.35), ("smollm2-135m-instruct", 21, 0.6)])
 def test_vectors_of_lists_add_up(name, layer, least):
-    found = hb.compose(real(name), hb.tasks.load("capitalize"), layers=[layer], shots=6, n_prompts=24, queries=40)
+    found = hb.compose(real(name), hb.tasks.load("capitalize"), layers=[layer], shots=6, n_prompts=24, queries=30)
     assert found.accuracy[0] >= least
     assert all(found.controls[part][0] <= found.accuracy[0] - 0.25 for part in ("first answer", "last copy", "first copy"))
     assert found.controls["random"][0] <= 0.05 and found.zero_shot <= 0.1

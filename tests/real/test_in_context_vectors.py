@@ -12,20 +12,19 @@ def gemma() -> hb.Adapter:
     return hb.load("gemma-3-270m")
 
 
-@pytest.mark.parametrize("name", ["singular_plural", "country_capital"])
-@pytest.mark.parametrize("mode", ["replace", "difference"])
+@pytest.mark.parametrize(("name", "mode"), [("singular_plural", "replace"), ("country_capital", "replace"), ("country_capital", "difference")])
 def test_a_middle_layer_holds_the_task(gemma, name, mode):
     task, other = hb.tasks.load(name), hb.tasks.load("present_past")
-    found = hb.task_vector(gemma, task, layers=[4, 6, 9, 10, 11, 13, 15] if mode == "replace" else [10, 11], mode=mode, other=other, queries=40, n_prompts=48)
+    found = hb.task_vector(gemma, task, layers=[6, 9, 11, 13, 15] if mode == "replace" else [10, 11], mode=mode, other=other, queries=30, n_prompts=32)
     at = {site.layer: i for i, site in enumerate(found.sites)}
     accuracy, random, wrong = found.accuracy[at[11]], found.controls["random"][at[11]], found.controls["other task"][at[11]]
     assert accuracy >= 0.5 and found.zero_shot <= 0.1 and random <= 0.05 and wrong <= 0.15 and found.few_shot >= 0.6
     assert found.best.site.layer in (9, 10, 11) and found.accuracy[found.best_index] >= 0.5
     if mode == "replace":
-        assert all(found.accuracy[at[layer]] <= 0.15 for layer in (4, 6, 13, 15))
+        assert all(found.accuracy[at[layer]] <= 0.15 for layer in (6, 13, 15))
 
 
 def test_on_another_model():
     model = hb.load("smollm2-135m-instruct")
-    found = hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[21], mode="difference", queries=45, n_prompts=48)
+    found = hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[21], mode="difference", queries=30, n_prompts=32)
     assert found.accuracy[0] >= 0.55 and found.controls["random"][0] <= 0.1

@@ -12,7 +12,7 @@ import hookbook as hb
 from tests.conftest import real
 
 DATA = Path(__file__).parent.parent / "data"
-NEWS = (DATA / "news_prefixes.txt").read_text().splitlines()
+NEWS = hb.tasks.openings("news")
 PERSONS = json.loads((DATA / "persons.json").read_text())
 
 

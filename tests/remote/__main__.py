@@ -22,7 +22,7 @@ for sandbox in (False, True):
             "NDIF_API_KEY": "",
         }
         # a process of its own: where the hub is, is read when its library is imported
-        command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent / "test_remote.py"), *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-q", *map(str, sorted(Path(__file__).parent.glob("test_*.py"))), *sys.argv[1:]]
         failed |= subprocess.run(command, env=os.environ | own).returncode
     finally:
         server.down()

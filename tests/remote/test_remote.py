@@ -22,6 +22,7 @@ from hookbook import jobs
 from hookbook.errors import RemoteError
 from hookbook.request import Read, Readout, Request, Row
 from tests.contract.test_sae import N, make_sae
+from tests.docs.fences import SERVER_PAGES, run_page
 from tests.remote.server import STATE, Server
 
 SANDBOX = os.environ["HOOKBOOK_TEST_SERVER"] == "sandbox"
@@ -356,6 +357,31 @@ assert model.service.jobs == 0
         hb.Handle.load(tmp_path / "handle", local)
 
 
+def length(texts: list[str]) -> float:
+    return float(sum(map(len, texts)))
+
+
+def test_submitted_scores_and_features(remote, local, tmp_path):
+    """What is worked out here when the numbers come: a file keeps what hookbook itself does, and refuses the rest in words."""
+    steering = dict(strengths=[-1, 2], generate=4)
+
+    def vector(model: hb.Adapter) -> hb.Vector:
+        return hb.Vector(model.card, hb.Site("resid_pre", 9), torch.linspace(-3, 3, 576))
+
+    french = hb.steer.submit(remote, vector(remote), PROMPTS, score=hb.scores.french_score, **steering)
+    again = hb.Handle.load(french.save(tmp_path / "french"), remote).result(progress=False)
+    same(fields(again), fields(hb.steer(local, vector(local), PROMPTS, score=hb.scores.french_score, **steering)))
+    own = hb.steer.submit(remote, vector(remote), PROMPTS, score=length, **steering)
+    with pytest.raises(hb.errors.ResultError, match="waits for length.*functions of hookbook alone.*handle.result"):
+        own.save(tmp_path / "own")
+    same(fields(own.result(progress=False)), fields(hb.steer(local, vector(local), PROMPTS, score=length, **steering)))
+    features = hb.feature_activations.submit(sae(remote), PROMPTS)
+    with pytest.raises(hb.errors.ResultError, match="cannot keep.*handle.result"):
+        features.save(tmp_path / "features")
+    same(fields(features.result(progress=False)), fields(hb.feature_activations(sae(local), PROMPTS)))
+    assert [path.name for path in tmp_path.iterdir()] == ["french"]
+
+
 @pytest.fixture
 def restored(server) -> Iterator[Server]:
     """A server whose front is replaced by the test; it is put back."""
@@ -483,3 +509,14 @@ def _line(process: Path) -> bytes:
         return (process / "cmdline").read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.skipif(os.environ.get("HOOKBOOK_TEST_SERVER") == "sandbox", reason="the page is written for a trusted key")
+@pytest.mark.parametrize("page", SERVER_PAGES)
+def test_the_python_of_a_page_runs(page, remote, server, monkeypatch, tmp_path):
+    """As it is written, with this server for the public one and the model that it has for the large one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("NDIF_API_KEY", os.environ.get("NDIF_API_KEY", ""))
+    monkeypatch.setattr("nnsight.TransformersModel", lambda repo, **more: weightless())
+    run_page(page)

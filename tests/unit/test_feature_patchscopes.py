@@ -169,7 +169,7 @@ BAD = {
     "relation: no others": (lambda: parts(against=[]), DataError, "against="),
     "relation: against itself": (lambda: parts(against=[relation().test[0][1], "~"]), DataError, "leave the other one out"),
     "relation: a state of elsewhere": (lambda: parts(subject=hb.Vector.of(TOY, "resid_post.0", torch.ones(16))), SiteError, "give a state there"),
-    "relation: nothing kept": (lambda: parts(k=0), DataError, "1 or more"),
+    "relation: nothing kept": (lambda: parts(k=0), TokenError, "1 or more"),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import nnls as scipy_nnls
 
 import hookbook as hb
-from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError
+from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError, TokenError
 from hookbook.recipes.feature_decomposition import ENOUGH, nnls, pursue
 from hookbook.testing import toy
 from tests.contract.test_sae import make_sae
@@ -206,7 +206,7 @@ def test_a_transcoder_s_rows_are_of_its_output():
 
 BAD = {
     "no such method": (lambda v: v.decompose(make_sae(TOY), method="omp"), DataError, "use pursuit"),
-    "no features": (lambda v: v.decompose(make_sae(TOY), k=0), DataError, "1 or more"),
+    "no features": (lambda v: v.decompose(make_sae(TOY), k=0), TokenError, "1 or more"),
     "another site": (lambda v: v.decompose(make_sae(TOY, layer=2)), SiteError, "different spaces"),
     "another site, attached": (lambda v: v.decompose(hb.sae.attach(TOY, make_sae(TOY, layer=2))), SiteError, "different spaces"),
     "no SAE": (lambda v: v.decompose(torch.zeros(3)), ModelError, "SAEs are SAELens'"),

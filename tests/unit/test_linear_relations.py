@@ -165,7 +165,7 @@ def test_the_best_layer_is_the_first_that_validation_prefers():
     assert one.place(-1) == 2 and one.place("resid_pre.0") == 0 and one.place(one.sites[1]) == 1
     frame = one.to_frame()
     assert frame.validation.tolist() == pytest.approx([0.3, 0.6, 0.6]) and frame.site.tolist() == ["resid_pre.0", "resid_post.1", "resid_post.2"]
-    assert "0.60" in one.view().html
+    assert "<td class=number>0.6</td>" in one.view().html
 
 
 def planned(said: list[list[list[int]]]) -> hb.RelationEdits:

@@ -107,6 +107,8 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     assert cache_folder() == Path("/xdg/hookbook")
     monkeypatch.setenv("HOOKBOOK_CACHE", "~/mine")
     assert cache_folder() == Path("/people/somebody/mine")
+    monkeypatch.setenv("HOOKBOOK_CACHE", "")
+    assert cache_folder() == Path("/xdg/hookbook")
 
 
 # converting

@@ -132,6 +132,27 @@ def test_json_is_all_that_is_printed(command, capsys, tmp_path):
     assert said[0]["controls"] == {"random": 0.0, "none": None} and set(said[0]) == {*"effect what measured controls paper holds rule counts note".split()}
 
 
+def test_what_effects_and_libraries_print_is_no_json(command, capsys, monkeypatch):
+    title, effect = planted_effect(Line("sums", "it", float("inf"), {}, "works", (("it >= 0.5", True),)))
+    monkeypatch.setitem(EFFECTS, "sums", (title, lambda model, setup: print("noise") or effect(model, setup)))
+    assert command("--only", "sums", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out, parse_constant=pytest.fail)[0]["measured"] is None and "noise" in err
+
+
+def test_brackets_in_names_are_no_markup(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "[/it]", 0.9, {}, "[/b]", (("it >= 0.5", True),))))
+    assert command("--only", "sums", "--model", "runs/[/v2]", "--out", "[/new]") == 0
+    out = capsys.readouterr().out
+    assert "runs/[/v2]" in out and "[/it]" in out and "[/b]" in out and "[/new]/report.html" in out
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "Gemma-3-270M", "google/gemma-3-270m", "Google/Gemma-3-270m"])
+def test_a_model_has_its_setup_by_any_of_its_names(name):
+    assert vectors.SUITE.setup(name) is vectors.SETUPS["gemma-3-270m"] and vectors.SUITE.setup("other/model") is vectors.SUITE.default
+
+
 def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeypatch, capsys):
     monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),))))
     assert command("--only", "sums", "--out", "a") == 1
@@ -140,6 +161,10 @@ def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeyp
     monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=hb.errors.Refused("heads", "it has none", "use another model")))
     assert command("--only", "sums", "--only", "french", "--json", "--out", "c") == 1  # the others run all the same
     assert "heads: it has none" in capsys.readouterr().out
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=ZeroDivisionError("by nothing")))
+    assert command("--only", "sums", "--only", "french", "--json", "--out", "d") == 1
+    failed, ran = sorted(json.loads(capsys.readouterr().out), key=lambda line: line["holds"])
+    assert failed["note"] == "ZeroDivisionError: by nothing" and ran["holds"] == "yes" and Path("d/lens.csv").exists()
 
 
 def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsys, tmp_path, monkeypatch):
@@ -152,9 +177,9 @@ def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsy
 
 
 def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=ZeroDivisionError()))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=KeyboardInterrupt()))
     (tmp_path / "new").mkdir()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(KeyboardInterrupt):
         suite.run(vectors.SUITE, "toy", tmp_path / "new", ["sums"])
     assert [path.name for path in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").iterdir())
     assert command("--only", "french", "--out", "new") == 0  # an empty folder may be there
@@ -198,7 +223,7 @@ def test_every_picture_that_needs_no_argument_is_drawn(monkeypatch, tmp_path):
     suite.run(planted, "toy", tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lens.csv", "lens.png", "lens_twice.png", "report.html", "summary.csv"]
     page = (tmp_path / "new/report.html").read_text()
-    assert page.count("<img") == 2 and 'alt="lens twice: The same again."' in page and page.count("The numbers are in lens.csv.") == 1
+    assert page.count("<img") == 2 and 'alt="lens twice: The same again. ' in page and page.count("The numbers are in lens.csv.") == 1
 
 
 def test_steering_to_french_runs_on_any_model():

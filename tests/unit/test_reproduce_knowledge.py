@@ -146,6 +146,15 @@ def test_attention_is_needed_if_the_answer_goes_with_it_alone(inside, before, ot
     assert knowledge.knock_out_line(found, Setup(knock_out=(1, 3))).holds == holds
 
 
+@pytest.mark.parametrize(("layers", "place"), [(1, "0 to 0"), (2, "1 to 1"), (3, "1 to 1"), (6, "3 to 4")])
+def test_models_of_few_layers_have_windows_too(layers, place):
+    prompts, yes, right = (MODEL.encode("a"),), torch.ones(1, dtype=torch.bool), torch.ones(1, 1, 2, layers)
+    keys, windows = (((0,),),), tuple((layer,) for layer in range(layers))
+    found = HopKnockOut(CARD, prompts, ("x",), (("last", "entity"),), keys, keys, windows, yes, torch.zeros(1), right, right, {})
+    line = knowledge.knock_out_line(found, Setup())
+    assert line.what.endswith(f"layers {place}") and line.measured == 1 and (line.controls["windows before"] == 1 or layers == 1)
+
+
 def patched(patch, shuffled, random=0, swapped=0):
     """Four questions that are not answered, and how many of them the only pair of the region fixes."""
     fixed = {name: torch.tensor([[i < count, False, False] for i in range(4)]) for name, count in dict(patch=patch, shuffled=shuffled, random=random).items()}

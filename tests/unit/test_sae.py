@@ -15,6 +15,7 @@ from sae_lens import SAE
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError, TokenError
 from hookbook.request import Readout, Request, Row
+from hookbook.saelens import known_as
 from hookbook.testing import toy
 from tests.contract.test_sae import N, make_sae
 
@@ -61,8 +62,8 @@ def test_what_disagrees_is_refused(model):
 def test_names_of_one_model(model):
     card = "gemma-3-270m-a5fd3b62230a"  # a package's model
     for name, same in [("google/gemma-3-270m", True), ("gemma-3-270m", True), ("google/gemma-3-270m-it", False), ("gpt2", False)]:
-        assert (hb.sae._name(name) == hb.sae._name(card)) == same
-    assert hb.sae._name("gpt2-small") == hb.sae._name("openai-community/gpt2") == "gpt2"
+        assert (known_as(name) == known_as(card)) == same
+    assert known_as("gpt2-small") == known_as("openai-community/gpt2") == "gpt2"
 
 
 def test_gemma_scope_transcoders_read_after_the_norm(model):
@@ -139,7 +140,7 @@ def test_labels_links_and_vectors(model, tmp_path):
     lines = tmp_path / "labels.jsonl"
     lines.write_text("\n".join(json.dumps({"index": str(i), "description": f"about {i}"}) for i in (3, 5)))
     sae = hb.sae.attach(model, raw, labels=lines)
-    assert sae.labels == {3: "about 3", 5: "about 5"} and sae.link(3) == "https://www.neuronpedia.org/toy/1-res/3"
+    assert sae.labels == {3: "about 3", 5: "about 5"} and sae.links_of([3]) == {3: "https://www.neuronpedia.org/toy/1-res/3"}
     vector = hb.sae.feature(sae, 3)
     assert torch.equal(vector.values, raw.W_dec[3].float()) and vector.site == sae.site and vector.settings["label"] == "about 3"
     vector.save(tmp_path / "v.safetensors")

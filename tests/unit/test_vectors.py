@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,16 @@ A, B = torch.arange(16.0) - 5, torch.linspace(2, -3, 16)
 
 def vector(values: torch.Tensor, site: str = "resid_post.1") -> hb.Vector:
     return hb.Vector.of(toy(), site, values, recipe="test", settings={"seed": 1})
+
+
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_file_has_the_rights_of_any_other(tmp_path, mask, rights):
+    before = os.umask(mask)
+    try:
+        path = vector(A).save(tmp_path / "v.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == rights
 
 
 def test_arithmetic_is_that_of_the_numbers():
