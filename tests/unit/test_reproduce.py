@@ -14,6 +14,7 @@ import torch
 import hookbook as hb
 from hookbook import cli, reproduce
 from hookbook.recipes.function_vectors import HeadEffects
+from hookbook.recipes.generation import Generation
 from hookbook.recipes.task_vectors import Composition, TaskVectors
 from hookbook.reproduce import suite, vectors
 from hookbook.reproduce.suite import Line
@@ -75,6 +76,29 @@ def test_the_heads_that_matter_are_named(other, holds):
     effects[0, 1, 0], effects[0, 2, 1], effects[0, 0, 0] = 0.4, 0.2, other
     found = HeadEffects(card=toy().card, tasks=("plural",), effects=effects, misled=torch.zeros(1), settings={})
     assert vectors.heads_line(found, Setup(top_heads=((1, 0, 0.2), (2, 1, 0.08)))).holds == holds
+
+
+FRENCH, ENGLISH, NOISE = ["le chat est dans la rue"] * 4, ["the cat is in the street"] * 4, ["was was"] * 4
+
+
+@pytest.mark.parametrize(
+    ("at", "random", "plain", "best", "holds"),
+    [
+        ((NOISE, FRENCH, NOISE), NOISE, ENGLISH, 0.05, "yes"),
+        ((FRENCH[:2] + NOISE[:2], NOISE, FRENCH[:1] + NOISE[:3]), NOISE, ENGLISH, 0.02, "yes"),
+        ((NOISE, NOISE, FRENCH[:1] + NOISE[:3]), NOISE, ENGLISH, 0.1, "no"),
+        ((FRENCH, NOISE, NOISE), FRENCH, ENGLISH, 0.02, "partly"),  # any direction does it
+        ((FRENCH, NOISE, NOISE), NOISE, FRENCH, 0.02, "partly"),  # it says so by itself
+    ],
+)
+def test_an_in_context_vector_holds_if_random_directions_do_nothing(at, random, plain, best, holds):
+    card, prompts = toy().card, tuple(toy().encode(x) for x in "abcd")
+
+    def says(texts):
+        return Generation(card, prompts, tuple(texts), ((),) * 4, ((),) * 4, tuple(plain), ((),) * 4, ((),) * 4, {}, (), {})
+
+    found, line = vectors.in_context_line(dict(zip(vectors.TURNS, map(says, at), strict=True)), {vectors.TURNS[-1]: says(random)}, SETUP)
+    assert (found, line.holds) == (best, holds) and line.what.endswith(f"strength {best:g}")
 
 
 def test_only_what_was_expected_decides():

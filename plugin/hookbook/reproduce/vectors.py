@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hookbook import scores, tasks, tokens
 from hookbook.card import ModelCard
 from hookbook.recipes.contrast_vectors import contrast_vector
 from hookbook.recipes.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
+from hookbook.recipes.generation import Generation, generate
+from hookbook.recipes.in_context_shift import in_context_vector
 from hookbook.recipes.refusal_direction import select_direction
 from hookbook.recipes.steering import Steering, steer
 from hookbook.recipes.task_sweep import TaskSweep
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 SIZES: dict[str, Any] = {"n_prompts": 24, "queries": 40}
 OTHERS = {"country_capital": "present_past", "singular_plural": "present_past", "present_past": "country_capital", "capitalize": "country_capital"}
 """Tasks, and the other task whose vector is the control."""
+TURNS = (0.02, 0.05, 0.1)
+"""How far in-context vectors turn an output; the paper's is the last."""
 GOOD, BAD = [" good", " great", " wonderful", " excellent", " amazing"], [" bad", " terrible", " awful", " horrible", " poor"]
 
 
@@ -66,7 +72,7 @@ SETUPS = {
         sentiment_layer=13,
         counted=frozenset(
             [(f"task vector, {mode}", task) for mode in ("replace", "difference") for task in ("country_capital", "singular_plural")]
-            + [("heads", ""), ("sum of vectors", "capitalize"), ("steering to French", ""), ("steering sentiment", "")]
+            + [("heads", ""), ("sum of vectors", "capitalize"), ("steering to French", ""), ("in-context vector", ""), ("steering sentiment", "")]
         ),
     ),
     "smollm2-135m-instruct": Setup(
@@ -83,7 +89,7 @@ SETUPS = {
         sentiment_layer=21,
         counted=frozenset(
             [("task vector, difference", "singular_plural"), ("function vector", "singular_plural"), ("function vector", "present_past")]
-            + [("sum of vectors", "capitalize"), ("steering to French", ""), ("steering sentiment", "")]
+            + [("sum of vectors", "capitalize"), ("steering to French", ""), ("in-context vector", ""), ("steering sentiment", "")]
         ),
     ),
 }
@@ -212,6 +218,33 @@ def french_line(said: Steering, layer: int, setup: Setup) -> Line:
     return Line("steering to French", what, float(measured), controls, "steers", rule, setup.expects("steering to French"), note)
 
 
+def in_context(model: Adapter, setup: Setup) -> Found:
+    """What leads from the last state of an English sentence to that of its French translation, at all layers together, makes English openings go on in French (Liu et al. 2023).
+
+    Outputs of all MLPs are turned towards it, at all tokens. The paper changes how texts sound, in models of seven billion parameters, with a strength of 0.1; here the
+    language is changed, and lower strengths are tried too. Random directions, turned towards as far, are the control. Read the texts: the higher strengths break them.
+    """
+    wanted, plain = tasks.contrast("language_french")
+    found = in_context_vector(model, list(zip(plain[:32], wanted[:32], strict=True)))
+    noise = replace(found, values=torch.randn(found.values.shape, generator=torch.Generator().manual_seed(0)))
+    openings = tasks.openings("english")[:24]
+    said, random = ({strength: generate(model, openings, edits=vectors.edits(strength), max_new_tokens=12) for strength in TURNS} for vectors in (found, noise))
+    best, line = in_context_line(said, random, setup)
+    return {"in_context_vector": found, "in_context": said[best], "in_context_random": random[best]}, [line]
+
+
+def in_context_line(said: Mapping[float, Generation], random: Mapping[float, Generation], setup: Setup) -> tuple[float, Line]:
+    """The best of the strengths, and its share of French texts beside the best of random directions."""
+    shares = {strength: scores.french_score(one.texts) for strength, one in said.items()}
+    best = max(shares, key=shares.__getitem__)
+    chosen = said[best]
+    controls = {"no vector": scores.french_score(chosen.control_texts), "random": max(scores.french_score(one.texts) for one in random.values())}
+    rule = (least("share in French", shares[best], 0.5), *most(controls, {"no vector": 0.1, "random": 0.1}))
+    by_strength = ", ".join(f"{share:.2f} at {strength:g}" for strength, share in shares.items())
+    note = f"In-context vectors, share in French by strength: {by_strength}. An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
+    return best, Line("in-context vector", f"to French, strength {best:g}", shares[best], controls, "steers", rule, setup.expects("in-context vector"), note)
+
+
 def sentiment(model: Adapter, setup: Setup) -> Found:
     """The mean state of favourable reviews less that of unfavourable ones, added with strength 2 and -2, moves the log-odds of good against bad words both ways."""
     layer = setup.sentiment_layer if setup.sentiment_layer is not None else model.card.n_layers * 2 // 3
@@ -259,6 +292,7 @@ EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
     "function-vectors": ("Heads and function vectors", function_vectors),
     "sums": ("Sums of vectors", sums),
     "french": ("Steering to French", french),
+    "in-context": ("In-context vectors", in_context),
     "sentiment": ("Steering sentiment", sentiment),
     "refusal": ("The refusal direction", refusal),
 }
