@@ -25,7 +25,7 @@ def test_nothing_edited_is_the_plain_run(sae):
     prompts = sae.encode_prompts(PROMPTS)
     rows = [Row(i, edits) for i in range(2) for edits in ((), (sae.splice(),), (sae.splice(keep_error=False),))]
     plain, spliced, dropped = sae.model.run(Request(prompts, rows, readout=Readout(logits=True))).readout.logits.unflatten(0, (2, 3)).unbind(1)
-    assert (plain - spliced).abs().max() < 1e-5 and (plain - dropped).abs().max() > 0.1
+    assert (plain - spliced).abs().max() < 1e-5 * plain.abs().max() and (plain - dropped).abs().max() > 0.1
 
 
 def test_what_is_read_and_clamped_is_saelens_own(sae):
@@ -33,7 +33,7 @@ def test_what_is_read_and_clamped_is_saelens_own(sae):
     states = sae.model.run(Request([prompt], [Row(0)], [Read(sae.site, slice(None))])).readings[0].values
     acts = sae.sae.encode(states)
     found = hb.feature_activations(sae, PROMPTS[1])
-    assert torch.equal(found.dense()[1:], acts[1:]) and 10 < (acts[1:] > 0).sum(-1).float().mean() < 100
+    assert torch.allclose(found.dense()[1:], acts[1:], rtol=1e-5, atol=0) and 10 < (acts[1:] > 0).sum(-1).float().mean() < 100
     feature = int(acts[-1].argmax())
     new = sae.sae.encode(states)
     new[-1, feature] = 900.0
