@@ -22,7 +22,7 @@ SERVER_PAGES = ("docs/how-to/run-on-ndif.md",)
 """Their Python needs a server: `make test-remote` runs it."""
 OTHER_PROGRAMS = ("llama-cli", "lm_eval")
 LONG = ("reproduce",)
-"""Commands of minutes: their arguments are parsed; `tests/real/test_reproduce.py` runs what they run."""
+"""Commands of minutes: only their arguments are parsed; `tests/real/test_reproduce.py` runs one effect of one suite."""
 
 
 @dataclass(frozen=True)
