@@ -36,7 +36,9 @@ class BridgeAdapter(Adapter):
         check_saes(model)
         if not hasattr(model, "blocks"):
             raise ModelError(
-                f"{type(model.original_model).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model"
+                f"{type(model.original_model).__name__} cannot be wrapped",
+                "it is not a decoder with one stack of blocks",
+                "use a causal language model",
             )
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
@@ -119,12 +121,20 @@ class BridgeAdapter(Adapter):
         return self.model.ln_final(resid[:, None])[:, 0]
 
     def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
-        logits = self.model.unembed(normed[:, None])[:, 0] if words is None else part_of_linear(self.model.unembed.original_component, normed, words)
+        logits = (
+            self.model.unembed(normed[:, None])[:, 0]
+            if words is None
+            else part_of_linear(self.model.unembed.original_component, normed, words)
+        )
         return self.model.adapter.apply_output_logits_transform(logits)
 
     def splits(self) -> int:
         hooks = [point for name, point in self.model.hook_dict.items() if name.startswith("unembed")]
-        if any(point.fwd_hooks for point in hooks) or self.model.unembed._forward_hooks or "_processed_W_U" in self.model.unembed._parameters:
+        if (
+            any(point.fwd_hooks for point in hooks)
+            or self.model.unembed._forward_hooks
+            or "_processed_W_U" in self.model.unembed._parameters
+        ):
             return 0
         return splits(self.model.unembed.original_component)
 

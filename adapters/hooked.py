@@ -41,7 +41,11 @@ class HookedAdapter(Adapter):
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
         cfg = model.cfg
         if cfg.positional_embedding_type == "shortformer":
-            raise ModelError("a model with shortformer positions cannot be wrapped", "its keys see positions that its stream does not", "use another model")
+            raise ModelError(
+                "a model with shortformer positions cannot be wrapped",
+                "its keys see positions that its stream does not",
+                "use another model",
+            )
         self.card = ModelCard(
             backend="transformer_lens.HookedTransformer",
             model_id=cfg.model_name,

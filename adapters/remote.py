@@ -88,7 +88,9 @@ class RemoteAdapter(TracingAdapter):
     def writer(self, name: str, layer: int) -> Any:
         def call(path: str) -> Any:
             width = self.card.d_model
-            return lambda x: deferred.tape(self).note("module", {"path": path, "x": x}, torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="meta"))
+            return lambda x: deferred.tape(self).note(
+                "module", {"path": path, "x": x}, torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="meta")
+            )
 
         path, norm = self.where.writer_paths(name, layer)
         return call(path), None if norm is None else call(norm)
@@ -98,7 +100,12 @@ class RemoteAdapter(TracingAdapter):
         wide = torch.promote_types(getattr(torch, self.card.dtype), torch.float32)
         like = [
             torch.empty(n, width, dtype=dtype, device="meta")
-            for width, dtype in ((min(k, self.card.d_vocab), torch.long), (min(k, self.card.d_vocab), wide), (m, wide), (self.card.d_vocab, wide))
+            for width, dtype in (
+                (min(k, self.card.d_vocab), torch.long),
+                (min(k, self.card.d_vocab), wide),
+                (m, wide),
+                (self.card.d_vocab, wide),
+            )
         ]
         data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed}
         return TokenReadout(*deferred.tape(self).note("readout", data, (*like[:3], like[3] if logits else None)))

@@ -28,7 +28,9 @@ def accepts(model: Any) -> bool:
 def blocks_of(model: TransformersModel) -> list[Any]:
     """The envoys of a model's blocks."""
     config = model._module.config
-    cfg = build_bridge_config_from_hf(config, determine_architecture_from_hf_config(config), hf.model_id(model._module), model._module.dtype)
+    cfg = build_bridge_config_from_hf(
+        config, determine_architecture_from_hf_config(config), hf.model_id(model._module), model._module.dtype
+    )
     return list(reach(model, ArchitectureAdapterFactory.select_architecture_adapter(cfg).translate_transformer_lens_path("blocks")))
 
 
@@ -61,7 +63,9 @@ class TracingAdapter(Adapter):
             ) from error
         mapping: Any = self.names.component_mapping
         if "blocks" not in mapping:
-            raise ModelError(f"{type(module).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model")
+            raise ModelError(
+                f"{type(module).__name__} cannot be wrapped", "it is not a decoder with one stack of blocks", "use a causal language model"
+            )
         path = self.names.translate_transformer_lens_path
         self.where = hf.Names(self.names, module)
         paths: dict[Any, str] = {"blocks": path("blocks"), "norm": path("ln_final"), "head": path("unembed")}
@@ -99,7 +103,9 @@ class TracingAdapter(Adapter):
     def refuses(self, site: Site) -> Refused | None:
         if site.name in ("embed", *INNER) and self.where.path(site.name, site.layer) is None:
             return Refused(
-                f"{site} of {self.card.architecture}", "no single module takes or gives that tensor", "use resid_pre or resid_post, or a TransformerBridge"
+                f"{site} of {self.card.architecture}",
+                "no single module takes or gives that tensor",
+                "use resid_pre or resid_post, or a TransformerBridge",
             )
         return None
 

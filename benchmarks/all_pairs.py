@@ -29,7 +29,9 @@ def every_pair(values: Tensor, layers: Sequence[int]) -> list[Row]:
 
 def climb(adapter: hb.Adapter, values: Tensor, target: Tokens) -> Answer:
     """All pairs as one request."""
-    return Answer.of(adapter.run(Request([target], every_pair(values, range(adapter.card.n_layers)), (), Readout(logits=True)), progress=False))
+    return Answer.of(
+        adapter.run(Request([target], every_pair(values, range(adapter.card.n_layers)), (), Readout(logits=True)), progress=False)
+    )
 
 
 def per_layer(loop: Loop, models: Models, values: Tensor, target: Tokens, layers: Sequence[int]) -> Answer:
@@ -59,8 +61,14 @@ def bench(models: Models, repeats: int) -> list[Claim]:
     ways = [
         Way("one climb, TransformerLens bridge", lambda _: climb(models.bridge, values, target)),
         Way("one climb, nnsight", lambda _: climb(models.nnsight, values, target)),
-        *(Way(f"a batch per target layer, {name}", partial(per_layer, loop, models, values, target), range(n)) for name, loop in LOOPS.items()),
-        *(Way(f"a run per pair, {name}", partial(per_pair, loop, models, values, target), spread(pairs, 12), n * n) for name, loop in LOOPS.items()),
+        *(
+            Way(f"a batch per target layer, {name}", partial(per_layer, loop, models, values, target), range(n))
+            for name, loop in LOOPS.items()
+        ),
+        *(
+            Way(f"a run per pair, {name}", partial(per_pair, loop, models, values, target), spread(pairs, 12), n * n)
+            for name, loop in LOOPS.items()
+        ),
     ]
     share = 0.6 if models.name.startswith("smollm2") else 0
     goal = {"a batch per target layer, TransformerLens hooks": TARGETS.get(models.name, 0.0)}

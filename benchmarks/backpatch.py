@@ -47,7 +47,9 @@ def climb(adapter: hb.Adapter, coded: Sequence[Tokens]) -> Answer:
     return Answer.of(adapter.run(Request(coded, rows, (), Readout(k=K)), progress=False), clean)
 
 
-def per_target(loop: Loop, models: Models, coded: Sequence[Tokens], items: Sequence[tuple[int, int]], answers: Tensor | None = None) -> Answer:
+def per_target(
+    loop: Loop, models: Models, coded: Sequence[Tokens], items: Sequence[tuple[int, int]], answers: Tensor | None = None
+) -> Answer:
     """For each prompt and target layer a batch of all sources; the clean states of a prompt are read before its first."""
     n, parts, clean = models.bridge.card.n_layers, [], {}
     before = [0]
@@ -72,7 +74,10 @@ def per_target(loop: Loop, models: Models, coded: Sequence[Tokens], items: Seque
 def clean_states(models: Models, prompt: Tokens) -> Tensor:
     """The output of every layer at the last token, by TransformerLens hooks: `[layer, d_model]`."""
     found: list[Tensor] = []
-    hooks = [(Site("resid_post", layer).hook_name, lambda x, hook: found.append(x[0, -1].clone())) for layer in range(models.bridge.card.n_layers)]
+    hooks = [
+        (Site("resid_post", layer).hook_name, lambda x, hook: found.append(x[0, -1].clone()))
+        for layer in range(models.bridge.card.n_layers)
+    ]
     models.bridge.model.run_with_hooks(batch(prompt, 1)["input_ids"], fwd_hooks=hooks, logits_to_keep=1)
     return torch.stack(found)
 

@@ -71,7 +71,9 @@ def bridge_loop(models: Models, inputs: dict[str, Tensor], site: Site, change: C
         change(x)
         return x
 
-    return models.bridge.model.run_with_hooks(inputs["input_ids"], **_beside(inputs), fwd_hooks=[(site.hook_name, hook)], logits_to_keep=1)[:, -1]
+    return models.bridge.model.run_with_hooks(inputs["input_ids"], **_beside(inputs), fwd_hooks=[(site.hook_name, hook)], logits_to_keep=1)[
+        :, -1
+    ]
 
 
 def nnsight_loop(models: Models, inputs: dict[str, Tensor], site: Site, change: Change) -> Tensor:
@@ -165,7 +167,11 @@ class Answer:
         """The largest difference from another answer, which may be about fewer rows, and how many rows have the same top token."""
         rows = slice(None) if other.rows is None else list(other.rows)
         values = self.values[rows]
-        tops = [values.flatten(1).argmax(-1), other.values.flatten(1).argmax(-1)] if self.top is None or other.top is None else [self.top[rows], other.top]
+        tops = (
+            [values.flatten(1).argmax(-1), other.values.flatten(1).argmax(-1)]
+            if self.top is None or other.top is None
+            else [self.top[rows], other.top]
+        )
         same = (tops[0] == tops[1]).flatten(1) if tops[0].dim() > 1 else (tops[0] == tops[1])[:, None]
         return float((values - other.values).abs().max()) if values.numel() else 0.0, float(same.all(-1).float().mean())
 
@@ -294,7 +300,15 @@ Bench = Callable[[Models, int], list[Claim]]
 
 
 def compare(
-    title: str, ways: Sequence[Way], models: Models, repeats: int, target: Mapping[str, float], *, at_most: bool = False, share: float = 0, unit: str = "logit"
+    title: str,
+    ways: Sequence[Way],
+    models: Models,
+    repeats: int,
+    target: Mapping[str, float],
+    *,
+    at_most: bool = False,
+    share: float = 0,
+    unit: str = "logit",
 ) -> list[Claim]:
     """Measure and print ways.
 
@@ -325,7 +339,9 @@ def main(benches: Mapping[str, Bench]) -> None:
     letters: dict[str, str] = dict(zip("abcdefghijklmnopqrstuvwxyz", benches, strict=False))
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").splitlines()[0])
     if len(benches) > 1:
-        parser.add_argument("which", nargs="*", metavar="benchmark", help=", ".join(f"{letter} or {name}" for letter, name in letters.items()))
+        parser.add_argument(
+            "which", nargs="*", metavar="benchmark", help=", ".join(f"{letter} or {name}" for letter, name in letters.items())
+        )
     parser.add_argument("--models", nargs="+", default=list(PACKAGES))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

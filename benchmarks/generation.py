@@ -47,7 +47,12 @@ def per_layer(models: Models, values: Tensor, target: Tokens, layers: Sequence[i
         handle = models.plain.model.layers[layer].register_forward_hook(put)
         with torch.no_grad():
             whole = models.plain.generate(
-                **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=False, use_cache=True, max_new_tokens=NEW, eos_token_id=sorted(ends)
+                **inputs,
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=NEW,
+                eos_token_id=sorted(ends),
             )
         handle.remove()
         for line in whole[:, len(target) :].tolist():

@@ -41,7 +41,9 @@ class Truncated(Models):
         module.config.num_hidden_layers = n_layers
         if getattr(module.config, "layer_types", None):
             module.config.layer_types = module.config.layer_types[:n_layers]
-        self.bridge = hb.wrap(TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=torch.float32, device="cpu"), tokenizer)
+        self.bridge = hb.wrap(
+            TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=torch.float32, device="cpu"), tokenizer
+        )
 
 
 def cases(models: Models) -> Iterator[tuple[str, Models, Tensor, Tokens]]:
@@ -65,7 +67,9 @@ def one_climb(models: Models, values: Tensor, target: Tokens, items: object) -> 
 
 def bench(models: Models, repeats: int) -> list[Claim]:
     """A line for each size; nothing is claimed."""
-    print(f"\n{models.name}: all pairs, target of {LENGTH} tokens where nothing else is said; {torch.get_num_threads()} threads, median of {repeats}")
+    print(
+        f"\n{models.name}: all pairs, target of {LENGTH} tokens where nothing else is said; {torch.get_num_threads()} threads, median of {repeats}"
+    )
     print(f"{'size':16s} {'one climb, s':>13s} {'a batch per layer, s':>21s} {'ratio':>7s} {'GFLOP/s':>8s} {'of peak':>8s}")
     for label, some, values, target in cases(models):
         n = some.bridge.card.n_layers

@@ -48,7 +48,9 @@ def scan(adapter: hb.Adapter, coded: Sequence[Tokens], answers: Tensor, means: T
     return Request(coded, rows, (), Readout(k=1, tokens=answers.repeat(len(heads), 1)))
 
 
-def per_head(loop: Loop, models: Models, coded: Sequence[Tokens], answers: Tensor, means: Tensor, heads: Sequence[tuple[int, int]]) -> Answer:
+def per_head(
+    loop: Loop, models: Models, coded: Sequence[Tokens], answers: Tensor, means: Tensor, heads: Sequence[tuple[int, int]]
+) -> Answer:
     """For each head a batch of all prompts, padded on the left."""
     n, parts = len(coded), []
     with torch.no_grad():
@@ -74,7 +76,10 @@ def bench(models: Models, repeats: int) -> list[Claim]:
     means = mean_z(models.bridge, coded)
     heads = [(layer, head) for layer in range(means.shape[0]) for head in range(means.shape[1])]
     ways = [
-        Way("one request, TransformerLens bridge", lambda _: Answer.of(models.bridge.run(scan(models.bridge, coded, answers, means), progress=False))),
+        Way(
+            "one request, TransformerLens bridge",
+            lambda _: Answer.of(models.bridge.run(scan(models.bridge, coded, answers, means), progress=False)),
+        ),
         Way("one request, nnsight", lambda _: Answer.of(models.nnsight.run(scan(models.nnsight, coded, answers, means), progress=False))),
         *(
             Way(f"a batch per head, {name}", partial(per_head, loop, models, coded, answers, means), spread(heads, 6), len(heads))

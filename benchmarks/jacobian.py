@@ -61,7 +61,10 @@ def one_layer(model: Any, prompt: Tokens, place: int, layer: int) -> Tensor:
             return output.index_put((torch.tensor([0]), torch.tensor([place])), state[None])
 
         last: list[Tensor] = []
-        handles = [layers[layer].register_forward_hook(put), layers[-1].register_forward_hook(lambda module, args, output: last.append(output[0, -1]))]
+        handles = [
+            layers[layer].register_forward_hook(put),
+            layers[-1].register_forward_hook(lambda module, args, output: last.append(output[0, -1])),
+        ]
         model(**inputs, use_cache=False)
         for handle in handles:
             handle.remove()

@@ -18,7 +18,13 @@ from hookbook.request import Edit, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
-WHO = ("The black cat", "My old neighbour", "The young woman from the village", "A tired group of students and their teacher", "The farmer's son")
+WHO = (
+    "The black cat",
+    "My old neighbour",
+    "The young woman from the village",
+    "A tired group of students and their teacher",
+    "The farmer's son",
+)
 WHAT = ("walked to the market", "said nothing at all", "bought a small red car", "looked at the sky for a long time", "wrote a letter")
 WHEN = ("and then", "because the weather was", "on a cold and windy Monday of", "before the")
 K = 5
@@ -59,7 +65,10 @@ def bench(models: Models, repeats: int) -> list[Claim]:
     ways = [
         Way("one request, TransformerLens bridge", lambda _: climb(models.bridge, prompts, vector, token)),
         Way("one request, nnsight", lambda _: climb(models.nnsight, prompts, vector, token)),
-        *(Way(f"a batch per layer, {name}", partial(per_layer, loop, models, prompts, vector, token), spread(range(n), 6), n) for name, loop in LOOPS.items()),
+        *(
+            Way(f"a batch per layer, {name}", partial(per_layer, loop, models, prompts, vector, token), spread(range(n), 6), n)
+            for name, loop in LOOPS.items()
+        ),
     ]
     lengths = sorted(map(len, prompts))
     title = f"{n} layers x {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens"

@@ -175,7 +175,10 @@ def bench(models: Models, repeats: int) -> list[Claim]:
         default = in_fresh_process(models.name, name, budget)["used"] / MIB
         took, planned, answer = (found[key] / MIB for key in ("used", "planned", "answer"))
         share, wrong = took / budget, took / planned
-        print(f"{name:36s} {budget:7d} {planned:8.0f} {took:7.0f} {answer:7.0f} {found['climbs']:7.0f} {share:12.2f} {wrong:13.2f} {default:11.0f}", flush=True)
+        print(
+            f"{name:36s} {budget:7d} {planned:8.0f} {took:7.0f} {answer:7.0f} {found['climbs']:7.0f} {share:12.2f} {wrong:13.2f} {default:11.0f}",
+            flush=True,
+        )
         claims.append(Claim(f"{name}: memory / budget of {budget} MiB", share, ALLOWED, at_most=True))
     return claims
 

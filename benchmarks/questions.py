@@ -21,7 +21,9 @@ from hookbook.tokens import Tokens
 def recipe(models: Models, asked: Sequence[hb.hops.TwoHop]) -> Answer:
     """The recipe with its controls; of the patches the log-probability of the answer, in the order of the loops."""
     n = models.bridge.card.n_layers
-    found = hb.backpatch(models.bridge, asked, pairs=[(source, target) for target in range(n) for source in range(target + 1, n)], progress=False)
+    found = hb.backpatch(
+        models.bridge, asked, pairs=[(source, target) for target in range(n) for source in range(target + 1, n)], progress=False
+    )
     return Answer(found.logprobs["patch"].flatten()[:, None], found.token_ids["patch"].flatten())
 
 

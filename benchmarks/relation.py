@@ -35,7 +35,10 @@ def states(model: Any, prompts: Sequence[Any], places: Sequence[int], layer: int
     for prompt, place in zip(prompts, places, strict=True):
         seen: dict[int, Tensor] = {}
         where = {layer, len(model.model.layers) - 1}
-        handles = [model.model.layers[at].register_forward_hook(lambda m, a, out, at=at, seen=seen: seen.__setitem__(at, out[0].clone())) for at in where]
+        handles = [
+            model.model.layers[at].register_forward_hook(lambda m, a, out, at=at, seen=seen: seen.__setitem__(at, out[0].clone()))
+            for at in where
+        ]
         said.append(int(model(**batch(prompt, 1), logits_to_keep=1).logits[0, -1].argmax()))
         for handle in handles:
             handle.remove()

@@ -93,7 +93,10 @@ def written(name: str) -> str:
 def sites() -> str:
     """The table of sites, and who has which."""
     units = {"head": "one head: `{}.L.H`", "neuron": "one neuron: `{}.L.N`", None: ""}
-    rows = [f"| `{written(s.name)}` | {units[s.unit].format(s.name)} | {s.shape} | `{s.hook_name.format(layer='L')}` | {s.meaning} |" for s in SITES.values()]
+    rows = [
+        f"| `{written(s.name)}` | {units[s.unit].format(s.name)} | {s.shape} | `{s.hook_name.format(layer='L')}` | {s.meaning} |"
+        for s in SITES.values()
+    ]
     notes: list[str] = []
     asked: dict[str, list[str]] = defaultdict(list)
     without: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -155,7 +158,9 @@ def paragraph(recipe: Any, head: str) -> str:
 
 def recipe_names() -> list[str]:
     """Every recipe, in the order of the API pages."""
-    return [name for _, names, _ in TOPICS.values() for name in names if name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")]
+    return [
+        name for _, names, _ in TOPICS.values() for name in names if name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")
+    ]
 
 
 def linked(text: str) -> str:
@@ -183,17 +188,39 @@ TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
     "reading": ("Reading states", ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "gradients.Jacobian"], []),
     "vectors": (
         "Vectors of tasks",
-        ["Vector", "task_vector", "TaskVectors", "head_effects", "HeadEffects", "function_vector", "FunctionVectors", "recipes.task_sweep.TaskSweep"]
+        [
+            "Vector",
+            "task_vector",
+            "TaskVectors",
+            "head_effects",
+            "HeadEffects",
+            "function_vector",
+            "FunctionVectors",
+            "recipes.task_sweep.TaskSweep",
+        ]
         + ["compose", "Composition", "known"],
         [],
     ),
     "steering": (
         "Steering",
-        ["contrast_vector", "ContrastVectors", "steer", "Steering", "in_context_vector", "InContextVectors", "directional_ablation", "select_direction"]
+        [
+            "contrast_vector",
+            "ContrastVectors",
+            "steer",
+            "Steering",
+            "in_context_vector",
+            "InContextVectors",
+            "directional_ablation",
+            "select_direction",
+        ]
         + ["DirectionChoice", "orthogonalize"],
         [],
     ),
-    "relations": ("Relations", ["linear_relation", "LinearRelation", "attribute_lens", "edit_relation", "RelationEdits", "change_answer"], ["relations"]),
+    "relations": (
+        "Relations",
+        ["linear_relation", "LinearRelation", "attribute_lens", "edit_relation", "RelationEdits", "change_answer"],
+        ["relations"],
+    ),
     "hops": (
         "Two hops and backpatching",
         ["two_hops", "TwoHops", "hop_readability", "HopReadability", "hop_knock_out", "HopKnockOut", "backpatch", "Backpatch"],
@@ -201,7 +228,16 @@ TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "features": (
         "Features of SAEs",
-        ["feature_activations", "FeatureActivations", "feature_examples", "FeatureExamples", "sae_report", "SAEReport", "FeatureVector", "steer_feature"]
+        [
+            "feature_activations",
+            "FeatureActivations",
+            "feature_examples",
+            "FeatureExamples",
+            "sae_report",
+            "SAEReport",
+            "FeatureVector",
+            "steer_feature",
+        ]
         + ["feature_sweep", "FeatureSweep", "feature_attribution", "FeatureAttribution", "feature_patchscope", "FeaturePatchscope"]
         + ["backpatch_features", "FeatureBackpatch", "relation_features", "RelationFeatures"],
         ["sae"],

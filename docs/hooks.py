@@ -2,7 +2,9 @@
 
 import re
 
-FOREIGN = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->|<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>", re.S)
+FOREIGN = re.compile(
+    r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->|<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>", re.S
+)
 
 
 def on_page_content(html: str, page, **_) -> str:

@@ -36,7 +36,10 @@ def executed(notebook: NotebookNode, timeout: int = 600) -> NotebookNode:
 
 def clean(notebook: NotebookNode) -> NotebookNode:
     """Without what differs from run to run: streams, progress bars, times, the Python version, and random names of cells."""
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i}", {}
         if cell.cell_type == "code":

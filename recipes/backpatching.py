@@ -107,7 +107,9 @@ class Backpatch(Result):
         chosen = self.clean if answered else ~self.clean
         return {name: right[chosen].float().mean(0) for name, right in self.right.items()}
 
-    def region(self, sources: Collection[int] | None = None, targets: Collection[int] | None = None, *, answered: bool = False) -> dict[str, Rate]:
+    def region(
+        self, sources: Collection[int] | None = None, targets: Collection[int] | None = None, *, answered: bool = False
+    ) -> dict[str, Rate]:
         """Rates over the pairs of some source and target layers, such as `range(12, 18)` and `range(4, 12)`; of the swapped control, over the same pairs swapped.
 
         Args:
@@ -123,7 +125,11 @@ class Backpatch(Result):
         chosen = self.clean if answered else ~self.clean
         pairs = [p for p, (s, t) in enumerate(self.pairs) if (sources is None or s in sources) and (targets is None or t in targets)]
         if not pairs:
-            raise SiteError(f"no pairs from layers {sources} to layers {targets}", f"this result has {len(self.pairs)} pairs", "name layers of some of them")
+            raise SiteError(
+                f"no pairs from layers {sources} to layers {targets}",
+                f"this result has {len(self.pairs)} pairs",
+                "name layers of some of them",
+            )
         found = {}
         for name, right in self.right.items():
             some = right[chosen][:, pairs].float()
@@ -138,11 +144,15 @@ class Backpatch(Result):
         """
         asked = [i for i in self.order if not self.clean[i]]
         if len(asked) < 2:
-            raise DataError(f"{len(asked)} questions that were not answered", "one half chooses a pair and the other judges it", "give more questions")
+            raise DataError(
+                f"{len(asked)} questions that were not answered", "one half chooses a pair and the other judges it", "give more questions"
+            )
         validation, test = asked[: len(asked) // 2], asked[len(asked) // 2 :]
         chosen_at, at = self.right["patch"][validation].float().mean(0).max(0)
         source, target = self.pairs[int(at)]
-        return BestPair(source, target, float(chosen_at), {name: float(right[test, at].float().mean()) for name, right in self.right.items()}, len(test))
+        return BestPair(
+            source, target, float(chosen_at), {name: float(right[test, at].float().mean()) for name, right in self.right.items()}, len(test)
+        )
 
     def summary(self) -> pd.DataFrame:
         """What to report. One row for the patch and each control: `any` and `mean` over pairs of the questions that were not answered, the `best` pair
@@ -154,7 +164,10 @@ class Backpatch(Result):
         every, kept = self.region(), self.region(answered=True)
         best = self.best().rates if int((~self.clean).sum()) > 1 else dict.fromkeys(every, float("nan"))
         patch = every["patch"].mean
-        rows = [(name, rate.any, rate.mean, best[name], kept[name].mean, rate.mean / patch if patch else float("nan")) for name, rate in every.items()]
+        rows = [
+            (name, rate.any, rate.mean, best[name], kept[name].mean, rate.mean / patch if patch else float("nan"))
+            for name, rate in every.items()
+        ]
         return pd.DataFrame(rows, columns=["control", "any", "mean", "best", "kept", "explained"])
 
     def to_frame(self) -> pd.DataFrame:
@@ -217,7 +230,9 @@ class Backpatch(Result):
         """The table of `summary()`, and of the pairs that fix most."""
         frame = self.to_frame().pivot_table("fixed", ["layer", "target_layer"], "control", sort=False, dropna=False)
         top = frame.sort_values("patch", ascending=False).head(20)
-        return View.table(self.summary(), "The best pair of layers, and any pair") + View.table(top, "Share of questions fixed, by the pairs that fix most")
+        return View.table(self.summary(), "The best pair of layers, and any pair") + View.table(
+            top, "Share of questions fixed, by the pairs that fix most"
+        )
 
 
 @recipe
@@ -348,7 +363,11 @@ def pairs_of(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
     found = tuple(dict.fromkeys((int(source), int(target)) for source, target in pairs))
     wrong = [pair for pair in found if not all(0 <= layer < card.n_layers for layer in pair)]
     if wrong or not found:
-        raise SiteError(f"the pairs {wrong or found} of layers", f"this model has layers 0 to {card.n_layers - 1}", "give (source, target) of some of them")
+        raise SiteError(
+            f"the pairs {wrong or found} of layers",
+            f"this model has layers 0 to {card.n_layers - 1}",
+            "give (source, target) of some of them",
+        )
     return found
 
 
@@ -357,7 +376,9 @@ def place_of(question: Question, prompt: Tokens, position: Any, adapter: Any) ->
     if position != "bridge":
         return check_one_token(resolve(position, prompt), f"the position {position!r}", adapter.tokenizer)
     if not isinstance(question, TwoHop):
-        raise DataError(f"the bridge of {question.text!r}", "this question has one hop", "give questions of hookbook.hops, or another position")
+        raise DataError(
+            f"the bridge of {question.text!r}", "this question has one hop", "give questions of hookbook.hops, or another position"
+        )
     return question.subject_at(prompt)
 
 

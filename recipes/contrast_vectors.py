@@ -57,7 +57,9 @@ class ContrastVectors(Result):
             position: One of those asked for; may be left out if there is one.
         """
         at, p = self._site(layer), self._position(position)
-        return Vector(self.card, self.sites[at], self.values[p, at], self.positions[p], self.template, "contrast_vector", dict(self.settings))
+        return Vector(
+            self.card, self.sites[at], self.values[p, at], self.positions[p], self.template, "contrast_vector", dict(self.settings)
+        )
 
     def _site(self, layer: Any) -> int:
         if layer is None and len(self.sites) == 1:
@@ -80,14 +82,24 @@ class ContrastVectors(Result):
         import pandas as pd
 
         numbers = torch.stack([self.values.norm(dim=-1), *self.norms, self.auroc, self.shuffled], -1)
-        rows = [(position, str(site), site.layer, *numbers[p, s].tolist()) for p, position in enumerate(self.positions) for s, site in enumerate(self.sites)]
+        rows = [
+            (position, str(site), site.layer, *numbers[p, s].tolist())
+            for p, position in enumerate(self.positions)
+            for s, site in enumerate(self.sites)
+        ]
         return pd.DataFrame(rows, columns=["position", "site", "layer", "norm", "positive_norm", "negative_norm", "auroc", "shuffled"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """How well held-out texts are told apart, by site, with shuffled classes beside it; of several positions, a heat map."""
         labels = [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
         if len(self.positions) == 1:
-            return lines(ax, {"held out": self.auroc[0], "shuffled classes": self.shuffled[0]}, ("layer", "AUROC"), labels=labels, title=self._title())
+            return lines(
+                ax,
+                {"held out": self.auroc[0], "shuffled classes": self.shuffled[0]},
+                ("layer", "AUROC"),
+                labels=labels,
+                title=self._title(),
+            )
         words = [[f"{x:.2f}" for x in line] for line in self.auroc.tolist()]
         return heat_map(ax, self.auroc, words, self.positions, labels, ("position", "layer", "AUROC"), title=self._title())
 
@@ -149,7 +161,9 @@ def contrast_vector(
     splits = _splits(classes, held_out, seed)
     sites = layers_to_sites(layers, adapter.card, site)
     if len({s.width(adapter.card) for s in sites}) > 1 or any(s.name == "attn_pattern" for s in sites):
-        raise SiteError(f"vectors at {', '.join(map(str, sites))}", "their widths differ, or they are patterns", "ask for sites of one kind")
+        raise SiteError(
+            f"vectors at {', '.join(map(str, sites))}", "their widths differ, or they are patterns", "ask for sites of one kind"
+        )
     prompts = classes[0] + classes[1]
     positions = list(position) if isinstance(position, (list, tuple)) else [position]
     if not positions:
@@ -198,7 +212,9 @@ def _splits(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[li
     """Of each class the numbers of the prompts that make the vector, and of those held out; prompts count on through both classes."""
     sets = [{tokens.ids for tokens in some} for some in classes]
     if sets[0] == sets[1]:
-        raise DataError("positive and negative prompts that are the same", "their difference is nothing", "give prompts that differ in one thing")
+        raise DataError(
+            "positive and negative prompts that are the same", "their difference is nothing", "give prompts that differ in one thing"
+        )
     both = [tokens.text for tokens in classes[0] if tokens.ids in sets[1]]
     if both:
         raise DataError(f"{both[0]!r} in both classes", "it is with and without what is looked for", "leave it out of one")
@@ -219,7 +235,9 @@ def _splits(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[li
     return train, test
 
 
-def mean_states(adapter: Adapter, prompts: list[Tokens], sites: Sequence[Site], positions: Sequence[Position], progress: bool | None) -> Tensor:
+def mean_states(
+    adapter: Adapter, prompts: list[Tokens], sites: Sequence[Site], positions: Sequence[Position], progress: bool | None
+) -> Tensor:
     """States `[position, site, prompt, width]` in float64; of a span the mean, without the beginning-of-sequence token."""
     reads = [Read(site, _spans(adapter, prompts, position)) for position in positions for site in sites]
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads), progress=progress)

@@ -229,7 +229,12 @@ def feature_attribution(
         errors=later(_errors, sae, seen, old, slopes),
         labels=later(_labels, sae, found),
         links=later(_links, sae, found),
-        settings={"position": str(position), "exact": exact, "top": top, "metric": "logit difference" if other is not None else "log-probability"}
+        settings={
+            "position": str(position),
+            "exact": exact,
+            "top": top,
+            "metric": "logit difference" if other is not None else "log-probability",
+        }
         | {"cost": later(total, *cost)},
     )
 
@@ -246,7 +251,9 @@ def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[
         return sorted(set(resolve(position, prompt)))
     found = [i for i, token in enumerate(prompt.ids) if token not in sae.special]
     if not found:
-        raise TokenError(f"only special tokens in {prompt.text!r}", "activations on them mean nothing", "give a longer prompt, or position=")
+        raise TokenError(
+            f"only special tokens in {prompt.text!r}", "activations on them mean nothing", "give a longer prompt, or position="
+        )
     return found
 
 
@@ -259,7 +266,13 @@ def _gradients(
     def request(numbers: Sequence[int], values: Sequence[Tensor]) -> Request:
         rows = [Row(at, (Edit(sae.out, value, "add", list(where[i])),)) for at, (i, value) in enumerate(zip(numbers, values, strict=True))]
         each = Each(tuple(list(where[i]) for i in numbers))
-        return Request([prompts[i] for i in numbers], rows, [Read(sae.site, each), Read(sae.out, each)], Readout(tokens=wanted[list(numbers)]), grad=True)
+        return Request(
+            [prompts[i] for i in numbers],
+            rows,
+            [Read(sae.site, each), Read(sae.out, each)],
+            Readout(tokens=wanted[list(numbers)]),
+            grad=True,
+        )
 
     parts = planning.plan(adapter, request(range(len(prompts)), [torch.zeros(len(some), width) for some in where]))
     found, costs = {}, []

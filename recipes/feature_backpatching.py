@@ -88,7 +88,9 @@ def backpatch_features(
     adapter, chosen = sae.model, sae.chosen(features)
     if sae.site != sae.out or sae.site.name not in ("resid_pre", "resid_post"):
         raise Refused(
-            f"backpatching features of {sae.site} to {sae.out}", "source and target are states of the stream", "use an SAE of resid_post or resid_pre"
+            f"backpatching features of {sae.site} to {sae.out}",
+            "source and target are states of the stream",
+            "use an SAE of resid_post or resid_pre",
         )
     if not chosen:
         raise DataError("no features", "nothing would be patched", "give at least one")
@@ -111,7 +113,9 @@ def backpatch_features(
     rest = [i for i in range(sae.n_features) if i not in set(chosen)] if "random" in names else []
     if "random" in names and len(rest) < len(chosen):
         raise DataError(
-            f"{len(rest)} features that are not among the chosen {len(chosen)}", "the random control takes as many", "choose fewer, or leave it out"
+            f"{len(rest)} features that are not among the chosen {len(chosen)}",
+            "the random control takes as many",
+            "choose fewer, or leave it out",
         )
     drawn = tuple(draw.sample(rest, len(chosen))) if rest else ()
     layers = [source for source, _ in pairs]
@@ -136,4 +140,6 @@ def backpatch_features(
             rows += [Row(i, (sae.edit(some, to=values[layer], position=at[i]),)) for layer in layers]
     found = patched(adapter, asked, at, clean, rows, names, pairs, generate, progress)
     settings = {"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": found.pop("cost")}
-    return FeatureBackpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=sae.labels_of(chosen))
+    return FeatureBackpatch(
+        **found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=sae.labels_of(chosen)
+    )

@@ -94,13 +94,19 @@ class FeatureVector(Result):
     def to_vector(self) -> Vector:
         """The fit, back in the model: for steering, patching, arithmetic."""
         settings = {"method": self.method, "sae": self.sae, "features": self.features.tolist(), "values": self.values.tolist()}
-        return Vector(self.card, self.site, self.fit.float(), recipe=f"{self.recipe or 'vector'} in {len(self.features)} features", settings=settings)
+        return Vector(
+            self.card, self.site, self.fit.float(), recipe=f"{self.recipe or 'vector'} in {len(self.features)} features", settings=settings
+        )
 
     def _with(self, other: FeatureVector, sign: int) -> FeatureVector:
         if not isinstance(other, FeatureVector):
             return NotImplemented
         if (self.sae, self.site) != (other.sae, other.site) or not self.card.same_model(other.card):
-            raise SiteError(f"features of {self.sae} with those of {other.sae}", "a feature of one SAE is none of another", "decompose both with one SAE")
+            raise SiteError(
+                f"features of {self.sae} with those of {other.sae}",
+                "a feature of one SAE is none of another",
+                "decompose both with one SAE",
+            )
         features, place = torch.cat([self.features, other.features]).unique(return_inverse=True)
         values = torch.zeros(len(features), dtype=torch.float64).index_add(0, place, torch.cat([self.values, sign * other.values]))
         rows = torch.zeros(len(features), self.rows.shape[1], dtype=torch.float64).index_copy(0, place, torch.cat([self.rows, other.rows]))
@@ -141,7 +147,9 @@ class FeatureVector(Result):
     def cosine(self, other: FeatureVector) -> float:
         """The cosine of the angle to another in feature space, where every feature is an axis of its own."""
         if not isinstance(other, FeatureVector):
-            raise EditError(f"the cosine of a FeatureVector and a {type(other).__name__}", "it is taken in feature space", "decompose both with one SAE")
+            raise EditError(
+                f"the cosine of a FeatureVector and a {type(other).__name__}", "it is taken in feature space", "decompose both with one SAE"
+            )
         self._with(other, -1)
         mine, theirs = (dict(zip(x.features.tolist(), x.values.tolist(), strict=True)) for x in (self, other))
         return sum(value * theirs.get(i, 0.0) for i, value in mine.items()) / float(self.values.norm() * other.values.norm())
@@ -151,12 +159,19 @@ class FeatureVector(Result):
         import pandas as pd
 
         chosen = self.features.tolist()
-        columns: dict[str, Any] = {"feature": chosen, "value": self.values.tolist(), "share": self.shares.tolist(), "cosine": self.cosines.tolist()}
+        columns: dict[str, Any] = {
+            "feature": chosen,
+            "value": self.values.tolist(),
+            "share": self.shares.tolist(),
+            "cosine": self.cosines.tolist(),
+        }
         return pd.DataFrame(columns | {"label": [self.labels.get(i, "") for i in chosen], "link": [self.links.get(i, "") for i in chosen]})
 
     def plot(self, ax: Axes | None = None, *, n: int = 20) -> Axes:
         """The `n` largest values."""
-        return bars(ax, feature_names(self.features[:n].tolist(), self.labels), self.values[:n], f"value ({self.method})", title=self._title())
+        return bars(
+            ax, feature_names(self.features[:n].tolist(), self.labels), self.values[:n], f"value ({self.method})", title=self._title()
+        )
 
     def view(self) -> View:
         """The table of `to_frame()`, behind how much is explained."""
@@ -177,7 +192,9 @@ def decompose(
     target = vector.values.detach().double().cpu()
     if not target.any():
         raise EditError(
-            f"features of the zero vector at {vector.site}", "it has no direction, and no share of it can be told", "look for the step that made it"
+            f"features of the zero vector at {vector.site}",
+            "it has no direction, and no share of it can be told",
+            "look for the step that made it",
         )
     every = directions(bare)
     if method == "pursuit":
@@ -185,7 +202,11 @@ def decompose(
         offset, settings = torch.zeros_like(target), {"k": k, "nonnegative": nonnegative}
     else:
         if reads != vector.site:
-            raise Refused(f"activations of a transcoder at {vector.site}", f"its encoder reads {reads}, and its decoder makes something else", "use pursuit")
+            raise Refused(
+                f"activations of a transcoder at {vector.site}",
+                f"its encoder reads {reads}, and its decoder makes something else",
+                "use pursuit",
+            )
         state = target[None].to(bare.dtype)
         found = encode(bare, state)[0].double().cpu()
         chosen, settings = found.nonzero()[:, 0], {}

@@ -223,7 +223,9 @@ def feature_sweep(
     wanted = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, word) for word in tokens] for prompt in coded], dtype=torch.long)
     where = [tuple(resolve(position, prompt)) for prompt in coded]
 
-    plain = adapter.run(Request(coded, [Row(i) for i in range(len(coded))], [Read(sae.site, Each(tuple(map(list, where)))), Read(end)]), progress=progress)
+    plain = adapter.run(
+        Request(coded, [Row(i) for i in range(len(coded))], [Read(sae.site, Each(tuple(map(list, where)))), Read(end)]), progress=progress
+    )
     seen = plain.readings[0].values.split([len(some) for some in where])
     chosen = _active(sae, seen) if listed is None else listed
     edits = {
@@ -285,9 +287,15 @@ def features_of(sae: AttachedSAE, features: Any, n: int) -> list[tuple[int, ...]
                 "list them: features=[...], for each prompt if you like; feature_sweep also takes 'all', and feature_attribution exact=False says which",
             )
         return None
-    if isinstance(features, (list, tuple)) and features and all(isinstance(some, (list, tuple, Tensor)) and getattr(some, "shape", (1,)) for some in features):
+    if (
+        isinstance(features, (list, tuple))
+        and features
+        and all(isinstance(some, (list, tuple, Tensor)) and getattr(some, "shape", (1,)) for some in features)
+    ):
         if len(features) != n:
-            raise DataError(f"{len(features)} lists of features for {n} prompts", "each prompt has its own", "give one list, or one for each prompt")
+            raise DataError(
+                f"{len(features)} lists of features for {n} prompts", "each prompt has its own", "give one list, or one for each prompt"
+            )
         found = [sae.chosen(some) for some in features]
     else:
         found = [sae.chosen(features)] * n

@@ -131,7 +131,11 @@ class FeatureExamples(Result):
         for i, (token, x) in enumerate(zip(self.contexts[at].tolist(), self.context_activations[at].tolist(), strict=True)):
             if token >= 0:
                 share = max(0.0, x) / float(self.maxima[feature])
-                style = f"background:rgba(230,159,0,{share:.2f})" + (";color:#000" if share > 0.4 else "") + (";font-weight:bold" if i == middle else "")
+                style = (
+                    f"background:rgba(230,159,0,{share:.2f})"
+                    + (";color:#000" if share > 0.4 else "")
+                    + (";font-weight:bold" if i == middle else "")
+                )
                 words.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(self.vocab[token]))}</span>')
         title = f"{feature} {self.labels.get(feature, '')}".strip()
         return f'<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> <span style="white-space:pre-wrap">{"".join(words)}</span></p>'
@@ -180,7 +184,9 @@ def feature_examples(
     Differs: a text gives a feature one example, its best.
     """
     adapter = checked(sae).model
-    chosen = None if features is None else torch.zeros(sae.n_features, dtype=torch.bool).index_fill(0, torch.tensor(sae.chosen(features)), True)
+    chosen = (
+        None if features is None else torch.zeros(sae.n_features, dtype=torch.bool).index_fill(0, torch.tensor(sae.chosen(features)), True)
+    )
     levels = tuple(float(level) for level in quantiles)
     check_counts(k=k)
     check_counts(0, context=context)
@@ -219,7 +225,14 @@ class _Best:
         self.counts = torch.zeros(sae.n_features, dtype=torch.long)
         self.maxima = torch.zeros(sae.n_features, dtype=sae.sae.dtype)
         self.keys, self.sizes = none, none
-        self.columns: list[Tensor] = [none, none.to(sae.sae.dtype), none, none, none.new_empty(0, width), torch.empty(0, width, dtype=sae.sae.dtype)]
+        self.columns: list[Tensor] = [
+            none,
+            none.to(sae.sae.dtype),
+            none,
+            none,
+            none.new_empty(0, width),
+            torch.empty(0, width, dtype=sae.sae.dtype),
+        ]
 
     def add(self, first: int, prompts: tuple[Tokens, ...], rows: Tensor, positions: Tensor, states: Tensor) -> None:
         """A batch of texts, of which the first is number `first`: `[n]` text of the batch, position and states that were read."""

@@ -98,7 +98,14 @@ class FeaturePatchscope(Result):
         for m, feature in enumerate(self.features):
             for p, (site, strength) in enumerate(self.pairs):
                 for r in range(self.token_ids.shape[-1]):
-                    row = {"feature": feature, "label": self.labels.get(feature, ""), "site": str(site), "layer": site.layer, "strength": strength, "rank": r}
+                    row = {
+                        "feature": feature,
+                        "label": self.labels.get(feature, ""),
+                        "site": str(site),
+                        "layer": site.layer,
+                        "strength": strength,
+                        "rank": r,
+                    }
                     row |= {"token": self.token(m, p, r), "logprob": float(self.logprobs[m, p, r])}
                     row |= {"random_token": self.token(len(self.features), p, r), "random_logprob": float(self.random_logprobs[p, r])}
                     row |= {"control_token": self.vocab[int(self.control_ids[r])], "control_logprob": float(self.control_logprobs[r])}
@@ -123,7 +130,13 @@ class FeaturePatchscope(Result):
         sites = len({site for site, _ in self.pairs}) > 1
         columns = [f"{site} {strength:g}" if sites else f"{strength:g}" for site, strength in self.pairs]
         rows = [*feature_names(list(self.features), self.labels), "random"]
-        return rows, columns, "feature", "site and strength" if sites else "strength", [[(m, p) for p in range(len(columns))] for m in range(len(rows))]
+        return (
+            rows,
+            columns,
+            "feature",
+            "site and strength" if sites else "strength",
+            [[(m, p) for p in range(len(columns))] for m in range(len(rows))],
+        )
 
     def plot(self, ax: Axes | None = None, *, value: str = "probability") -> Axes:
         """A heat map of features by strength, with the random direction below; the likeliest token in each cell where it fits.
@@ -225,7 +238,9 @@ def feature_patchscope(
         adapter.require(site)
         if site.width(adapter.card) != every.shape[1]:
             raise SiteError(
-                f"features at {site}", f"they are {every.shape[1]} wide, and this site is {site.width(adapter.card)}", f"use a site as wide as {sae.out}"
+                f"features at {site}",
+                f"they are {every.shape[1]} wide, and this site is {site.width(adapter.card)}",
+                f"use a site as wide as {sae.out}",
             )
 
     own = adapter.run(Request(coded, [Row(0)], [Read(site, at) for site in sites]), progress=progress, checkpoint=checkpoint)
@@ -242,7 +257,9 @@ def feature_patchscope(
     places = [site for _ in range(m + 1) for site, _ in pairs]
     edits = [Edit(site, value, op, at, card=adapter.card) for site, value in zip(places, values.flatten(0, 2).unbind(0), strict=True)]
     rows = [Row(0), *(Row(0, (edit,)) for edit in edits)]
-    reply = adapter.run(Request(coded, rows, (), Readout(k=k, tokens=wanted_ids.expand(len(rows), -1)), generate), progress=progress, checkpoint=checkpoint)
+    reply = adapter.run(
+        Request(coded, rows, (), Readout(k=k, tokens=wanted_ids.expand(len(rows), -1)), generate), progress=progress, checkpoint=checkpoint
+    )
     said = reply.readout
     assert said is not None
 

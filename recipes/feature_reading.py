@@ -86,9 +86,21 @@ class FeatureActivations(Result):
     def _frame(self, chosen: Any) -> pd.DataFrame:
         import pandas as pd
 
-        ranks, columns = self._ranks()[chosen].tolist(), (x[chosen].tolist() for x in (self.rows, self.positions, self.features, self.values))
+        ranks, columns = (
+            self._ranks()[chosen].tolist(),
+            (x[chosen].tolist() for x in (self.rows, self.positions, self.features, self.values)),
+        )
         rows = [
-            (self.prompts[row].text, at, self.prompts[row].strings[at], rank, feature, value, self.labels.get(feature, ""), link(self.page, feature))
+            (
+                self.prompts[row].text,
+                at,
+                self.prompts[row].strings[at],
+                rank,
+                feature,
+                value,
+                self.labels.get(feature, ""),
+                link(self.page, feature),
+            )
             for rank, row, at, feature, value in zip(ranks, *columns, strict=True)
         ]
         return pd.DataFrame(rows, columns=["prompt", "position", "token", "rank", "feature", "activation", "label", "link"])
@@ -143,7 +155,9 @@ class FeatureActivations(Result):
         import pandas as pd
 
         if (self.sae, self.site) != (other.sae, other.site):
-            raise DataError(f"features of {self.sae} beside those of {other.sae}", "the same number is another feature", "read both texts with one SAE")
+            raise DataError(
+                f"features of {self.sae} beside those of {other.sae}", "the same number is another feature", "read both texts with one SAE"
+            )
         sides = [side.double() for side in (self.mean(), other.mean(), self.share(), other.share())]
         difference = sides[0] - sides[1]
         seen = (sides[2] + sides[3]).nonzero()[:, 0]
@@ -233,7 +247,9 @@ def feature_activations(
     adapter = checked(sae).model
     coded = sae.encode_prompts(prompts)
     read = tuple(readable(sae, prompt, position, special) for prompt in coded)
-    reply = adapter.run(Request(coded, [Row(i) for i in range(len(coded))], [Read(sae.site, Each(read))]), progress=progress, checkpoint=checkpoint)
+    reply = adapter.run(
+        Request(coded, [Row(i) for i in range(len(coded))], [Read(sae.site, Each(read))]), progress=progress, checkpoint=checkpoint
+    )
     (reading,) = reply.readings
     found = Stream(_Active(sae))
     found.add(reading.rows, reading.positions, reading.values)
@@ -301,7 +317,9 @@ def readable(sae: AttachedSAE, prompt: Tokens, position: Position | None = None,
     asked = sorted(resolve(slice(None) if position is None else position, prompt))
     found = tuple(p for p in asked if special or prompt.ids[p] not in sae.special)
     if not found:
-        raise TokenError(f"nothing to read in {prompt.text[:40]!r}", "all its tokens are special, on which no SAE was trained", "give a text")
+        raise TokenError(
+            f"nothing to read in {prompt.text[:40]!r}", "all its tokens are special, on which no SAE was trained", "give a text"
+        )
     return found
 
 

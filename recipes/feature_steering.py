@@ -65,7 +65,9 @@ def steer_feature(
     """
     sae = checked(sae)
     if (to is None) == (times_max is None):
-        raise EditError("to and times_max" if to is not None else "no values", "one of them says how far", "give to=[...] or times_max=[...]")
+        raise EditError(
+            "to and times_max" if to is not None else "no values", "one of them says how far", "give to=[...] or times_max=[...]"
+        )
     norms = directions(sae.sae).norm(dim=-1).cpu()
     sae.edit(feature, to=0)  # raises if there is none
     live = torch.ones(sae.n_features, dtype=torch.bool) if sae.maxima is None else sae.maxima > 0

@@ -151,7 +151,8 @@ def head_effects(
         raise DataError("no task", "", "give one")
     check_counts(shots=shots, n_prompts=n_prompts, n_trials=n_trials)
     found = [
-        _effects(adapter, task, _means(adapter, task, [], shots, n_prompts, known, seed, progress), shots, n_trials, known, seed, progress) for task in tasks
+        _effects(adapter, task, _means(adapter, task, [], shots, n_prompts, known, seed, progress), shots, n_trials, known, seed, progress)
+        for task in tasks
     ]
     settings = {"shots": shots, "n_prompts": n_prompts, "n_trials": n_trials, "known": known, "seed": seed}
     return HeadEffects(
@@ -210,10 +211,14 @@ def function_vector(
     given = None if isinstance(heads, int) else [(int(layer), int(head)) for layer, head in heads]
     if effects is not None and isinstance(heads, int):
         if not effects.card.same_model(card):
-            raise EditError(f"effects of heads of {effects.card.model_id} in {card.model_id}", "they are other heads", "call head_effects on this model")
+            raise EditError(
+                f"effects of heads of {effects.card.model_id} in {card.model_id}", "they are other heads", "call head_effects on this model"
+            )
         given = effects.top(heads)
     n_heads = len(given) if given is not None else int(heads)  # type: ignore[arg-type]
-    if given is not None and (len(set(given)) < len(given) or not all(0 <= layer < card.n_layers and 0 <= head < card.n_heads for layer, head in given)):
+    if given is not None and (
+        len(set(given)) < len(given) or not all(0 <= layer < card.n_layers and 0 <= head < card.n_heads for layer, head in given)
+    ):
         raise EditError(f"heads={given}", f"there are {card.n_layers} layers of {card.n_heads} heads", "name each once")
     if not 1 <= n_heads <= card.n_layers * card.n_heads // 2:
         raise EditError(f"{n_heads} heads", f"of {card.n_layers * card.n_heads}, as many others are the control", "use fewer")
@@ -232,7 +237,10 @@ def function_vector(
     others = torch.scatter(luck, 0, ranked, -1.0).topk(n_heads).indices  # none of the chosen
     vector, random_heads = (strength * parts.index_select(0, some).sum(0) for some in (ranked, others))
     noise = random_like(vector[None], seed)[0]
-    named = {name: [Edit(site, value, "add") for site in sites] for name, value in (("", vector), ("random heads", random_heads), ("random", noise))}
+    named = {
+        name: [Edit(site, value, "add") for site in sites]
+        for name, value in (("", vector), ("random heads", random_heads), ("random", noise))
+    }
     named["layer mean"] = [Edit(site, means.states[at], "add") for at, site in enumerate(sites)]
     split = task.split(seed)
     measured, behind = judge(adapter, split, named, shots=shots, queries=queries, seed=seed, progress=progress, misled=("", "layer mean"))
@@ -269,7 +277,9 @@ class _Means:
     cost: Any
 
 
-def _means(adapter: Adapter, task: Task, sites: Sequence[Site], shots: int, n_prompts: int, known: bool, seed: int, progress: bool | None) -> _Means:
+def _means(
+    adapter: Adapter, task: Task, sites: Sequence[Site], shots: int, n_prompts: int, known: bool, seed: int, progress: bool | None
+) -> _Means:
     """Means at the last token behind examples, over the queries that are answered."""
     asked = task.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
     prompts, answers = coded(adapter, asked)
@@ -286,7 +296,9 @@ def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
     """What each query counts: the same, or the same for those which are answered."""
     if not known:
         return torch.full((len(right),), 1 / len(right), dtype=torch.float64)
-    unknown = DataError(f"the model answers none of the queries of {task.name!r}", "there is nothing to average", "use another task, or known=False")
+    unknown = DataError(
+        f"the model answers none of the queries of {task.name!r}", "there is nothing to average", "use another task, or known=False"
+    )
     hold(right.any(), unknown)
     return right.double() / right.double().sum().clamp(min=1)
 

@@ -155,7 +155,11 @@ def generate(
     if do_sample and seed is None:
         raise TokenError("do_sample without a seed", "the same call would not give the same text", "give a seed")
     if not do_sample and (seed, temperature, top_k, top_p) != (None, 1.0, 0, 1.0):
-        raise TokenError("a seed, temperature, top_k or top_p without do_sample", "the likeliest token is taken", "write do_sample=True, or leave them out")
+        raise TokenError(
+            "a seed, temperature, top_k or top_p without do_sample",
+            "the likeliest token is taken",
+            "write do_sample=True, or leave them out",
+        )
     sampling = Sampling(seed, temperature, top_k, top_p) if do_sample and seed is not None else None
     rows = [Row(n, tuple(edits)) for n in range(len(coded))]
     requests = [Request(coded, rows, generate=max_new_tokens, sampling=sampling)]
@@ -164,9 +168,18 @@ def generate(
     elif edits:  # a run of its own, so that each control draws what its prompt draws
         requests.append(Request(coded, [Row(n) for n in range(len(coded))], generate=max_new_tokens, sampling=sampling))
     replies = [adapter.run(request, progress=progress, checkpoint=checkpoint) for request in requests]
-    tokens, logprobs = (torch.cat([x for x in column if x is not None]) for column in zip(*((r.tokens, r.token_logprobs) for r in replies), strict=True))
+    tokens, logprobs = (
+        torch.cat([x for x in column if x is not None]) for column in zip(*((r.tokens, r.token_logprobs) for r in replies), strict=True)
+    )
     own, control = slice(0, len(coded)), slice(-len(coded), None)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     return Generation(
         card=adapter.card,
         prompts=tuple(coded),

@@ -78,8 +78,12 @@ class HopKnockOut(Result):
                 for w, window in enumerate(self.windows):
                     some = self.clean & ~self.right[:, e, c, w].isnan()
                     means = (float(self.logprobs[some, e, c, w].exp().mean()), float(self.clean_logprobs[some].exp().mean()))
-                    rows.append((f"{edge[0]} to {edge[1]}", control, w, window[0], window[-1], int(some.sum()), float(kept[e, c, w]), *means))
-        return pd.DataFrame(rows, columns=["edge", "control", "layer", "first_layer", "last_layer", "n", "kept", "probability", "clean_probability"])
+                    rows.append(
+                        (f"{edge[0]} to {edge[1]}", control, w, window[0], window[-1], int(some.sum()), float(kept[e, c, w]), *means)
+                    )
+        return pd.DataFrame(
+            rows, columns=["edge", "control", "layer", "first_layer", "last_layer", "n", "kept", "probability", "clean_probability"]
+        )
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The share of answered questions that still are, by the window's centre; the controls are dashed."""
@@ -90,7 +94,9 @@ class HopKnockOut(Result):
         ax = lines(ax, curves, names, labels=[str(layer) for layer in range(len(self.windows))], title=title)
         for e in range(len(self.edges)):
             label = "as many others" if e == 0 else None
-            ax.plot(range(len(self.windows)), kept[e, 1].tolist(), color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1, label=label)
+            ax.plot(
+                range(len(self.windows)), kept[e, 1].tolist(), color=COLOURS[e % len(COLOURS)], linestyle="--", linewidth=1, label=label
+            )
         legend(ax)
         return ax
 

@@ -143,7 +143,9 @@ def hop_readability(
     names = {"bridge": [question.bridge for question in questions], "answer": [question.answer.strip() for question in questions]}
     names |= {f"other {name}": [names[name][i] for i in other] for name in ("bridge", "answer")}
     asked = ask(adapter, questions)
-    ids = torch.stack([ask(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1)
+    ids = torch.stack(
+        [ask(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
+    )
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
     for site in sites:
         adapter.require(site)
@@ -185,4 +187,7 @@ def _shaped(x: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 def _found(texts: Sequence[str], names: dict[str, list[str]], shape: tuple[int, ...]) -> dict[str, Tensor]:
     each = len(texts) // shape[0]
-    return {name: torch.tensor([wanted[i // each].lower() in text.lower() for i, text in enumerate(texts)]).view(shape) for name, wanted in names.items()}
+    return {
+        name: torch.tensor([wanted[i // each].lower() in text.lower() for i, text in enumerate(texts)]).view(shape)
+        for name, wanted in names.items()
+    }

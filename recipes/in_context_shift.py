@@ -52,9 +52,13 @@ class InContextVectors(Result):
             strength: The paper's lambda; it differs for each model and task.
         """
         if not strength > 0:
-            raise EditError(f"strength={strength}", "it says how far a state is turned", "use more than 0; for the other way, swap the pairs' texts")
+            raise EditError(
+                f"strength={strength}", "it says how far a state is turned", "use more than 0; for the other way, swap the pairs' texts"
+            )
         units = self.values / self.values.norm(dim=-1, keepdim=True)
-        return [Edit(Site("mlp_out", site.layer), strength * units[i], "rotate", slice(None), scope="all") for i, site in enumerate(self.sites)]
+        return [
+            Edit(Site("mlp_out", site.layer), strength * units[i], "rotate", slice(None), scope="all") for i, site in enumerate(self.sites)
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each layer: `layer`, `norm`, `mean_norm`, and the `cosine` of the vector to the mean difference."""
@@ -107,7 +111,9 @@ def in_context_vector(
     """
     adapter = wrap(model)
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs) or len(pairs) < 2:
-        raise DataError(f"{len(pairs)} pairs", "two texts are a pair, and one pair has no principal component", "give two or more pairs of texts")
+        raise DataError(
+            f"{len(pairs)} pairs", "two texts are a pair, and one pair has no principal component", "give two or more pairs of texts"
+        )
     first, second = ([adapter.encode(text, bos=bos, chat=chat) for text in some] for some in zip(*pairs, strict=True))
     for x, y in zip(first, second, strict=True):
         if x.ids == y.ids:

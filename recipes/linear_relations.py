@@ -99,7 +99,9 @@ class LinearRelation(Result):
         if more:
             raise SiteError(f"{layer!r} as one layer", f"it is {1 + len(more)} of them", "name one")
         if site not in self.sites:
-            raise SiteError(f"{site} in this relation", f"it has {', '.join(map(str, self.sites))}", "use one of them, or make it with this layer")
+            raise SiteError(
+                f"{site} in this relation", f"it has {', '.join(map(str, self.sites))}", "use one of them, or make it with this layer"
+            )
         return self.sites.index(site)
 
     def affine(self, layer: Any = None, *, rank: int | None = None) -> Affine:
@@ -160,7 +162,11 @@ class LinearRelation(Result):
         """One row for each site: `site`, `layer`, `beta`, `validation`, `faithfulness`, one column for each control, `known`, `asked`."""
         import pandas as pd
 
-        columns: dict[str, Any] = {"site": [str(site) for site in self.sites], "layer": [site.layer for site in self.sites], "beta": self.beta.tolist()}
+        columns: dict[str, Any] = {
+            "site": [str(site) for site in self.sites],
+            "layer": [site.layer for site in self.sites],
+            "beta": self.beta.tolist(),
+        }
         columns |= {"validation": self.chosen_by.amax(-1).tolist(), "faithfulness": self.faithfulness.tolist()}
         columns |= {name: values.tolist() for name, values in self.controls.items()}
         return pd.DataFrame(columns | {"known": int(self.test_known.sum()), "asked": len(self.test)})
@@ -168,7 +174,13 @@ class LinearRelation(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Faithfulness by layer, with the other maps."""
         names = ("layer of the subject's state", f"faithfulness on {self.relation}")
-        return lines(ax, {"linear relation": self.faithfulness, **self.controls}, names, labels=self._labels(), title=f"{self.relation}, {self.card.model_id}")
+        return lines(
+            ax,
+            {"linear relation": self.faithfulness, **self.controls},
+            names,
+            labels=self._labels(),
+            title=f"{self.relation}, {self.card.model_id}",
+        )
 
     def plot_betas(self, ax: Axes | None = None) -> Axes:
         """Faithfulness on validation pairs by `beta`, at the best layer and two others."""
@@ -186,7 +198,9 @@ class LinearRelation(Result):
         """The singular values of `W` at the best layer, over the largest."""
         values = torch.linalg.svdvals(self.weight[self.best_index])
         names = (f"rank, layer {self._labels()[self.best_index]}", "singular value over the largest")
-        return lines(ax, {"singular value": values / values[0]}, names, title=f"Spectrum of the map of {self.relation}, {self.card.model_id}")
+        return lines(
+            ax, {"singular value": values / values[0]}, names, title=f"Spectrum of the map of {self.relation}, {self.card.model_id}"
+        )
 
     def _labels(self) -> list[str]:
         return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
@@ -252,7 +266,9 @@ def linear_relation(
     if queries is not None:
         check_counts(queries=queries)
     if ridge < 0 or not betas:
-        raise TokenError(f"ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use a ridge of 0 or more, and at least one beta")
+        raise TokenError(
+            f"ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use a ridge of 0 or more, and at least one beta"
+        )
     betas = sorted({float(beta) for beta in betas})
     train, validation, test = _parts(relation, n_train, queries, seed)
     shown = [relation.ask(x, train) for x, _ in train]
@@ -266,7 +282,9 @@ def linear_relation(
     known = {"validation": states.known[first], "test": states.known[second]}
     for name, some in known.items():
         nothing = DataError(
-            f"the model says none of the {name} objects of {relation.name!r}", "there is nothing to judge by", "use another relation or template"
+            f"the model says none of the {name} objects of {relation.name!r}",
+            "there is nothing to judge by",
+            "use another relation or template",
         )
         hold(some.any(), nothing)
     beta_values = torch.tensor(betas, dtype=found.output.dtype)
@@ -422,7 +440,9 @@ def attribute_lens(
     """
     adapter = wrap(model)
     check_model(adapter, relation)
-    sites = list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
+    sites = (
+        list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
+    )
     maps = {site: relation.affine(site) for site in sites}
     prompts = encode_prompts(adapter, prompts, bos, False)
     return patchscope(
@@ -446,7 +466,11 @@ def check_model(adapter: Adapter, relation: LinearRelation) -> None:
     """Raise if a relation is of another model, or is still being made."""
     if isinstance(relation.weight, Later):
         raise Refused(
-            "a relation whose numbers are not here yet", "which pairs are known, and the best layer, decide what is asked next", "leave the job first"
+            "a relation whose numbers are not here yet",
+            "which pairs are known, and the best layer, decide what is asked next",
+            "leave the job first",
         )
     if not relation.card.same_model(adapter.card):
-        raise EditError(f"a relation of {relation.card.model_id} in {adapter.card.model_id}", "its map is of another stream", "make it with this model")
+        raise EditError(
+            f"a relation of {relation.card.model_id} in {adapter.card.model_id}", "its map is of another stream", "make it with this model"
+        )

@@ -102,7 +102,9 @@ class LogitLens(Result):
             said = self.prompts[prompt]
             for s, site in enumerate(self.sites):
                 for r in range(k):
-                    rows.append((said.text, position, said.strings[position], self.own_tokens[n], site.name, site.layer, r, self.token(n, s, r)))
+                    rows.append(
+                        (said.text, position, said.strings[position], self.own_tokens[n], site.name, site.layer, r, self.token(n, s, r))
+                    )
         frame = pd.DataFrame(rows, columns=["prompt", "position", "after", "own_token", "site", "layer", "rank", "token"])
         of_token = {"logprob": self.logprobs, "own_logprob": self.own_logprobs}
         of_site = {"entropy": self.entropy, "kl": self.kl}
@@ -118,7 +120,10 @@ class LogitLens(Result):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
         single = len(self.rows) == len(self.prompts)
         chosen = [n for n, (of, _) in enumerate(self.rows) if single or of == prompt % len(self.prompts)]
-        names = [ending(self.prompts[of].text, 30) if single else f"{at} {self.prompts[of].strings[at]}" for of, at in (self.rows[n] for n in chosen)]
+        names = [
+            ending(self.prompts[of].text, 30) if single else f"{at} {self.prompts[of].strings[at]}"
+            for of, at in (self.rows[n] for n in chosen)
+        ]
         where = [[(n, s) for s in range(len(self.sites))] for n in chosen]
         return names, site_labels(self.sites), "prompt" if single else "token", "layer", where
 
@@ -135,7 +140,9 @@ class LogitLens(Result):
         chosen = [line[0][0] for line in where]
         said = [[self.token(n, s) for n, s in line] for line in where]
         limits = None if value in ("entropy", "kl") else (0, 1)
-        return heat_map(ax, values[chosen], said, rows, columns, (row_name, column_name, name), limits=limits, title=f"Logit lens, {self.card.model_id}")
+        return heat_map(
+            ax, values[chosen], said, rows, columns, (row_name, column_name, name), limits=limits, title=f"Logit lens, {self.card.model_id}"
+        )
 
     def _values(self, value: str) -> tuple[Tensor, str]:
         """`[n, site]` to draw, and what it is."""
@@ -178,7 +185,12 @@ class LogitLens(Result):
         curves = {name: mean[:, m] for m, name in enumerate(self.languages)}
         bands = {name: ((mean - error)[:, m].clamp(min=0), (mean + error)[:, m]) for m, name in enumerate(self.languages)}
         return lines(
-            ax, curves, ("layer", "probability"), labels=site_labels(self.sites), bands=bands, title=f"Languages through the logit lens, {self.card.model_id}"
+            ax,
+            curves,
+            ("layer", "probability"),
+            labels=site_labels(self.sites),
+            bands=bands,
+            title=f"Languages through the logit lens, {self.card.model_id}",
         )
 
     def view(self, *, prompt: int = 0) -> View:
@@ -251,7 +263,9 @@ def logit_lens(
     sites = layers_to_sites(layers, card)
     for site in sites:
         if site.name not in SITES:
-            raise SiteError(f"a logit lens at {site}", "it reads what is in the stream, before the final norm", f"use one of {', '.join(SITES)}")
+            raise SiteError(
+                f"a logit lens at {site}", "it reads what is in the stream, before the final norm", f"use one of {', '.join(SITES)}"
+            )
         adapter.require(site)
     check_counts(k=k)
     if isinstance(tokens, str):
@@ -309,7 +323,9 @@ def _language_ids(adapter: Adapter, languages: Any, n: int) -> tuple[tuple[str, 
     names = tuple(listed[0])
     if len(listed) != n or any(set(some) != set(names) for some in listed):
         raise DataError(
-            f"words in languages for {len(listed)} of {n} prompts", "each prompt has words in the same languages", "give one dict, or one for each prompt"
+            f"words in languages for {len(listed)} of {n} prompts",
+            "each prompt has words in the same languages",
+            "give one dict, or one for each prompt",
         )
     found = []
     for some in listed:
@@ -322,7 +338,11 @@ def _language_ids(adapter: Adapter, languages: Any, n: int) -> tuple[tuple[str, 
             for i in sets[-1]:
                 if i in seen:
                     text = adapter.tokenizer.decode([i])
-                    raise DataError(f"the token {text!r} begins words in {seen[i]} and in {name}", f"{dict(some)} would count it twice", "use other words")
+                    raise DataError(
+                        f"the token {text!r} begins words in {seen[i]} and in {name}",
+                        f"{dict(some)} would count it twice",
+                        "use other words",
+                    )
                 seen[i] = name
         found.append(sets)
     width = max(len(ids) for sets in found for ids in sets)

@@ -110,7 +110,10 @@ class Patchscope(Result):
                     if self.texts:
                         row |= {"text": self.texts[n][p], "control_text": self.control_texts[n]}
                     for m, word in enumerate(self.wanted):
-                        row |= {f"logprob {word}": float(self.wanted_logprobs[n, p, m]), f"control_logprob {word}": float(self.control_wanted_logprobs[n, m])}
+                        row |= {
+                            f"logprob {word}": float(self.wanted_logprobs[n, p, m]),
+                            f"control_logprob {word}": float(self.control_wanted_logprobs[n, m]),
+                        }
                     rows.append(row)
         return pd.DataFrame(rows)
 
@@ -257,14 +260,18 @@ def patchscope(
     targets = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
     if len(targets) not in (1, len(sources)):
         raise TokenError(
-            f"{len(targets)} target prompts for {len(sources)} source prompts", "a source needs a target", "give one target, or one for each source"
+            f"{len(targets)} target prompts for {len(sources)} source prompts",
+            "a source needs a target",
+            "give one target, or one for each source",
         )
     writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
     reads_at = [_one_token(source_position, coded) for coded in sources]
     says_at = [_one_token(readout_position, coded) for coded in targets]
     for written, said_at in zip(writes_at, says_at, strict=True):
         if said_at < written:
-            raise TokenError(f"a patch of token {written} cannot reach token {said_at}", "tokens see only those before them", "read a later token")
+            raise TokenError(
+                f"a patch of token {written} cannot reach token {said_at}", "tokens see only those before them", "read a later token"
+            )
     pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
     if map is None and reader.card.d_model != writer.card.d_model:
         raise EditError(
@@ -287,7 +294,9 @@ def patchscope(
     final = Site("resid_post", reader.card.n_layers - 1)
     each = Each(tuple(reads_at))
     read_reply = reader.run(
-        Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]), progress=progress, checkpoint=checkpoint
+        Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]),
+        progress=progress,
+        checkpoint=checkpoint,
     )
     *states, own = (reading.values for reading in read_reply.readings)
     place = {site: i for i, site in enumerate(reads)}
@@ -296,7 +305,9 @@ def patchscope(
     for x in mapped:
         if x.shape != (len(sources), writer.card.d_model):
             raise EditError(
-                f"the map gave shape {list(x.shape)}", f"for {len(sources)} states of a model whose width is {writer.card.d_model}", "return [n, d_target]"
+                f"the map gave shape {list(x.shape)}",
+                f"for {len(sources)} states of a model whose width is {writer.card.d_model}",
+                "return [n, d_target]",
             )
     values = torch.stack(mapped, 1)  # [n, pairs, d_target]
 
@@ -322,7 +333,14 @@ def patchscope(
         precision = ids[..., 0] == source_ids[:, None]
         surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
     settings = {"source_position": str(source_position), "target_position": str(target_position), "readout_position": str(readout_position)}
-    settings |= {"map": "identity" if map is None else type(map).__name__, "generate": generate, "k": k, "bos": bos, "chat": chat, "cost": reply.cost}
+    settings |= {
+        "map": "identity" if map is None else type(map).__name__,
+        "generate": generate,
+        "k": k,
+        "bos": bos,
+        "chat": chat,
+        "cost": reply.cost,
+    }
     return Patchscope(
         source_card=reader.card,
         target_card=writer.card,
@@ -368,7 +386,9 @@ def _one_token(position: Position, coded: Tokens) -> int:
     found = resolve(position, coded)
     if len(found) != 1:
         raise TokenError(
-            f"the source position {position!r} is {len(found)} tokens", "one state is read from each prompt", "give one index, or a text's first or last token"
+            f"the source position {position!r} is {len(found)} tokens",
+            "one state is read from each prompt",
+            "give one index, or a text's first or last token",
         )
     return found[0]
 
@@ -379,13 +399,17 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
         for site in reads:
             if site.layer is not None and site.layer >= target.n_layers:
                 raise SiteError(
-                    f"no site '{site}' in the target model", f"it has layers 0 to {target.n_layers - 1}", "give target_layers, or fewer source_layers"
+                    f"no site '{site}' in the target model",
+                    f"it has layers 0 to {target.n_layers - 1}",
+                    "give target_layers, or fewer source_layers",
                 )
         return [(site, site) for site in reads]
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
 
 
-def check_asked(writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[int], tokens: Sequence[str | int], k: int, generate: int) -> Tensor:
+def check_asked(
+    writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[int], tokens: Sequence[str | int], k: int, generate: int
+) -> Tensor:
     """The ids `[target, m]` of the tokens asked for after each target's token; raises if what is asked of the model cannot be told."""
     if isinstance(tokens, str):
         raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
@@ -397,7 +421,9 @@ def check_asked(writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[in
             f"this model reads at most {writer.card.n_ctx}",
             "shorten the target or decode less",
         )
-    return torch.tensor([[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long)
+    return torch.tensor(
+        [[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long
+    )
 
 
 def wanted_words(writer: Adapter, tokens: Sequence[str | int]) -> tuple[str, ...]:

@@ -45,7 +45,11 @@ def directional_ablation(vector: Vector) -> list[Edit]:
 
 def _ablation(values: Tensor, card: ModelCard, site: Site) -> list[Edit]:
     if site.name not in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
-        raise EditError(f"ablation of a vector at {site}", "it is no direction of the stream", "use a vector of resid_pre, resid_post, attn_out or mlp_out")
+        raise EditError(
+            f"ablation of a vector at {site}",
+            "it is no direction of the stream",
+            "use a vector of resid_pre, resid_post, attn_out or mlp_out",
+        )
     sites = [Site(name, layer) for layer in range(card.n_layers) for name in ("resid_pre", "attn_out", "mlp_out")]
     return [Edit(place, values, "project_out", slice(None), scope="all") for place in sites]
 
@@ -81,14 +85,24 @@ class DirectionChoice(Result):
         if not left or self.why:
             return None
         _, p, s = min(left)
-        return Vector(self.card, self.sites[s], self.values[p, s], self.positions[p], self.template, "select_direction", dict(self.settings))
+        return Vector(
+            self.card, self.sites[s], self.values[p, s], self.positions[p], self.template, "select_direction", dict(self.settings)
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each candidate: `position`, `site`, `layer`, `ablation`, `addition`, `kl`, `discarded` (why, or nothing)."""
         import pandas as pd
 
         rows = [
-            (position, str(site), site.layer, float(self.ablation[p, s]), float(self.addition[p, s]), float(self.kl[p, s]), self.discarded[p][s])
+            (
+                position,
+                str(site),
+                site.layer,
+                float(self.ablation[p, s]),
+                float(self.addition[p, s]),
+                float(self.kl[p, s]),
+                self.discarded[p][s],
+            )
             for p, position in enumerate(self.positions)
             for s, site in enumerate(self.sites)
         ]
@@ -155,9 +169,13 @@ def select_direction(
     """
     adapter = wrap(model)
     if not isinstance(candidates, ContrastVectors) or any(site.name != "resid_pre" for site in candidates.sites):
-        raise DataError("candidates that are not of resid_pre", "they are added where blocks begin", 'use hb.contrast_vector(..., site="resid_pre")')
+        raise DataError(
+            "candidates that are not of resid_pre", "they are added where blocks begin", 'use hb.contrast_vector(..., site="resid_pre")'
+        )
     if not candidates.card.same_model(adapter.card) or candidates.card.d_model != adapter.card.d_model:
-        raise SiteError(f"candidates of {candidates.card.model_id} in {adapter.card.model_id}", "they are different spaces", "make them with this model")
+        raise SiteError(
+            f"candidates of {candidates.card.model_id} in {adapter.card.model_id}", "they are different spaces", "make them with this model"
+        )
     sides = [encode_prompts(adapter, prompts, bos, chat) for prompts in (positive, negative)]
     if {t.ids for t in sides[0]} & {t.ids for t in sides[1]}:
         raise DataError("a prompt that is positive and negative", "it gets the answer or does not", "leave it out of one")
@@ -166,12 +184,18 @@ def select_direction(
     prompts = sides[0] + sides[1]
     asked = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, word) for word in tokens] for prompt in prompts])
     n, n_layers = len(sides[0]), adapter.card.n_layers
-    runs = [(p, s) for p in range(len(candidates.positions)) for s, site in enumerate(candidates.sites) if (site.layer or 0) < TOP * n_layers]
+    runs = [
+        (p, s) for p in range(len(candidates.positions)) for s, site in enumerate(candidates.sites) if (site.layer or 0) < TOP * n_layers
+    ]
     if not runs:
-        raise DataError("candidates in the last layers only", f"those from layer {TOP:g} * {n_layers} on are discarded", "give earlier layers")
+        raise DataError(
+            "candidates in the last layers only", f"those from layer {TOP:g} * {n_layers} on are discarded", "give earlier layers"
+        )
 
     def run(rows: list[Row], logits: bool) -> Any:
-        reply = adapter.run(Request(prompts, rows, (), Readout(tokens=asked[[row.prompt for row in rows]], logits=logits)), progress=progress)
+        reply = adapter.run(
+            Request(prompts, rows, (), Readout(tokens=asked[[row.prompt for row in rows]], logits=logits)), progress=progress
+        )
         assert reply.readout is not None
         return _log_odds(reply.readout.token_logprobs), reply.readout.logits
 
@@ -193,7 +217,14 @@ def select_direction(
     shape = candidates.values.shape[:2]
     every = torch.full((3, shape[0] * shape[1]), float("nan"), dtype=torch.float64).index_copy(1, places, numbers).unflatten(1, shape)
     counts = torch.stack([some.sum() for some in kept])
-    settings = {"tokens": [str(word) for word in tokens], "max_kl": max_kl, "filter": filter, "prompts": [n, len(prompts) - n], "kept": counts, "chat": chat}
+    settings = {
+        "tokens": [str(word) for word in tokens],
+        "max_kl": max_kl,
+        "filter": filter,
+        "prompts": [n, len(prompts) - n],
+        "kept": counts,
+        "chat": chat,
+    }
     return DirectionChoice(
         card=adapter.card,
         sites=candidates.sites,
@@ -231,7 +262,9 @@ def _discarded(every: Tensor, layers: Sequence[int], n_layers: int, max_kl: floa
             return f"ablation changes negative prompts: KL {kl:.3f} > {max_kl:g}"
         return f"addition does not bring the answer: {addition:.2f} < 0" if addition < 0 else ""
 
-    return tuple(tuple(reason(layer, *numbers) for layer, numbers in zip(layers, line, strict=True)) for line in every.permute(1, 2, 0).tolist())
+    return tuple(
+        tuple(reason(layer, *numbers) for layer, numbers in zip(layers, line, strict=True)) for line in every.permute(1, 2, 0).tolist()
+    )
 
 
 def _why(every: Tensor, counts: Tensor, layers: Sequence[int], n_layers: int, max_kl: float) -> str:

@@ -100,7 +100,9 @@ class RelationEdits(Result):
             for j, rank in enumerate(self.ranks):
                 numbers = {"validation": self.validation, "success": self.success, "random": self.random}
                 numbers |= {"kl": self.divergence, "random_kl": self.random_divergence}
-                row = {"site": str(site), "layer": site.layer, "rank": rank} | {name: float(values[i, j]) for name, values in numbers.items()}
+                row = {"site": str(site), "layer": site.layer, "rank": rank} | {
+                    name: float(values[i, j]) for name, values in numbers.items()
+                }
                 rows.append(row | {"substituted": float(self.substituted[i])})
         return pd.DataFrame(rows)
 
@@ -121,20 +123,34 @@ class RelationEdits(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Success by layer at the best rank, with its controls."""
         rank = self.best_index[1]
-        curves = {f"edit, rank {self.ranks[rank]}": self.success[:, rank], "random": self.random[:, rank], "the other's state": self.substituted}
-        return lines(ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels(), title=self._title())
+        curves = {
+            f"edit, rank {self.ranks[rank]}": self.success[:, rank],
+            "random": self.random[:, rank],
+            "the other's state": self.substituted,
+        }
+        return lines(
+            ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels(), title=self._title()
+        )
 
     def plot_ranks(self, ax: Axes | None = None) -> Axes:
         """Success by rank at the best layer."""
         site = self.best_index[0]
         curves = {f"edit, layer {self._labels()[site]}": self.success[site], "random": self.random[site]}
-        return lines(ax, curves, ("rank", f"says the other object of {self.relation}"), labels=[str(rank) for rank in self.ranks], title=self._title())
+        return lines(
+            ax,
+            curves,
+            ("rank", f"says the other object of {self.relation}"),
+            labels=[str(rank) for rank in self.ranks],
+            title=self._title(),
+        )
 
     def plot_divergence(self, ax: Axes | None = None) -> Axes:
         """What else changes, by layer at the best rank."""
         rank = self.best_index[1]
         curves = {f"edit, rank {self.ranks[rank]}": self.divergence[:, rank], "random": self.random_divergence[:, rank]}
-        return lines(ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels(), title=self._title())
+        return lines(
+            ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels(), title=self._title()
+        )
 
     def _title(self) -> str:
         return f"Edits of {self.relation}, {self.card.model_id}"
@@ -196,14 +212,22 @@ def edit_relation(
     ranks = tuple([rank for rank in RANKS if rank < d] + [d] if ranks is None else ranks)
     if not ranks or not all(1 <= rank <= d for rank in ranks):
         raise EditError(f"ranks={list(ranks)}", f"W has ranks 1 to {d}", "use some of them")
-    sites = list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
+    sites = (
+        list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
+    )
     if not unrelated:
         raise DataError("no unrelated sentences", "they show what else changes", "give one or more")
     drawn = {part: _changes(relation.pairs(part), changes, part, relation.relation, seed) for part in ("validation", "test")}
     every, n_validation = [*drawn["validation"], *drawn["test"]], len(drawn["validation"])
-    sentences = [Relation((change[:2],), "unrelated", templates=(text,)).ask(change[0]) for change in drawn["test"][:n_unrelated] for text in unrelated]
+    sentences = [
+        Relation((change[:2],), "unrelated", templates=(text,)).ask(change[0])
+        for change in drawn["test"][:n_unrelated]
+        for text in unrelated
+    ]
 
-    subjects = {pair: i for i, pair in enumerate(dict.fromkeys(pair for x, y, other, wanted in every for pair in ((x, y), (other, wanted))))}
+    subjects = {
+        pair: i for i, pair in enumerate(dict.fromkeys(pair for x, y, other, wanted in every for pair in ((x, y), (other, wanted))))
+    }
     states = subject_states(adapter, [relation.ask(*pair) for pair in subjects], sites, progress)
     own, other = [subjects[x, y] for x, y, _, _ in every], [subjects[x, y] for _, _, x, y in every]
     moves = torch.stack([_moves(relation, site, states.final[other] - states.final[own], ranks) for site in sites])
@@ -244,7 +268,9 @@ def _changes(pairs: Sequence[Pair], n: int, part: str, name: str, seed: int) -> 
     """Known pairs, each with another whose object is wanted instead."""
     if len({y for _, y in pairs}) < 2:
         raise DataError(
-            f"{len(pairs)} known {part} pairs of {name!r} to change", "there is no other object to change to", "use a relation that the model knows better"
+            f"{len(pairs)} known {part} pairs of {name!r} to change",
+            "there is no other object to change to",
+            "use a relation that the model knows better",
         )
     draw = random.Random(f"{seed} {part} {name}")
     return [(*pair, *draw.choice([one for one in pairs if one[1] != pair[1]])) for pair in draw.sample(pairs, min(n, len(pairs)))]
@@ -262,7 +288,10 @@ def _rows(sites: Sequence[Site], values: Tensor, asked: Sequence[tuple[int, int,
     """For each change, prompt and place in `asked` every site and rank of `values` `[site, rank, change, d_model]`."""
     apart = [[some.unbind(0) for some in value.unbind(0)] for value in values.unbind(0)]
     return [
-        Row(prompt, (Edit(site, some[i], "add", place),)) for i, prompt, place in asked for site, by_rank in zip(sites, apart, strict=True) for some in by_rank
+        Row(prompt, (Edit(site, some[i], "add", place),))
+        for i, prompt, place in asked
+        for site, by_rank in zip(sites, apart, strict=True)
+        for some in by_rank
     ]
 
 
@@ -324,7 +353,9 @@ def change_answer(
     if not donors:
         objects = ", ".join(sorted({y for _, y in every})[:8])
         raise DataError(
-            f"no subject of {relation.relation!r} whose object is {answer!r}", "its state says what to move to", f"use another object, such as {objects}"
+            f"no subject of {relation.relation!r} whose object is {answer!r}",
+            "its state says what to move to",
+            f"use another object, such as {objects}",
         )
     check_counts(max_new_tokens=max_new_tokens)
     site = relation.sites[relation.place(layer)]

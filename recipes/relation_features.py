@@ -88,18 +88,31 @@ class RelationFeatures(Result):
         import pandas as pd
 
         chosen = self.features.tolist()
-        columns: dict[str, Any] = {"part": "feature", "feature": chosen, "activation": self.activations.tolist(), "contribution": self.contributions.tolist()}
+        columns: dict[str, Any] = {
+            "part": "feature",
+            "feature": chosen,
+            "activation": self.activations.tolist(),
+            "contribution": self.contributions.tolist(),
+        }
         columns |= {"says": [" ".join(self.vocab[i].strip() for i in line) for line in self.token_ids.tolist()]}
         columns |= {"label": [self.labels.get(i, "") for i in chosen], "link": [self.links.get(i, "") for i in chosen]}
         others = {"decoder bias": self.decoder_bias, "error": self.error, "bias": self.bias, "constant": self.constant}
-        rest = pd.DataFrame({"part": list(others), "contribution": [float(value) for value in others.values()], "says": "", "label": "", "link": ""})
+        rest = pd.DataFrame(
+            {"part": list(others), "contribution": [float(value) for value in others.values()], "says": "", "label": "", "link": ""}
+        )
         return pd.concat([pd.DataFrame(columns), rest], ignore_index=True).astype({"feature": "Int64"})
 
     def plot(self, ax: Axes | None = None, *, n: int = 15) -> Axes:
         """The `n` largest contributions, and the other parts."""
         names = [*feature_names(self.features[:n].tolist(), self.labels), "other features", "decoder bias", "error", "bias"]
         others = torch.stack([self.contributions[n:].sum(), self.decoder_bias, self.error, self.bias])
-        return bars(ax, names, torch.cat([self.contributions[:n], others]), f"logit of {self.answer!r} over others, by {self.relation}", title=self._title())
+        return bars(
+            ax,
+            names,
+            torch.cat([self.contributions[:n], others]),
+            f"logit of {self.answer!r} over others, by {self.relation}",
+            title=self._title(),
+        )
 
     def view(self) -> View:
         """The table of `to_frame()`."""
@@ -149,13 +162,21 @@ def relation_features(
     check_model(adapter, relation)
     relation.place(sae.site)
     if sae.site != sae.out:
-        raise Refused("features of a transcoder in a relation", f"its decoder makes {sae.out}, and the map takes a state", f"use an SAE of {sae.site}")
+        raise Refused(
+            "features of a transcoder in a relation", f"its decoder makes {sae.out}, and the map takes a state", f"use an SAE of {sae.site}"
+        )
     if adapter.remote:
         raise Refused(
-            "features of a relation on a remote model", "which features are active decides what is asked next, and gradients are needed", "load the model here"
+            "features of a relation on a remote model",
+            "which features are active decides what is asked next, and gradients are needed",
+            "load the model here",
         )
     check_counts(k=k)
-    others = tuple(dict.fromkeys(y for pairs in (relation.train, relation.validation, relation.test) for _, y in pairs)) if against is None else tuple(against)
+    others = (
+        tuple(dict.fromkeys(y for pairs in (relation.train, relation.validation, relation.test) for _, y in pairs))
+        if against is None
+        else tuple(against)
+    )
     others = tuple(other for other in others if other != answer) if against is None else others
     if not others:
         raise DataError(f"{answer!r} against no other answer", "a logit alone means nothing", "give against=, a list of other objects")
@@ -166,11 +187,15 @@ def relation_features(
         raise DataError(f"{answer!r} against {others!r}", "two of them begin with the same token", "leave the other one out")
     others, ids = tuple(others[i] for i in kept), torch.cat([ids[:1], ids[1:][kept].unique()])
     if len(ids) < 2:
-        raise DataError(f"{answer!r} against no other answer", "all others begin with the same token", "give against=, a list of other objects")
+        raise DataError(
+            f"{answer!r} against no other answer", "all others begin with the same token", "give against=, a list of other objects"
+        )
     if isinstance(subject, Vector):
         if not subject.card.same_model(adapter.card) or subject.site != sae.site:
             raise SiteError(
-                f"a state at {subject.site} of {subject.card.model_id}", f"the SAE is at {sae.site} of {adapter.card.model_id}", "give a state there"
+                f"a state at {subject.site} of {subject.card.model_id}",
+                f"the SAE is at {sae.site} of {adapter.card.model_id}",
+                "give a state there",
             )
         return _told(adapter, relation, sae, subject.values, subject.recipe or "vector", answer, others, ids, k)
     states = subject_states(adapter, [relation.ask(subject, answer)], [sae.site], progress)
@@ -178,7 +203,15 @@ def relation_features(
 
 
 def _told(
-    adapter: Adapter, relation: LinearRelation, sae: AttachedSAE, state: Tensor, subject: str, answer: str, others: tuple[str, ...], ids: Tensor, k: int
+    adapter: Adapter,
+    relation: LinearRelation,
+    sae: AttachedSAE,
+    state: Tensor,
+    subject: str,
+    answer: str,
+    others: tuple[str, ...],
+    ids: Tensor,
+    k: int,
 ) -> RelationFeatures:
     found = decompose(Vector(adapter.card, sae.site, state), sae, method="encode")
     affine = relation.affine(sae.site)

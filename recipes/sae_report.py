@@ -91,7 +91,12 @@ class SAEReport(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars that are 1 for a perfect SAE: explained variance, cosine, loss recovered, and features that are active at all."""
-        shares = {"explained variance": 1 - self.fvu, "cosine": self.cosine, "loss recovered": self.loss_recovered, "features active": 1 - self.dead}
+        shares = {
+            "explained variance": 1 - self.fvu,
+            "cosine": self.cosine,
+            "loss recovered": self.loss_recovered,
+            "features active": 1 - self.dead,
+        }
         title = f"SAE of {self.out}, {self.l0:.1f} features active on a token, {self.card.model_id}"
         ax = bars(ax, list(shares), torch.tensor(list(shares.values())), "1 for a perfect SAE", title=title)
         ax.bar_label(ax.containers[-1], fmt="%.3f", padding=3, fontsize=8)  # type: ignore[arg-type]
@@ -133,7 +138,9 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
     """
     adapter = checked(sae).model
     if sae.out.name == "final_norm":
-        raise Refused(f"a report on an SAE of {sae.out}", "nothing comes after it but the unembedding", "use feature_activations and sae.reconstruct")
+        raise Refused(
+            f"a report on an SAE of {sae.out}", "nothing comes after it but the unembedding", "use feature_activations and sae.reconstruct"
+        )
     splice, end = sae.splice(keep_error=False), Site("resid_post", adapter.card.n_layers - 1)
     found, costs, n, predicted = Stream(_Sums(sae)), [], 0, 0
     for prompts in batches(sae, texts, batch, progress):

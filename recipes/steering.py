@@ -70,12 +70,17 @@ class Steering(Result):
         """One row for each prompt, vector (`none`, `vector` or `random`), site and strength: those, `layer`, `score`, and `text` if one was generated."""
         import pandas as pd
 
-        places = [(name, str(site), site.layer, strength) for name in ("vector", "random") for site in self.sites for strength in self.strengths]
+        places = [
+            (name, str(site), site.layer, strength) for name in ("vector", "random") for site in self.sites for strength in self.strengths
+        ]
         rows = [
             (prompt.text, *place, score, text)
             for n, prompt in enumerate(self.prompts)
             for place, score, text in zip(
-                [("none", "", None, 0.0), *places], self.numbers[n].tolist(), self.said[n] if self.said else [None] * (1 + len(places)), strict=True
+                [("none", "", None, 0.0), *places],
+                self.numbers[n].tolist(),
+                self.said[n] if self.said else [None] * (1 + len(places)),
+                strict=True,
             )
         ]
         frame = pd.DataFrame(rows, columns=["prompt", "vector", "site", "layer", "strength", "score", "text"]).astype({"layer": "Int64"})
@@ -87,11 +92,17 @@ class Steering(Result):
         title = f"Steering {self.card.model_id}, {self.sites[0] if len(self.sites) == 1 else f'{len(self.sites)} sites'}"
         if len(self.sites) == 1:
             feature = self.settings.get("feature")
-            mine, kind, over = (str(self.sites[0]), "vector", "strength") if feature is None else (f"feature {feature}", "feature", "clamped to")
+            mine, kind, over = (
+                (str(self.sites[0]), "vector", "strength") if feature is None else (f"feature {feature}", "feature", "clamped to")
+            )
             curves = {mine: mean[0], f"random {kind}": self.random.mean(0)[0]}
             return lines(ax, curves, (over, self.metric), labels=labels, levels={f"no {kind}": float(self.base.mean())}, title=title)
         sites = [str(site) for site in self.sites]
-        words, names, signed = [[f"{x:.2f}" for x in line] for line in mean.tolist()], ("site", "strength", self.metric), bool(mean.min() < 0)
+        words, names, signed = (
+            [[f"{x:.2f}" for x in line] for line in mean.tolist()],
+            ("site", "strength", self.metric),
+            bool(mean.min() < 0),
+        )
         return heat_map(ax, mean, words, sites, labels, names, limits=None, signed=signed, title=title)
 
     def view(self) -> View:
@@ -195,7 +206,11 @@ def steered(
 ) -> Steering:
     """What `steer` does once the edits are there: those of every site and strength, then their controls."""
     if (tokens is None) == (score is None):
-        raise DataError("tokens and score" if tokens is not None else "no score", "one of them says what counts", "give either tokens=(words, words) or score=")
+        raise DataError(
+            "tokens and score" if tokens is not None else "no score",
+            "one of them says what counts",
+            "give either tokens=(words, words) or score=",
+        )
     check_counts(0, generate=generate)
     if score is not None and not generate:
         raise TokenError(f"generate={generate}", "the score is of generated texts", "say how many tokens to generate")
@@ -227,7 +242,9 @@ def _chosen(adapter: Adapter, vectors: Any, layers: Any) -> list[Vector]:
     if isinstance(vectors, ContrastVectors):
         if len(vectors.positions) > 1:
             raise TokenError(
-                f"vectors of the positions {', '.join(vectors.positions)}", "one is added", "choose: [found.vector(layer, position) for layer in ...]"
+                f"vectors of the positions {', '.join(vectors.positions)}",
+                "one is added",
+                "choose: [found.vector(layer, position) for layer in ...]",
             )
         sites = vectors.sites if layers is None else layers_to_sites(layers, vectors.card, vectors.sites[0].name)
         chosen = [vectors.vector(site) for site in sites]
@@ -238,7 +255,9 @@ def _chosen(adapter: Adapter, vectors: Any, layers: Any) -> list[Vector]:
         chosen = list(vectors)
         if layers is not None or not chosen or not all(isinstance(v, Vector) for v in chosen):
             raise EditError(
-                f"{len(chosen)} vectors with layers={layers!r}", "several vectors have their own sites", "give hookbook.Vectors, and leave layers out"
+                f"{len(chosen)} vectors with layers={layers!r}",
+                "several vectors have their own sites",
+                "give hookbook.Vectors, and leave layers out",
             )
         if len({v.site for v in chosen}) < len(chosen):
             raise SiteError("several vectors at one site", "they would be one place in the result", "call steer for each")

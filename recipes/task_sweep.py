@@ -82,8 +82,17 @@ class TaskSweep(Result):
         """Accuracy by layer, with the controls, and the model's own accuracy with and without examples."""
         curves = {self.mode: self.accuracy, **self.controls}
         levels = {"with examples": float(self.few_shot), "without": float(self.zero_shot)}
-        labels = [str(site.layer) for site in self.sites] if len({site.name for site in self.sites}) == 1 else [str(site) for site in self.sites]
-        return lines(ax, curves, ("layer", f"accuracy on {self.task}"), labels=labels, levels=levels, title=f"{self.task}, {self.mode}, {self.card.model_id}")
+        labels = (
+            [str(site.layer) for site in self.sites] if len({site.name for site in self.sites}) == 1 else [str(site) for site in self.sites]
+        )
+        return lines(
+            ax,
+            curves,
+            ("layer", f"accuracy on {self.task}"),
+            labels=labels,
+            levels=levels,
+            title=f"{self.task}, {self.mode}, {self.card.model_id}",
+        )
 
 
 def judge(
@@ -116,7 +125,11 @@ def judge(
             where[name] = range(len(asked), len(asked) + n)
             asked += parts.test.questions(parts.train, shots, n, seed=seed, shuffled=wrong)
     prompts, answers = coded(adapter, asked)
-    runs: list[tuple[str, str, list[Any]]] = [("zero_shot", "test", [None]), ("few_shot", "examples", [None]), ("validation", "validation", named[""])]
+    runs: list[tuple[str, str, list[Any]]] = [
+        ("zero_shot", "test", [None]),
+        ("few_shot", "examples", [None]),
+        ("validation", "validation", named[""]),
+    ]
     runs += [("control " + name, "test", edits) for name, edits in named.items()]
     runs += [("misled none", "misled", [None])] * bool(misled) + [("misled " + name, "misled", named[name]) for name in misled]
     rows, numbers, ends = [], [], []

@@ -92,7 +92,14 @@ def task_vector(
     settings |= {key: measured.pop(key) for key in ("cost", "queries")}
     template = task.template.query + task.template.answer
     return TaskVectors(
-        card=adapter.card, task=task.name, template=template, mode=mode, sites=tuple(sites), values=later(plain, means[""]), settings=settings, **measured
+        card=adapter.card,
+        task=task.name,
+        template=template,
+        mode=mode,
+        sites=tuple(sites),
+        values=later(plain, means[""]),
+        settings=settings,
+        **measured,
     )
 
 
@@ -189,7 +196,11 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
     """
     adapter = wrap(model)
     order = list(task.pairs)
-    asked = [question for at, (x, y) in enumerate(order) for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)]
+    asked = [
+        question
+        for at, (x, y) in enumerate(order)
+        for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)
+    ]
     prompts, answers = coded(adapter, asked)
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
     assert reply.readout is not None
@@ -199,7 +210,9 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
 def _kept(task: Task, right: Any) -> Task:
     pairs = tuple(pair for pair, ok in zip(task.pairs, right.tolist(), strict=True) if ok)
     if not pairs:
-        raise DataError(f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model")
+        raise DataError(
+            f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model"
+        )
     return replace(task, pairs=pairs)
 
 

@@ -58,10 +58,17 @@ class TwoHops(Result):
         """`[n]`: whether a shortcut gives the answer."""
         return self.right["entity_shortcut"] | self.right["relation_shortcut"]
 
-    def select(self, *, first: bool | None = True, second: bool | None = True, composed: bool | None = None, shortcut: bool | None = None) -> list[int]:
+    def select(
+        self, *, first: bool | None = True, second: bool | None = True, composed: bool | None = None, shortcut: bool | None = None
+    ) -> list[int]:
         """The numbers of the questions whose parts are answered or not, such as `select(composed=False)`: both hops are known, and the question is not
         answered. None: either way. The paper's sets leave out those with a shortcut (`shortcut=False`)."""
-        asked = ((first, self.right["first"]), (second, self.right["second"]), (composed, self.right["composed"]), (shortcut, self.shortcut))
+        asked = (
+            (first, self.right["first"]),
+            (second, self.right["second"]),
+            (composed, self.right["composed"]),
+            (shortcut, self.shortcut),
+        )
         chosen = torch.ones(len(self.answers), dtype=torch.bool)
         for want, found in asked:
             chosen &= found == want if want is not None else True
@@ -85,7 +92,11 @@ class TwoHops(Result):
                     row |= {"first": first, "second": second}
                     for name, some in (("", mine), ("_clean", [i for i in mine if not self.shortcut[i]])):
                         composed = int(self.right["composed"][some].sum())
-                        row |= {f"n{name}": len(some), f"composed{name}": composed, f"rate{name}": composed / len(some) if some else float("nan")}
+                        row |= {
+                            f"n{name}": len(some),
+                            f"composed{name}": composed,
+                            f"rate{name}": composed / len(some) if some else float("nan"),
+                        }
                     rows.append(row)
         return pd.DataFrame(rows)
 
@@ -110,7 +121,9 @@ class TwoHops(Result):
 
     def view(self) -> View:
         """The cells, of all questions and of each pair of relations."""
-        return View.table(self.cells(), "Composed questions, by which hops are known") + View.table(self.cells(by_chain=True), "Of each pair of relations")
+        return View.table(self.cells(), "Composed questions, by which hops are known") + View.table(
+            self.cells(by_chain=True), "Of each pair of relations"
+        )
 
 
 @recipe
@@ -143,7 +156,10 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         3
     """
     adapter = wrap(model)
-    ways = [[question, question.first, question.second, question.entity_shortcut, question.relation_shortcut] for question in check_hops(questions)]
+    ways = [
+        [question, question.first, question.second, question.entity_shortcut, question.relation_shortcut]
+        for question in check_hops(questions)
+    ]
     distinct = list(dict.fromkeys(Question(way.text, way.answer) for some in ways for way in some))
     place = {question: i for i, question in enumerate(distinct)}
     numbers = [[place[Question(way.text, way.answer)] for way in some] for some in ways]

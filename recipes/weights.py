@@ -48,13 +48,21 @@ def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) ->
     adapter: Any = load(os.fspath(model), dtype="auto") if isinstance(model, (str, os.PathLike)) else wrap(model)
     names = next((names for key in ("where", "names") if hasattr(names := getattr(adapter, key, None), "writer_paths")), None)
     if adapter.remote or names is None:
-        raise Refused(f"new weights of {adapter.card.model_id}", "this adapter holds no Hugging Face model", "give the name or folder it was loaded from")
+        raise Refused(
+            f"new weights of {adapter.card.model_id}",
+            "this adapter holds no Hugging Face model",
+            "give the name or folder it was loaded from",
+        )
     if getattr(adapter.model, "compatibility_mode", False):
-        raise Refused(f"new weights of {adapter.card.model_id}", "this bridge has processed weights", "give the name or folder it was loaded from")
+        raise Refused(
+            f"new weights of {adapter.card.model_id}", "this bridge has processed weights", "give the name or folder it was loaded from"
+        )
     if "embed_ln" in names.names.component_mapping:
         raise Refused(f"new weights of {adapter.card.model_id}", "a norm follows its embedding", "use hookbook.directional_ablation")
     if vector.values.shape != (adapter.card.d_model,) or not bool(vector.values.any()):
-        raise ModelError(f"a direction of shape {list(vector.values.shape)}", f"this model's stream has width {adapter.card.d_model}", "use one of it")
+        raise ModelError(
+            f"a direction of shape {list(vector.values.shape)}", f"this model's stream has width {adapter.card.d_model}", "use one of it"
+        )
     new = _copy(names.module)
     writers = [names.writer_paths(name, layer) for layer in range(adapter.card.n_layers) for name in ("head_z", "mlp_act")]
     with torch.no_grad():
@@ -76,7 +84,9 @@ def _copy(source: Any) -> Any:
         new.load_state_dict({key: old[key].detach().cpu().clone() for key in new.state_dict()}, assign=True)
     except (KeyError, RuntimeError) as error:
         raise Refused(
-            f"a copy of {type(source).__name__}", f"its weights are not where its class has them ({error})", "give the name or folder it was loaded from"
+            f"a copy of {type(source).__name__}",
+            f"its weights are not where its class has them ({error})",
+            "give the name or folder it was loaded from",
         ) from error
     new.generation_config = copy.deepcopy(source.generation_config)
     return new
@@ -89,7 +99,9 @@ def _edit(new: Any, writers: list[tuple[str, str | None]], r: Tensor) -> None:
     for module in embeddings.values():
         if module.weight.shape[1] != d_model:
             raise Refused(
-                "an embedding of another width", f"{list(module.weight.shape)} is projected before it reaches the stream", "edit the weights yourself"
+                "an embedding of another width",
+                f"{list(module.weight.shape)} is projected before it reaches the stream",
+                "edit the weights yourself",
             )
         _project(module.weight, -1, r)
     for path, norm in writers:
@@ -109,7 +121,9 @@ def _gain(norm: Any, name: str, d_model: int) -> Tensor:
     gain, x = norm(torch.ones(d_model, dtype=torch.float64)), torch.linspace(-1, 2, d_model, dtype=torch.float64)
     scaled = norm(x)
     if (scaled - gain * x / x.square().mean().sqrt()).abs().max() > 1e-3 * scaled.abs().max():
-        raise Refused(f"new weights before {name}", "this norm does more than scale by the root mean square", "use hookbook.directional_ablation")
+        raise Refused(
+            f"new weights before {name}", "this norm does more than scale by the root mean square", "use hookbook.directional_ablation"
+        )
     return gain.double()
 
 

@@ -71,7 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     if HOOKED:
         return []
-    return [f"transformer-lens {lens_version()} has no HookedTransformer: deselected is what needs it (-m hooked), ignored are {', '.join(CANNOT_BE_IMPORTED)}"]
+    return [
+        f"transformer-lens {lens_version()} has no HookedTransformer: deselected is what needs it (-m hooked), ignored are {', '.join(CANNOT_BE_IMPORTED)}"
+    ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -91,7 +93,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", marked(cases), indirect=True, scope="session")
     if "hook_point_case" in metafunc.fixturenames:
-        metafunc.parametrize("hook_point_case", marked(c for c in cases if c.startswith(("bridge", "hooked"))), indirect=True, scope="session")
+        metafunc.parametrize(
+            "hook_point_case", marked(c for c in cases if c.startswith(("bridge", "hooked"))), indirect=True, scope="session"
+        )
 
 
 def require(module: str) -> None:
@@ -126,7 +130,9 @@ class Case:
     name: str
     adapter: hb.Adapter
 
-    def plain(self, ids: tuple[int, ...], edits: tuple[Any, ...] = (), reads: tuple[hb.Site, ...] = (), grad: bool = False) -> tuple[torch.Tensor, dict]:
+    def plain(
+        self, ids: tuple[int, ...], edits: tuple[Any, ...] = (), reads: tuple[hb.Site, ...] = (), grad: bool = False
+    ) -> tuple[torch.Tensor, dict]:
         """Logits `[pos, d_vocab]` and what was read, `[pos, width]` (of a pattern `[pos, head, key]`); edits are as `flat` gives them."""
         found: dict[hb.Site, torch.Tensor] = {}
 
@@ -150,7 +156,9 @@ class Case:
                 handles += [handle for site in unhooked for handle in self._hooks(site, at)]
                 if self.name.startswith(("bridge", "hooked")):
                     hooks = [(site.hook_name, lambda x, hook, site=site: at(site, x)) for site in sites - unhooked]
-                    logits = model.run_with_hooks(tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {}))
+                    logits = model.run_with_hooks(
+                        tokens, fwd_hooks=hooks, **({"prepend_bos": False} if self.name.startswith("hooked") else {})
+                    )
                 else:
                     patterns = {site for site in sites if site.name == "attn_pattern"} if self.name != "toy" else set()
                     handles += [handle for site in sites - unhooked - patterns for handle in self._hooks(site, at)]
@@ -179,7 +187,14 @@ class Case:
             return [module.get_submodule(root[0]).register_forward_hook(after)]
         block = module.get_submodule(f"{blocks}.{site.layer}")
         inner = {
-            "toy": {"attn_out": "attn_out", "mlp_out": "mlp_out", "head_z": "o", "mlp_in": "mlp", "mlp_act": "mlp.2", "attn_pattern": "pattern"},
+            "toy": {
+                "attn_out": "attn_out",
+                "mlp_out": "mlp_out",
+                "head_z": "o",
+                "mlp_in": "mlp",
+                "mlp_act": "mlp.2",
+                "attn_pattern": "pattern",
+            },
             "gpt2": {"attn_out": "attn", "mlp_out": "mlp", "head_z": "attn.c_proj", "mlp_in": "mlp", "mlp_act": "mlp.c_proj"},
             "llama": {"attn_out": "self_attn", "mlp_out": "mlp", "head_z": "self_attn.o_proj", "mlp_in": "mlp", "mlp_act": "mlp.down_proj"},
             "gemma3": {
@@ -212,7 +227,9 @@ class Case:
             yield
 
 
-def flat(edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens, length: int | None = None) -> tuple[tuple[hb.Site, int, hb.Edit, list[int]], ...]:
+def flat(
+    edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens, length: int | None = None
+) -> tuple[tuple[hb.Site, int, hb.Edit, list[int]], ...]:
     """Edits of a row as (site, index, edit of one vector, keys), for a run of the prompt and generated tokens of together `length`."""
     n = len(tokens)
     found = []
@@ -221,7 +238,9 @@ def flat(edits: tuple[hb.Edit, ...], tokens: hb.tokens.Tokens, length: int | Non
         where += list(range(n, length or n)) if edit.scope in ("generated", "all") else []
         where += [i for i in edit.scope if i < (length or n)] if isinstance(edit.scope, tuple) else []
         for nth, index in enumerate(where):
-            value = edit.value[nth] if isinstance(edit.value, torch.Tensor) and edit.value.dim() == 2 and len(edit.value) > 1 else edit.value
+            value = (
+                edit.value[nth] if isinstance(edit.value, torch.Tensor) and edit.value.dim() == 2 and len(edit.value) > 1 else edit.value
+            )
             value = value[0] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
             keys = range(index + 1) if edit.keys is None else [key for key in resolve(edit.keys, tokens) if key <= index]
             found.append((edit.site, index, hb.Edit(edit.site, value, edit.op, to=edit.to), list(keys)))
@@ -284,7 +303,9 @@ def pattern_formula(x: torch.Tensor, edit: hb.Edit, keys: list[int]) -> torch.Te
     x = x.clone()
     for head in range(len(x)) if edit.site.unit is None else [edit.site.unit]:
         for key in keys:
-            x[head, key] = {"set": edit.value, "add": x[head, key] + edit.value, "scale": x[head, key] * edit.value, "knock_out": 0.0}[edit.op]
+            x[head, key] = {"set": edit.value, "add": x[head, key] + edit.value, "scale": x[head, key] * edit.value, "knock_out": 0.0}[
+                edit.op
+            ]
         if edit.op == "knock_out" and x[head].sum() > 0:
             x[head] /= x[head].sum()
     return x
@@ -405,7 +426,13 @@ def tiny_hooked(arch: str, folder: Path) -> Any:
     own = {
         "gpt2": dict(normalization_type="LN", positional_embedding_type="standard", act_fn="gelu"),
         "llama": dict(
-            normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=4, act_fn="silu", gated_mlp=True, n_key_value_heads=2, final_rms=True
+            normalization_type="RMS",
+            positional_embedding_type="rotary",
+            rotary_dim=4,
+            act_fn="silu",
+            gated_mlp=True,
+            n_key_value_heads=2,
+            final_rms=True,
         ),
         "gemma3": dict(
             normalization_type="RMS",

@@ -83,7 +83,9 @@ MAKERS: dict[str, Any] = {
     "FeatureBackpatch": lambda: hb.backpatch_features(attached(), [("ab", "c"), ("de", "f")], 2),
     "FeatureExamples": lambda: hb.feature_examples(attached(), ["ab北", "cde", "</script>"], k=2),
     "FeaturePatchscope": lambda: hb.feature_patchscope(attached(), [3, 5], target="say x", generate=2, tokens=["b"]),
-    "FeatureSweep": lambda: hb.feature_sweep(attached(), ["ab", "cd"], features="active", strengths=[-1.0, 1.0], change="add", tokens=["c"]),
+    "FeatureSweep": lambda: hb.feature_sweep(
+        attached(), ["ab", "cd"], features="active", strengths=[-1.0, 1.0], change="add", tokens=["c"]
+    ),
     "FeatureVector": lambda: vector().decompose(attached(), k=6),
     "FunctionVectors": lambda: hb.function_vector(toy(), task(), heads=2, shots=2, n_prompts=3, n_trials=2, queries=3, known=False),
     "Generation": lambda: hb.generate(toy(), ["ab", "北"], edits=[vector().edit(scope="all")], max_new_tokens=3),
@@ -92,7 +94,9 @@ MAKERS: dict[str, Any] = {
     "HopReadability": lambda: hb.hop_readability(toy(n_ctx=128), hops(), generate=0),
     "InContextVectors": lambda: hb.in_context_vector(toy(), [("bad", "good"), ("sad", "glad"), ("no", "yes")]),
     "LinearRelation": lambda: relation(toy()),
-    "LogitLens": lambda: hb.logit_lens(toy(), ["ab", "北京 $x"], tokens=["x"], languages={"one": ["a"], "$two": ["b"]}, position=slice(None)),
+    "LogitLens": lambda: hb.logit_lens(
+        toy(), ["ab", "北京 $x"], tokens=["x"], languages={"one": ["a"], "$two": ["b"]}, position=slice(None)
+    ),
     "Patchscope": lambda: hb.patchscope(toy(), ["ab", "abcd"], target="cd?", target_layers="all", generate=2, tokens=["x"], k=4),
     "RelationEdits": lambda: hb.edit_relation(toy(), relation(toy()), ranks=[1, 5], changes=3, n_unrelated=1),
     "RelationFeatures": relation_features,

@@ -30,7 +30,9 @@ def run(edit: Callable[[], hb.Edit] | None = None, **more) -> Callable[[], objec
     return call
 
 
-def edit(site: str, value: object = GOOD, op: str = "add", position: object = -1, *, run_more: dict | None = None, **more) -> Callable[[], object]:
+def edit(
+    site: str, value: object = GOOD, op: str = "add", position: object = -1, *, run_more: dict | None = None, **more
+) -> Callable[[], object]:
     """A run under one edit, made when it is called."""
     return run(lambda: hb.Edit(site, value, op, position, **more), **(run_more or {}))  # type: ignore[arg-type]
 
@@ -94,10 +96,22 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "whole numbers as a vector": (run(lambda: hb.Edit("resid_post.1", torch.ones(16, dtype=torch.long))), EditError, "floating point"),
     "unknown operation": (run(lambda: hb.Edit("resid_post.1", GOOD, "multiply")), EditError, "project_out"),
     "zero direction": (run(lambda: hb.Edit("resid_post.1", 0 * GOOD, "project_out")), EditError, "zero vector"),
-    "vectors and span disagree": (run(lambda: hb.Edit("resid_post.1", torch.ones(3, 16), "set", slice(0, 2))), EditError, "3 vectors for 2 tokens"),
-    "edit that would never fire": (run(lambda: hb.Edit("resid_post.2", GOOD), readout=None, reads=[Read(hb.Site("resid_post", 1))]), EditError, "never fire"),
+    "vectors and span disagree": (
+        run(lambda: hb.Edit("resid_post.1", torch.ones(3, 16), "set", slice(0, 2))),
+        EditError,
+        "3 vectors for 2 tokens",
+    ),
+    "edit that would never fire": (
+        run(lambda: hb.Edit("resid_post.2", GOOD), readout=None, reads=[Read(hb.Site("resid_post", 1))]),
+        EditError,
+        "never fire",
+    ),
     "edit that nothing reads": (run(lambda: hb.Edit("resid_post.1", GOOD), readout=None), EditError, "never fire"),
-    "edit after everything that is read": (run(lambda: hb.Edit("resid_post.1", GOOD), readout=Readout(0, k=1)), EditError, "changes nothing"),
+    "edit after everything that is read": (
+        run(lambda: hb.Edit("resid_post.1", GOOD), readout=Readout(0, k=1)),
+        EditError,
+        "changes nothing",
+    ),
     "wanted tokens of the wrong shape": (run(readout=Readout(tokens=torch.zeros(3, 1, dtype=torch.long))), TokenError, "for 1 rows"),
     "wanted token out of range": (run(readout=Readout(tokens=torch.tensor([[-1]]))), TokenError, "ids 0 to 257"),
     "negative k": (run(readout=Readout(k=-1)), TokenError, "0 or more"),
@@ -112,7 +126,11 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "span of no numbers": (scope(source_position=slice(None, "a")), TokenError, "is not a span"),
     "row of no prompt": (run(rows=[Row(3)]), EditError, "prompts 0 to 0"),
     "readout after several tokens": (run(readout=Readout(slice(0, 2), k=1)), TokenError, "one position"),
-    "too few positions": (run(rows=[Row(0), Row(0)], reads=[Read(hb.Site("resid_post", 1), Each((0,)))]), TokenError, "1 positions for 2 rows"),
+    "too few positions": (
+        run(rows=[Row(0), Row(0)], reads=[Read(hb.Site("resid_post", 1), Each((0,)))]),
+        TokenError,
+        "1 positions for 2 rows",
+    ),
     "unknown model offline": (lambda: hb.load("nobody/no-such-model"), ModelError, "HF_HUB_OFFLINE"),
     "unknown backend": (lambda: hb.load("gemma-3-270m", "jax"), ModelError, "transformer_lens"),
     "unknown dtype": (lambda: hb.load("gemma-3-270m", dtype="int4"), ModelError, "bfloat16"),
@@ -130,7 +148,11 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "clamp of a pattern": (edit("attn_pattern.1", GOOD, "clamp", to=1.0), EditError, "a pattern has no directions"),
     "number as a direction": (edit("resid_post.1", 1.0, "project_out"), EditError, "a vector is"),
     "direction left out": (edit("resid_post.1", 0.0, "clamp", to=2.0), EditError, "a vector is"),
-    "several directions in one edit": (edit("resid_post.1", torch.ones(2, 16), "project_out", slice(0, 2)), EditError, "a direction is one vector"),
+    "several directions in one edit": (
+        edit("resid_post.1", torch.ones(2, 16), "project_out", slice(0, 2)),
+        EditError,
+        "a direction is one vector",
+    ),
     "rotation along nothing": (edit("resid_post.1", 0 * GOOD, "rotate"), EditError, "zero vector"),
     "rotation of one number": (edit("mlp_act.1.3", GOOD[:1], "rotate"), EditError, "one number has no directions"),
     "clamp to NaN": (edit("resid_post.1", op="clamp", to=float("nan")), EditError, "NaN or infinity"),
@@ -152,7 +174,11 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "scope of what are no numbers": (edit("resid_post.1", scope=(True, 1.0)), EditError, "whole numbers of 0 or more"),
     "scope with a position of its own": (edit("resid_post.1", position=0, scope="generated"), EditError, "leave position out"),
     "absolute positions with a position": (edit("resid_post.1", position="a", scope=(0, 1)), EditError, "leave position out"),
-    "vectors of a span in every scope": (edit("resid_post.1", torch.ones(2, 16), "set", slice(0, 2), scope="all"), EditError, "other scopes take one"),
+    "vectors of a span in every scope": (
+        edit("resid_post.1", torch.ones(2, 16), "set", slice(0, 2), scope="all"),
+        EditError,
+        "other scopes take one",
+    ),
     "scope of tokens nobody generates": (edit("resid_post.1", scope="generated"), EditError, "0 generated ones are fed back"),
     "scope of the one token that is not fed back": (
         edit("resid_post.1", scope="generated", run_more={"generate": 1}),
@@ -160,9 +186,17 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
         "0 generated ones are fed back",
     ),
     "scope after everything": (edit("resid_post.1", scope=(7,), run_more={"generate": 3}), EditError, "2 generated ones are fed back"),
-    "edit of a norm nobody reads": (edit("final_norm", run_more={"readout": None, "reads": [Read("resid_post.2")]}), EditError, "never fire"),
+    "edit of a norm nobody reads": (
+        edit("final_norm", run_more={"readout": None, "reads": [Read("resid_post.2")]}),
+        EditError,
+        "never fire",
+    ),
     "edit of a norm at another token": (edit("final_norm", position=1), EditError, "changes nothing"),
-    "edit of a later embedding": (edit("embed", run_more={"readout": None, "reads": [Read("resid_post.1", 0)]}), EditError, "changes nothing"),
+    "edit of a later embedding": (
+        edit("embed", run_more={"readout": None, "reads": [Read("resid_post.1", 0)]}),
+        EditError,
+        "changes nothing",
+    ),
     "temperature of zero": (lambda: hb.Sampling(0, temperature=0.0), TokenError, "temperature above 0"),
     "negative temperature": (lambda: hb.Sampling(0, temperature=-1.0), TokenError, "temperature above 0"),
     "temperature that is no number": (lambda: hb.Sampling(0, temperature=float("nan")), TokenError, "temperature above 0"),

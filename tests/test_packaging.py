@@ -26,7 +26,10 @@ def modules() -> list[str]:
 
 
 def test_the_declared_packages_are_the_folders_on_disk():
-    folders = {"hookbook." + p.parent.name if p.parent.name != "hookbook" else "hookbook" for p in (ROOT / "plugin/hookbook").glob("**/__init__.py")}
+    folders = {
+        "hookbook." + p.parent.name if p.parent.name != "hookbook" else "hookbook"
+        for p in (ROOT / "plugin/hookbook").glob("**/__init__.py")
+    }
     folders |= {f"hookbook.{name}" for name in ("adapters", "recipes") if (ROOT / "plugin/hookbook" / name / "__init__.py").exists()}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
     for name in ("adapters", "recipes"):

@@ -78,7 +78,11 @@ def states(model: hb.Adapter, every: list[list[int]], at_once: int = 64) -> Tens
     found = []
     for start in tqdm(range(0, len(every), at_once), desc="states"):
         prompts = [model.encode(ids) for ids in every[start : start + at_once]]
-        found.append(model.run(Request(prompts, [Row(i) for i in range(len(prompts))], [Read(SITE, slice(1, None))]), progress=False).readings[0].values)
+        found.append(
+            model.run(Request(prompts, [Row(i) for i in range(len(prompts))], [Read(SITE, slice(1, None))]), progress=False)
+            .readings[0]
+            .values
+        )
     return torch.cat(found)
 
 
@@ -101,7 +105,11 @@ def train(x: Tensor) -> BatchTopKTrainingSAE:
             k=K,
             normalize_activations="expected_average_only_in",
             metadata=SAEMetadata(
-                model_name=MODEL, hook_name=SITE.hook_name, prepend_bos=True, exclude_special_tokens=True, dataset_path="sampled from the model itself"
+                model_name=MODEL,
+                hook_name=SITE.hook_name,
+                prepend_bos=True,
+                exclude_special_tokens=True,
+                dataset_path="sampled from the model itself",
             ),
         )
     )

@@ -105,7 +105,9 @@ class Adapter(ABC):
             parts = norm(parts) * _rms(parts, eps) / _rms(whole, eps)[:, None]
             expected = norm(whole)
         close = (parts.sum(1) - expected).abs().max() <= (1e-3 if self.card.itemsize >= 4 else 5e-2) * (1 + expected.abs().max())
-        refusal = Refused(f"one head's contribution in {self.card.architecture}", "the norm after attention is not a root mean square", "use attn_out")
+        refusal = Refused(
+            f"one head's contribution in {self.card.architecture}", "the norm after attention is not a root mean square", "use attn_out"
+        )
         hold(close, refusal)
         return parts[:, :-1]
 
@@ -147,7 +149,9 @@ class Adapter(ABC):
         """Run a request; see `hookbook.engine.run`."""
         return engine.run(self, request, progress=progress, checkpoint=checkpoint)
 
-    def readout(self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False, normed: bool = False) -> TokenReadout:
+    def readout(
+        self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False, normed: bool = False
+    ) -> TokenReadout:
         """What the stream before the final norm says about the next token.
 
         Args:
@@ -214,7 +218,9 @@ class Adapter(ABC):
     def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
         return torch.autograd.grad(value, leaf)[0]
 
-    def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(
+        self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""
         return decode(self, kept, normed, todo, tick)
 

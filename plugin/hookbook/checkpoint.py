@@ -65,12 +65,18 @@ def fingerprint(part: Part) -> str:
 
     def feed(*values: Any) -> None:
         for value in values:
-            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+            found.update(
+                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            )
             found.update(b";")
 
     def feed_edit(edit: Edit, positions: Any) -> None:
         change = edit.value
-        value = (change.sae, change.features, change.scale, change.shift, change.drop, change.seen) if isinstance(change, FeatureChange) else (change,)
+        value = (
+            (change.sae, change.features, change.scale, change.shift, change.drop, change.seen)
+            if isinstance(change, FeatureChange)
+            else (change,)
+        )
         feed(edit.site, edit.op, positions, edit.scope, edit.keys, edit.to, *value)
 
     feed(card.backend, card.model_id, card.architecture, card.dtype, card.tokenizer, card.n_layers, card.d_model, storage.FORMAT)

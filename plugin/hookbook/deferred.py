@@ -88,7 +88,9 @@ class Deferred(Tensor):
         full = resolve_name(func) or ""
         if name == "__setitem__" or (name.endswith("_") and not name.startswith("__")) or "out" in kwargs or find(full) != func:
             raise Refused(
-                f"{full or func} with numbers that are not here yet", "only functions that return new tensors can be sent", "use torch.stack, cat or where"
+                f"{full or func} with numbers that are not here yet",
+                "only functions that return new tensors can be sent",
+                "use torch.stack, cat or where",
             )
         if len(tapes) > 1:  # of two models: the first one's are fetched now
             *_, last = tapes.values()
@@ -113,7 +115,9 @@ class Deferred(Tensor):
         ):
             return shape
         raise Refused(
-            f"the numbers of a tensor, by {name or func}", "they come when the job is done", "decide on them in a function given to hookbook.deferred.later"
+            f"the numbers of a tensor, by {name or func}",
+            "they come when the job is done",
+            "decide on them in a function given to hookbook.deferred.later",
         )
 
 
@@ -324,7 +328,9 @@ def _packed(value: Any, seen: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in seen:
             here = value.detach().cpu()
-            seen[id(value)] = here.clone() if here.untyped_storage().nbytes() > here.nbytes else here  # a view would take all of its memory along
+            seen[id(value)] = (
+                here.clone() if here.untyped_storage().nbytes() > here.nbytes else here
+            )  # a view would take all of its memory along
         return seen[id(value)]
     if isinstance(value, dict):
         return {key: _packed(item, seen) for key, item in value.items()}

@@ -61,11 +61,15 @@ def environment() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding(package, "not installed", None)
             continue
-        yield Finding(package, found[package] + ("" if found[package].startswith(tuple(tried.split(" or "))) else f" (tried with {tried})"), None)
+        yield Finding(
+            package, found[package] + ("" if found[package].startswith(tuple(tried.split(" or "))) else f" (tried with {tried})"), None
+        )
     lens, sae = found.get("transformer-lens", ""), found.get("sae-lens", "")
     if lens.startswith("4") and sae:
         yield Finding(
-            "sae-lens with transformer-lens 4", "sae-lens imports HookedTransformer, which transformer-lens 4 removed: install transformer-lens<4", False
+            "sae-lens with transformer-lens 4",
+            "sae-lens imports HookedTransformer, which transformer-lens 4 removed: install transformer-lens<4",
+            False,
         )
     if "nnsight" in found and not lens:
         yield Finding("nnsight without transformer-lens", 'module paths come from transformer-lens: pip install "hookbook[nnsight]"', False)
@@ -106,7 +110,9 @@ def check(name: str, device: str = "cpu") -> Iterator[Finding]:
 
     module, tokenizer, source = load_module(name, "float32", device)
     ends = module.generation_config
-    module.generation_config = GenerationConfig(eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)  # no penalty, no beams: the likeliest token
+    module.generation_config = GenerationConfig(
+        eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+    )  # no penalty, no beams: the likeliest token
     try:
         plain = [_plain(module, encode(prompt, tokenizer).ids, device) for prompt in PROMPTS]
     except ImportError:
@@ -243,20 +249,30 @@ def _compare(backend: str, adapter: Adapter, plain: list[Plain]) -> Iterator[Fin
         else:
             refused[site.name, "not compared, plain transformers has no module for it"] = None
     reads = [Read(site, slice(None)) for site in sites]
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(logits=True), generate=N_TOLD), progress=False)
-    differences = {site: _difference(reading.values, [p.sites[site] for p in plain]) for site, reading in zip(sites, reply.readings, strict=True)}
+    reply = adapter.run(
+        Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(logits=True), generate=N_TOLD), progress=False
+    )
+    differences = {
+        site: _difference(reading.values, [p.sites[site] for p in plain]) for site, reading in zip(sites, reply.readings, strict=True)
+    }
     wrong = [site for site, difference in differences.items() if not difference < TOLERANCE]
     at = wrong[0] if wrong else max(sites, key=lambda site: differences[site])
-    value = f"{at} differs first, by {differences[at]:.1e}; {len(wrong)} differ" if wrong else f"within {differences[at]:.1e} (largest at {at})"
+    value = (
+        f"{at} differs first, by {differences[at]:.1e}; {len(wrong)} differ" if wrong else f"within {differences[at]:.1e} (largest at {at})"
+    )
     yield Finding(f"{backend}: {len(sites)} sites of {adapter.card.n_layers} layers", value, not wrong, str(at), differences[at])
     for name, why in refused:
         yield Finding(f"{backend}: {name}", f"refused: {why}", None, name)
     assert reply.readout is not None and reply.readout.logits is not None
     said = _difference(reply.readout.logits, [p.logits[None] for p in plain])
-    yield Finding(f"{backend}: logits", f"within {said:.1e}" if said < TOLERANCE else f"differ by {said:.1e}", said < TOLERANCE, "logits", said)
+    yield Finding(
+        f"{backend}: logits", f"within {said:.1e}" if said < TOLERANCE else f"differ by {said:.1e}", said < TOLERANCE, "logits", said
+    )
     told = [list(out) for out in reply.generated]
     want = [[i for i in p.told if i not in adapter.eos_ids] for p in plain]
-    yield Finding(f"{backend}: greedy continuation of {N_TOLD} tokens", "the same" if told == want else f"{told} is not {want}", told == want)
+    yield Finding(
+        f"{backend}: greedy continuation of {N_TOLD} tokens", "the same" if told == want else f"{told} is not {want}", told == want
+    )
 
 
 def _difference(ours: Any, plain: list[Any]) -> float:

@@ -42,7 +42,9 @@ def run(adapter: Adapter, request: Request, *, progress: bool | None = None, che
     if checkpoint is not None and request.grad:
         raise EditError("a checkpoint of a request with gradients", "a file keeps values, not their graph", "leave one of them out")
     if checkpoint is not None and adapter.remote:
-        raise Refused("a checkpoint of a remote run", "it is one job, which is done or not", "submit it: recipe.submit(...), and save the handle")
+        raise Refused(
+            "a checkpoint of a remote run", "it is one job, which is done or not", "submit it: recipe.submit(...), and save the handle"
+        )
     if (account := planning.account()) is not None:
         account.add(parts)
         if not adapter.remote:
@@ -78,7 +80,9 @@ def _run(adapter: Adapter, request: Request, parts: list[Part], progress: bool |
         store = None if checkpoint is None else Checkpoint(checkpoint, adapter)
         done, logits = [], None
         if request.readout is not None and request.readout.logits and len(parts) > 1 and not adapter.remote and not request.grad:
-            logits = torch.empty(len(request.rows), adapter.card.d_vocab, dtype=torch.promote_types(getattr(torch, adapter.card.dtype), torch.float32))
+            logits = torch.empty(
+                len(request.rows), adapter.card.d_vocab, dtype=torch.promote_types(getattr(torch, adapter.card.dtype), torch.float32)
+            )
         for part in parts:
             reply = None if store is None else store.load(part)
             if reply is None:
@@ -123,7 +127,9 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
 def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
     """A readout of promises that nobody keeps."""
     tape = deferred.Tape()
-    ids, *values = (deferred.Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab))))
+    ids, *values = (
+        deferred.Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab)))
+    )
     return TokenReadout(ids, values[0], values[1], values[2] if d_vocab else None)
 
 
@@ -145,7 +151,9 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
         positions = torch.cat([reading.positions for reading in found])
         readings.append(Reading(read.site, _sorted(values, back), rows[back], positions[back]))
     readouts = [reply.readout for reply in replies if reply.readout is not None]
-    tokens, logprobs = ([x for x in column if x is not None] for column in zip(*((reply.tokens, reply.token_logprobs) for reply in replies), strict=True))
+    tokens, logprobs = (
+        [x for x in column if x is not None] for column in zip(*((reply.tokens, reply.token_logprobs) for reply in replies), strict=True)
+    )
     return Reply(
         tuple(readings),
         _sorted(TokenReadout.cat(readouts), order) if readouts else None,
@@ -186,7 +194,9 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     n_groups = sum(map(len, edits.values()))
     if body.fired != n_groups:
         raise EditError(
-            "an edit never fired", f"{n_groups - body.fired} of {n_groups} groups of edits were not reached", "report this: the adapter did not visit a site"
+            "an edit never fired",
+            f"{n_groups - body.fired} of {n_groups} groups of edits were not reached",
+            "report this: the adapter did not visit a site",
         )
 
     found = {slot: value for climb in climbs for slot, value in climb.found.items()}
@@ -253,7 +263,9 @@ class _Collector:
 
     def __init__(self, part: Part, top: int) -> None:
         self.part = part
-        wanted: list[tuple[Any, Site, list[list[int]]]] = [(i, read.site, [row.reads[i] for row in part.rows]) for i, read in enumerate(part.request.reads)]
+        wanted: list[tuple[Any, Site, list[list[int]]]] = [
+            (i, read.site, [row.reads[i] for row in part.rows]) for i, read in enumerate(part.request.reads)
+        ]
         if part.request.readout is not None:
             wanted.append(("readout", Site("final_norm"), [[row.says] for row in part.rows]))  # type: ignore[list-item]
         if part.request.generate:
@@ -335,7 +347,11 @@ def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
 def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
     """What `decode` needs to know."""
     request, late = part.request, []
-    items = [({**item, "cols": [column + part.split for column in item["cols"]]}, number) for item, number in _items(adapter, part)] if adapter.remote else []
+    items = (
+        [({**item, "cols": [column + part.split for column in item["cols"]]}, number) for item, number in _items(adapter, part)]
+        if adapter.remote
+        else []
+    )
     for i, row in enumerate(part.rows):
         late.append([])
         for edit in row.late:

@@ -40,7 +40,9 @@ def _family(letter: int) -> str | None:
     if letter in _letters(FAMILY):
         return FAMILY
     fonts: Any = need("matplotlib.font_manager", "plot()")
-    names = frozenset(font.name for font in fonts.fontManager.ttflist if font.style == "normal" and font.weight in (400, "normal", "regular"))
+    names = frozenset(
+        font.name for font in fonts.fontManager.ttflist if font.style == "normal" and font.weight in (400, "normal", "regular")
+    )
     return _other(letter, names)
 
 

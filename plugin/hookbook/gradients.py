@@ -46,7 +46,9 @@ class Jacobian:
 
 
 @recipe
-def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], *, mean: bool = False, progress: bool | None = None) -> Jacobian:
+def jacobian(
+    model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], *, mean: bool = False, progress: bool | None = None
+) -> Jacobian:
     """The Jacobian of `of` with respect to each of `wrt`, at every prompt.
 
     Args:
@@ -76,14 +78,18 @@ def jacobian(model: Any, prompts: Sequence[Any], of: Read, wrt: Sequence[Read], 
     matrices = [torch.zeros(*lead, d_out, read.site.width(card), dtype=output.dtype) for read in wrt]
     products = [torch.zeros_like(output) for _ in wrt]
     if (account := planning.account()) is not None:
-        back = [part.peak_bytes + min(d_out, _chunk(adapter, request, part, mean)) * _bytes_of_one(adapter, request, part) for part in parts]
+        back = [
+            part.peak_bytes + min(d_out, _chunk(adapter, request, part, mean)) * _bytes_of_one(adapter, request, part) for part in parts
+        ]
         kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices, *products))
         account.add([] if adapter.remote else parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
     if account is not None and not adapter.remote:
         return Jacobian(of, tuple(wrt), output.zero_(), tuple(x.zero_() for x in inputs), tuple(matrices), tuple(products))
     if adapter.remote:
         return _remote(adapter, request, parts, mean)
-    with tqdm(total=len(parts) * d_out, desc="jacobian", leave=False, disable=not (len(parts) > 1 if progress is None else progress)) as bar:
+    with tqdm(
+        total=len(parts) * d_out, desc="jacobian", leave=False, disable=not (len(parts) > 1 if progress is None else progress)
+    ) as bar:
         for part in parts:
             rows = [row.number for row in part.rows]
             leaves = [torch.zeros(len(rows), read.site.width(card), dtype=output.dtype, requires_grad=True) for read in wrt]
@@ -142,7 +148,12 @@ def _chunk(adapter: Adapter, request: Request, part: planning.Part, mean: bool) 
 
 
 def _request(
-    adapter: Adapter, prompts: Sequence[Tokens], of: Read, wrt: Sequence[Read], rows: Sequence[int] | None = None, leaves: Sequence[Tensor] | None = None
+    adapter: Adapter,
+    prompts: Sequence[Tokens],
+    of: Read,
+    wrt: Sequence[Read],
+    rows: Sequence[int] | None = None,
+    leaves: Sequence[Tensor] | None = None,
 ) -> Request:
     if not prompts or not wrt:
         raise EditError("a Jacobian without prompts or sources", "there is nothing to differentiate", "give at least one of each")
@@ -150,7 +161,9 @@ def _request(
     edits: list[list[Edit]] = [[] for _ in rows]
     for k, read in enumerate(wrt):
         if read.site.order > of.site.order:
-            raise EditError(f"the Jacobian of {of.site} with respect to {read.site}", "the source is above the output", "give an earlier source")
+            raise EditError(
+                f"the Jacobian of {of.site} with respect to {read.site}", "the source is above the output", "give an earlier source"
+            )
         for at, i in enumerate(rows):
             positions = [resolve(position_of(r.position, i), prompts[i]) for r in (read, of)]
             if any(len(p) != 1 for p in positions):
@@ -167,4 +180,6 @@ def _request(
     def cut(read: Read) -> Read:
         return replace(read, position=Each(tuple(position_of(read.position, i) for i in rows)))
 
-    return Request([prompts[i] for i in rows], [Row(at, tuple(e)) for at, e in enumerate(edits)], [cut(read) for read in (of, *wrt)], grad=True)
+    return Request(
+        [prompts[i] for i in rows], [Row(at, tuple(e)) for at, e in enumerate(edits)], [cut(read) for read in (of, *wrt)], grad=True
+    )

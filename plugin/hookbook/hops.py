@@ -74,7 +74,9 @@ def chain(first: str | Relation, second: str | Relation, n: int | None = None, *
     """
     first, second = (relations.load(source) if isinstance(source, str) else source for source in (first, second))
     if not first.phrase:
-        raise DataError(f"the relation {first.name!r} has no phrase", "its object has to be named in another prompt", "give phrase='the country of {}'")
+        raise DataError(
+            f"the relation {first.name!r} has no phrase", "its object has to be named in another prompt", "give phrase='the country of {}'"
+        )
     check_counts(0, shots=shots)
     if n is not None:
         check_counts(n=n)
@@ -133,5 +135,7 @@ def _question(first: Relation, second: Relation, triple: Triple, shown: Sequence
         first=hop.ask(entity, [(e1, e2) for e1, e2, _ in shown], bridge),
         second=second.ask(bridge, [(e2, e3) for _, e2, e3 in shown], answer),
         entity_shortcut=second.ask(entity, [(e1, e3) for e1, _, e3 in shown], answer),
-        relation_shortcut=second.ask(" ".join(first.phrase.replace("{}", "").split()), [(first.phrase.format(e1), e3) for e1, _, e3 in shown], answer),
+        relation_shortcut=second.ask(
+            " ".join(first.phrase.replace("{}", "").split()), [(first.phrase.format(e1), e3) for e1, _, e3 in shown], answer
+        ),
     )

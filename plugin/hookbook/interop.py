@@ -82,12 +82,20 @@ def from_repeng(model: Any, path: str | os.PathLike[str], *, model_type: str | N
     try:
         reader = gguf.GGUFReader(path)
         kind, hint = (field and field.contents() for field in map(reader.get_field, ("general.architecture", "controlvector.model_hint")))
-        found = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors} if kind == "controlvector" else {}
+        found = (
+            {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors} if kind == "controlvector" else {}
+        )
     except Exception as error:  # the reader meets a damaged file with whatever its bytes make of it
-        raise ResultError(f"{path} cannot be read", f"{type(error).__name__}: {error}", "give a GGUF file that repeng or to_repeng wrote") from error
+        raise ResultError(
+            f"{path} cannot be read", f"{type(error).__name__}: {error}", "give a GGUF file that repeng or to_repeng wrote"
+        ) from error
     wrong = [name for name in found if not re.fullmatch(r"direction\.(0|[1-9][0-9]*)", name)]
     if not found or wrong:
-        why = f"its architecture is {kind!r}" if kind != "controlvector" else f"it has {', '.join(wrong) or 'nothing'} where direction.L should be"
+        why = (
+            f"its architecture is {kind!r}"
+            if kind != "controlvector"
+            else f"it has {', '.join(wrong) or 'nothing'} where direction.L should be"
+        )
         raise ResultError(f"{path} is no control vector", why, "give a GGUF file that repeng or to_repeng wrote")
     own = _model_type(adapter.card)
     if _letters(hint) != _letters(own if model_type is None else model_type):
@@ -97,7 +105,9 @@ def from_repeng(model: Any, path: str | os.PathLike[str], *, model_type: str | N
             f"load the model it is for, or pass model_type={hint!r} if it is another name of this one",
         )
     settings = {"file": Path(path).name, "model_type": hint}
-    return _vectors(adapter, {int(name.removeprefix("direction.")): values.copy() for name, values in found.items()}, "resid_post", "repeng", settings)
+    return _vectors(
+        adapter, {int(name.removeprefix("direction.")): values.copy() for name, values in found.items()}, "resid_post", "repeng", settings
+    )
 
 
 def to_steering_vectors(model: Any, vectors: Vector | Iterable[Vector]) -> Any:
@@ -117,7 +127,9 @@ def to_steering_vectors(model: Any, vectors: Vector | Iterable[Vector]) -> Any:
     adapter = wrap(model)
     card, name, layers = _by_layer(vectors, tuple(LAYER_TYPES.values()), "a SteeringVector")
     if _key(card) != _key(adapter.card):
-        raise SiteError(f"vectors of {card.model_id} for {adapter.card.model_id}", "they are directions in another space", "give the model they are of")
+        raise SiteError(
+            f"vectors of {card.model_id} for {adapter.card.model_id}", "they are directions in another space", "give the model they are of"
+        )
     _check_module(adapter, name, layers)
     # its own requirements leave out transformers 5, with which it works
     library = need("steering_vectors", "a SteeringVector", "--no-deps steering-vectors && pip install scikit-learn")
@@ -194,7 +206,9 @@ def _check_module(adapter: Adapter, name: str, layers: Iterable[int]) -> None:
         adapter.require(Site(name, layer))
         if name in _WRITERS and adapter.writer(_WRITERS[name], layer)[1] is not None:
             raise Refused(
-                f"{name}.{layer} of {adapter.card.architecture} as a SteeringVector", "it would be added before the norm, not after", "use resid_post"
+                f"{name}.{layer} of {adapter.card.architecture} as a SteeringVector",
+                "it would be added before the norm, not after",
+                "use resid_post",
             )
 
 

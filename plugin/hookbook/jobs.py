@@ -50,9 +50,13 @@ def unpacked(content: bytes, compressed: bool, host: str) -> Any:
         RemoteError: It is something else.
     """
     try:
-        return torch.load(io.BytesIO(ZstdDecompressor().decompress(content) if compressed else content), map_location="cpu", weights_only=True)
+        return torch.load(
+            io.BytesIO(ZstdDecompressor().decompress(content) if compressed else content), map_location="cpu", weights_only=True
+        )
     except pickle.UnpicklingError as error:
-        raise RemoteError(f"{host} sent something else than numbers", "it would have to be run to be read", "ask whoever runs the server") from error
+        raise RemoteError(
+            f"{host} sent something else than numbers", "it would have to be run to be read", "ask whoever runs the server"
+        ) from error
 
 
 class Service:
@@ -97,11 +101,19 @@ class Service:
         """
         backend = self._backend()
         request = RequestModel(model_key=self.model.to_model_key(), compress=backend.compress, env=backend.env)
-        headers = {**self._headers(backend), "ndif-timestamp": repr(time.time()), "nnsight-version": nnsight.__version__, "python-version": sys.version}
+        headers = {
+            **self._headers(backend),
+            "ndif-timestamp": repr(time.time()),
+            "nnsight-version": nnsight.__version__,
+            "python-version": sys.version,
+        }
         try:
             with httpx.Client(timeout=httpx.Timeout(10.0, read=PATIENCE, write=60.0)) as client:
                 answer = client.post(
-                    f"{self.host}/request", data={"data": request.metadata()}, files={"blob": ("request", blob, "application/octet-stream")}, headers=headers
+                    f"{self.host}/request",
+                    data={"data": request.metadata()},
+                    files={"blob": ("request", blob, "application/octet-stream")},
+                    headers=headers,
                 )
         except httpx.HTTPError as error:
             raise RemoteError(
@@ -156,10 +168,15 @@ class Service:
                     bar.set_description(f"job {job[:8]} {state.lower()}")
                 if lost is not None and time.monotonic() > lost or found is None and time.monotonic() - start > PATIENCE:
                     raise RemoteError(
-                        f"{self.host} does not move job {job} on", "it forgot the job when it was restarted, as far as can be seen", "send it again", job=job
+                        f"{self.host} does not move job {job} on",
+                        "it forgot the job when it was restarted, as far as can be seen",
+                        "send it again",
+                        job=job,
                     )
                 if self.timeout is not None and time.monotonic() - start > self.timeout:
-                    raise RemoteError(f"no result of job {job} after {self.timeout:g} s", f"it is {state.lower() or 'not queued'}", _LATER, job=job)
+                    raise RemoteError(
+                        f"no result of job {job} after {self.timeout:g} s", f"it is {state.lower() or 'not queued'}", _LATER, job=job
+                    )
                 time.sleep(pause)
                 pause = min(2.0, pause * 1.2)
 
@@ -200,7 +217,9 @@ class Service:
         detail = self._clean(detail).rstrip(".")
         if answer.status_code in (401, 403) or "api key" in detail.lower():
             return RemoteError(
-                f"{self.host} refused the key" if backend.api_key else f"{self.host} wants a key", detail, "set NDIF_API_KEY, or call nnsight.login()"
+                f"{self.host} refused the key" if backend.api_key else f"{self.host} wants a key",
+                detail,
+                "set NDIF_API_KEY, or call nnsight.login()",
             )
         if answer.status_code == 400 and "version" in detail.lower():
             return RemoteError(f"{self.host} refused this version of nnsight or Python", detail, "see nnsight.compare()")
@@ -212,7 +231,13 @@ class Service:
         last = lines[-1].strip().rstrip(".") if lines else "no description"
         gone = r"not (yet )?(deployed|running|available)|no such model|could not be (deployed|found)|failed to (deploy|load|evaluate)|huggingface_hub"
         if "run_errand" not in text and re.search(gone, text, re.I):
-            return RemoteError(f"{self.model.to_model_key()} does not run on {self.host}", last, f"use one that does: {self._running()}", job=job, server=text)
+            return RemoteError(
+                f"{self.model.to_model_key()} does not run on {self.host}",
+                last,
+                f"use one that does: {self._running()}",
+                job=job,
+                server=text,
+            )
         if refused := re.findall(r"refused: (.+?) \| (.+?) \| (.+)", text):  # the last one is the error, others are source
             return RemoteError(*(words.strip().rstrip(".") for words in refused[-1]), job=job, server=text)
         drift = self._drift()
@@ -226,7 +251,10 @@ class Service:
                 found = nnsight.ndif.EnvComparison(nnsight.ndif.get_local_env(), client.get(f"{self.host}/env").json())
         except (httpx.HTTPError, ValueError, AttributeError):
             return ""
-        return ", ".join(f"{name} is {versions['local']} here and {versions['remote']} there" for name, versions in sorted(found.critical_mismatches.items()))
+        return ", ".join(
+            f"{name} is {versions['local']} here and {versions['remote']} there"
+            for name, versions in sorted(found.critical_mismatches.items())
+        )
 
     def _running(self) -> str:
         """The models a server runs, as far as it says."""
@@ -256,7 +284,9 @@ def job(model: Any, *, progress: bool | None = None) -> Iterator[None]:
 
     adapter = wrap(model)
     if not adapter.remote:
-        raise Refused("a job of a model on this machine", "there is nothing to send", "wrap an nnsight model with remote=True, or leave the block out")
+        raise Refused(
+            "a job of a model on this machine", "there is nothing to send", "wrap an nnsight model with remote=True, or leave the block out"
+        )
     with deferred.recording() as record:
         yield
         for tape in record.tapes.values():
@@ -320,7 +350,9 @@ class Handle:
         data = {"job": self.job, "host": self.host, "model": self.adapter.model.to_model_key(), "of": kind, "conditions": conditions}
         pack = _Pack(self.adapter)
         return storage.write(
-            path, "Handle", data | {f.name: pack.out(getattr(value, f.name)) for f in fields(value)} | {"fields": [f.name for f in fields(value)]}
+            path,
+            "Handle",
+            data | {f.name: pack.out(getattr(value, f.name)) for f in fields(value)} | {"fields": [f.name for f in fields(value)]},
         )
 
     @classmethod
@@ -335,7 +367,9 @@ class Handle:
         adapter: Any = wrap(model)
         data = storage.read(path, "Handle")
         if not getattr(adapter, "remote", False) or adapter.model.to_model_key() != data["model"]:
-            raise ResultError(f"{path} is a job of {data['model']}", f"not of {adapter.card.model_id}", "give the remote model it was submitted with")
+            raise ResultError(
+                f"{path} is a job of {data['model']}", f"not of {adapter.card.model_id}", "give the remote model it was submitted with"
+            )
         tape, pack = Tape(adapter), _Pack(adapter)
         pack.tape = tape
         value = _found(data["of"])(**{key: pack.back(data[key]) for key in data["fields"]})
@@ -398,7 +432,9 @@ class _Pack:
 def _name(fn: Callable[..., Any]) -> str:
     if not fn.__module__.startswith("hookbook.") or "<" in fn.__qualname__:
         raise ResultError(
-            f"a handle that waits for {fn.__qualname__}", "a file names functions of hookbook alone", "wait for it in this process: handle.result()"
+            f"a handle that waits for {fn.__qualname__}",
+            "a file names functions of hookbook alone",
+            "wait for it in this process: handle.result()",
         )
     return f"{fn.__module__}:{fn.__qualname__}"
 
@@ -414,7 +450,9 @@ def submit(value: Any, tapes: dict[int, Tape]) -> Handle:
     """Send what was recorded for a result, without waiting."""
     if len(tapes) != 1 or not is_dataclass(value):
         raise RemoteError(
-            "a submitted call that is not one job", f"it asks {len(tapes)} remote models", "submit a recipe on one remote model: hb.wrap(model, remote=True)"
+            "a submitted call that is not one job",
+            f"it asks {len(tapes)} remote models",
+            "submit a recipe on one remote model: hb.wrap(model, remote=True)",
         )
     (tape,) = tapes.values()
     adapter: Any = tape.adapter

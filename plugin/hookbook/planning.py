@@ -86,7 +86,8 @@ class Plan:
         parts += (
             [f"{self.vjps:,} vector-Jacobian products"] * (self.vjps > 0)
             + [f"{self.peak_bytes / 2**20:,.0f} MiB"]
-            + [f"{self.jobs} job{'s' * (self.jobs != 1)}, {self.bytes_up / 1000:,.1f} kB up, {self.bytes_down / 1000:,.1f} kB down"] * (self.jobs > 0)
+            + [f"{self.jobs} job{'s' * (self.jobs != 1)}, {self.bytes_up / 1000:,.1f} kB up, {self.bytes_down / 1000:,.1f} kB down"]
+            * (self.jobs > 0)
         )
         return ", ".join(parts)
 
@@ -241,7 +242,16 @@ class Part:
         """About the most memory this climb takes beside the model."""
         numbers = max(row.numbers(self.request, self.card) for row in self.rows)
         return peak_bytes(
-            self.request, self.card, len(self.rows), len(self.prompts), len(self.layout.trunk), self.n, self.split, numbers, self.pack, self.pack_decoding
+            self.request,
+            self.card,
+            len(self.rows),
+            len(self.prompts),
+            len(self.layout.trunk),
+            self.n,
+            self.split,
+            numbers,
+            self.pack,
+            self.pack_decoding,
         )
 
 
@@ -260,13 +270,17 @@ def last_boundary(request: Request, n_layers: int) -> int:
     if request.readout is not None or request.generate:
         return n_layers
     places = [
-        (n_layers if read.site.name == "final_norm" else 0) if read.site.layer is None else read.site.layer + (read.site.name != "resid_pre")
+        (n_layers if read.site.name == "final_norm" else 0)
+        if read.site.layer is None
+        else read.site.layer + (read.site.name != "resid_pre")
         for read in request.reads
     ]
     return max(places, default=0)
 
 
-def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, numbers: int, pack: int = 1, decoding: int = 1) -> int:
+def peak_bytes(
+    request: Request, card: ModelCard, rows: int, trunk: int, batch: int, n: int, split: int, numbers: int, pack: int = 1, decoding: int = 1
+) -> int:
     """About the most memory a climb takes beside the model: keys and values, what one block holds, and what is asked for.
 
     Args:
@@ -284,14 +298,19 @@ def peak_bytes(request: Request, card: ModelCard, rows: int, trunk: int, batch: 
     kv, heads, size = card.n_kv_heads * card.d_head, card.n_heads * card.d_head, card.itemsize
 
     def block(tokens: int, batch_rows: float, width: int, keys: int) -> float:
-        attention = tokens * (3 * card.d_model + 3 * (heads + 2 * kv)) + batch_rows * (keys * (4 * kv + 2 * heads) + 3 * card.n_heads * width * keys)
+        attention = tokens * (3 * card.d_model + 3 * (heads + 2 * kv)) + batch_rows * (
+            keys * (4 * kv + 2 * heads) + 3 * card.n_heads * width * keys
+        )
         return max(attention, tokens * (4 * card.d_model + 4 * card.d_mlp) + batch_rows * keys * 2 * kv)
 
     width, per_key = n - split, 2 * kv
     prefix = trunk * split * per_key * card.n_layers
     asked = rows * (numbers + 2 * card.d_model)
     kept = 0
-    peak = max(prefix + block(trunk * split, trunk, split, split), prefix + asked + block(batch * width, batch / pack, width * pack, split + width * pack))
+    peak = max(
+        prefix + block(trunk * split, trunk, split, split),
+        prefix + asked + block(batch * width, batch / pack, width * pack, split + width * pack),
+    )
     if request.grad:
         peak += batch * width * (8 * card.d_model + 6 * heads + 4 * kv + 6 * card.d_mlp) * card.n_layers
     if request.generate:
@@ -367,11 +386,17 @@ def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
             raise TokenError(f"token id {max(tokens.ids)}", f"this model has ids 0 to {card.d_vocab - 1}", "use a tokenizer of this model")
         if card.n_ctx and len(tokens) + request.generate > card.n_ctx:
             raise TokenError(
-                f"{len(tokens)} tokens and {request.generate} to decode", f"this model reads at most {card.n_ctx}", "shorten the prompt or decode less"
+                f"{len(tokens)} tokens and {request.generate} to decode",
+                f"this model reads at most {card.n_ctx}",
+                "shorten the prompt or decode less",
             )
     for read in [*request.reads, *([ask] if ask is not None else [])]:
         if isinstance(read.position, Each) and len(read.position.positions) != len(request.rows):
-            raise TokenError(f"{len(read.position.positions)} positions for {len(request.rows)} rows", "Each has one for every row", "make the numbers agree")
+            raise TokenError(
+                f"{len(read.position.positions)} positions for {len(request.rows)} rows",
+                "Each has one for every row",
+                "make the numbers agree",
+            )
     sites = {read.site for read in request.reads}
     top = (float("inf"), 0) if ask is not None or request.generate else max((site.order for site in sites), default=(-2, 0))
     resolved = _resolver(request.prompts)
@@ -380,7 +405,9 @@ def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
         if not 0 <= row.prompt < len(request.prompts):
             raise EditError(f"a row of prompt {row.prompt}", f"the request has prompts 0 to {len(request.prompts) - 1}")
         n = len(request.prompts[row.prompt])
-        planned = PlannedRow(i, row.prompt, [], [], [], [resolved(row.prompt, position_of(read.position, i)) for read in request.reads], None)
+        planned = PlannedRow(
+            i, row.prompt, [], [], [], [resolved(row.prompt, position_of(read.position, i)) for read in request.reads], None
+        )
         if ask is not None:
             said = resolved(row.prompt, position_of(ask.position, i))
             if len(said) != 1:
@@ -416,7 +443,11 @@ def _check_wanted(request: Request, card: ModelCard) -> None:
         return
     wanted = request.readout.tokens
     if wanted.dim() != 2 or len(wanted) != len(request.rows) or wanted.is_floating_point():
-        raise TokenError(f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows", "each row has its own", "give [row, m] of token ids")
+        raise TokenError(
+            f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows",
+            "each row has its own",
+            "give [row, m] of token ids",
+        )
     if wanted.numel() and not (0 <= int(wanted.min()) and int(wanted.max()) < card.d_vocab):
         raise TokenError("a wanted token id outside the vocabulary", f"this model has ids 0 to {card.d_vocab - 1}", "use one of them")
 
@@ -427,14 +458,22 @@ def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n
     value = edit.value.shift if isinstance(edit.value, FeatureChange) else edit.value
     numbers = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     if card.itemsize < 4:
-        overflows = EditError(f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32")
+        overflows = EditError(
+            f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32"
+        )
         for x in (numbers, torch.tensor(edit.to, dtype=torch.float64)):
             hold(torch.isfinite(x.to(getattr(torch, card.dtype))).all(), overflows)
     if isinstance(edit.value, Tensor):
         if edit.value.requires_grad and not request.grad:
-            raise EditError(f"a vector at {edit.site} that requires gradients", "this request keeps no graph", "detach it, or ask with grad=True")
+            raise EditError(
+                f"a vector at {edit.site} that requires gradients", "this request keeps no graph", "detach it, or ask with grad=True"
+            )
     if edit.keys is not None and min(resolved(row.prompt, edit.keys)) > max(positions, default=n):
-        raise EditError(f"attention to later tokens at {edit.site}", "a token sees itself and those before it", "give keys that are not after the position")
+        raise EditError(
+            f"attention to later tokens at {edit.site}",
+            "a token sees itself and those before it",
+            "give keys that are not after the position",
+        )
     if edit.site.order > top:
         raise EditError(
             f"the edit at {edit.site} would never fire",
@@ -463,8 +502,12 @@ def _check_acts(row: PlannedRow, request: Request, n: int) -> None:
     said = {*(() if row.says is None else (row.says,)), *((n - 1,) if request.generate else ())}
     seen = said.union(*row.reads)
     normed = said.union(*(positions for read, positions in zip(request.reads, row.reads, strict=True) if read.site.name == "final_norm"))
-    acts = any(min(positions) <= max(seen) for _, positions in row.edits) or any(normed.intersection(positions) for _, positions in row.finals)
+    acts = any(min(positions) <= max(seen) for _, positions in row.edits) or any(
+        normed.intersection(positions) for _, positions in row.finals
+    )
     if not acts:
         raise EditError(
-            "an edit that changes nothing", f"it is not before or at token {max(seen)}, the last that is read", "read a later token, or edit an earlier one"
+            "an edit that changes nothing",
+            f"it is not before or at token {max(seen)}, the last that is read",
+            "read a later token, or edit an earlier one",
         )

@@ -84,7 +84,9 @@ def samples(cells: Cells, token: Callable[[int, int, int], str], logprobs: Tenso
     rows, columns, row_name, column_name, where = cells
     words, values = [], []
     for line in where:
-        words.append([[[show(token(n, p, r)) + " " for r in range(logprobs.shape[-1])], *([[texts[n][p]]] if texts else [])] for n, p in line])
+        words.append(
+            [[[show(token(n, p, r)) + " " for r in range(logprobs.shape[-1])], *([[texts[n][p]]] if texts else [])] for n, p in line]
+        )
         values.append([[logprobs[n, p].exp().tolist(), *([[0.0]] if texts else [])] for n, p in line])
     return View.of(topk_samples(words, values, row_name.capitalize(), column_name.capitalize(), [show(row) for row in rows], columns))
 
@@ -151,7 +153,9 @@ def heat_map(
                     text, points = _fitting(word, 0.94 * width, largest)
                     colour = ink(colours(image.norm(float(values[y, x]))))
                     if text:
-                        drawn = ax.text(x, y, text, ha="center", va="center", fontsize=points, color=colour, family=families([text]), parse_math=False)
+                        drawn = ax.text(
+                            x, y, text, ha="center", va="center", fontsize=points, color=colour, family=families([text]), parse_math=False
+                        )
                         drawn.set_in_layout(False)
     return ax
 
@@ -183,7 +187,16 @@ def lines(
             colour, again = COLOURS[at % len(COLOURS)], at // len(COLOURS) % 2
             mark = None if len(values) >= 60 else "os"[again]
             weight = 2.2 if at == 0 else 1.2
-            ax.plot(range(len(values)), values, label=name, color=colour, linestyle=("-", "--")[again], linewidth=weight, marker=mark, markersize=3)
+            ax.plot(
+                range(len(values)),
+                values,
+                label=name,
+                color=colour,
+                linestyle=("-", "--")[again],
+                linewidth=weight,
+                marker=mark,
+                markersize=3,
+            )
             if bands and name in bands:
                 ax.fill_between(range(len(values)), *bands[name], color=colour, alpha=0.2, linewidth=0)
         for style, (name, value) in zip(cycle(("--", ":", "-.")), (levels or {}).items(), strict=False):
@@ -242,7 +255,11 @@ def described(ax: Axes) -> str:
         heights = heights[heights.isfinite()]
         if len(heights) > 2 and not str(line.get_label()).startswith("_"):
             parts.append(f"{line.get_label()} from {float(heights.min()):.3g} to {float(heights.max()):.3g}")
-    return f"{ax.get_title('left')}: {ax.get_ylabel()} by {ax.get_xlabel()}{'; ' if parts else ''}{', '.join(parts)}." if ax.get_xlabel() else ""
+    return (
+        f"{ax.get_title('left')}: {ax.get_ylabel()} by {ax.get_xlabel()}{'; ' if parts else ''}{', '.join(parts)}."
+        if ax.get_xlabel()
+        else ""
+    )
 
 
 def ink(background: Sequence[float]) -> str:
@@ -271,7 +288,9 @@ def _ticks(ax: Axes, axis: str, labels: Sequence[str]) -> None:
     upright = axis == "x" and widest > room and not all(text.lstrip("-").replace(".", "", 1).isdigit() for text in texts)
     step = max(1, int(-(-(widest + 3 if axis == "x" and not upright else 1.25 * SIZE) // max(room, 0.1))))
     places, family = range(0, len(texts), step), families(texts)
-    (ax.set_xticks if axis == "x" else ax.set_yticks)(places, texts[::step], fontsize=SIZE, family=family, parse_math=False, rotation=90 if upright else 0)
+    (ax.set_xticks if axis == "x" else ax.set_yticks)(
+        places, texts[::step], fontsize=SIZE, family=family, parse_math=False, rotation=90 if upright else 0
+    )
 
 
 @lru_cache(100_000)
@@ -291,5 +310,13 @@ def _fitting(word: str, width: float, size: float) -> tuple[str, float]:
     if wide * SMALLEST / size <= width:
         return text, size * width / wide
     number = whole.lstrip("-").replace(".", "", 1).isdigit()
-    ends = [] if number else range(min(len(text) - 1, 12), 2, -1) if text == whole else [text.find("+", 2)] if "+" in text[2:] and text[0] == "U" else []
+    ends = (
+        []
+        if number
+        else range(min(len(text) - 1, 12), 2, -1)
+        if text == whole
+        else [text.find("+", 2)]
+        if "+" in text[2:] and text[0] == "U"
+        else []
+    )
     return next(((cut, SMALLEST) for n in ends if _width(cut := text[:n] + "…", SMALLEST) <= width), ("", size))

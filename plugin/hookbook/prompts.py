@@ -27,7 +27,11 @@ class Target:
 
     def __post_init__(self) -> None:
         if not self.placeholder or self.placeholder not in self.text:
-            raise TokenError(f"the placeholder {self.placeholder!r} is not in the prompt", "there is no token to patch", "write it where the state should go")
+            raise TokenError(
+                f"the placeholder {self.placeholder!r} is not in the prompt",
+                "there is no token to patch",
+                "write it where the state should go",
+            )
 
     def position(self, tokens: Tokens) -> int:
         """The index of the placeholder's token; `TokenError` if it is not one token of its own."""
@@ -43,7 +47,9 @@ class Target:
 
 
 TOKEN_IDENTITY = Target(
-    "cat -> cat\n1135 -> 1135\nhello -> hello\n?", "?", "Ghandeharioun et al. 2024, arXiv:2401.06102, section 4.1 (prompt of the authors' code)"
+    "cat -> cat\n1135 -> 1135\nhello -> hello\n?",
+    "?",
+    "Ghandeharioun et al. 2024, arXiv:2401.06102, section 4.1 (prompt of the authors' code)",
 )
 """The model repeats the token that a state stands for."""
 
@@ -66,7 +72,9 @@ def attribute(template: str, placeholder: str = "x") -> Target:
     Source: Ghandeharioun et al. 2024, arXiv:2401.06102, section 4.2.
     """
     if not isinstance(template, str) or template.count("{}") != 1:
-        raise TokenError(f"{template!r} is not a template of an attribute", "it needs exactly one {}", "write such as 'The official currency of {}'")
+        raise TokenError(
+            f"{template!r} is not a template of an attribute", "it needs exactly one {}", "write such as 'The official currency of {}'"
+        )
     return Target(template.replace("{}", placeholder), placeholder, "Ghandeharioun et al. 2024, arXiv:2401.06102, section 4.2")
 
 

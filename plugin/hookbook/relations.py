@@ -61,7 +61,9 @@ class Relation(Task):
     def __post_init__(self) -> None:
         templates = (self.templates,) if isinstance(self.templates, str) else tuple(self.templates)
         if not templates:
-            raise DataError(f"the relation {self.name!r} has no templates", "a subject needs a sentence", "give such as 'The capital of {} is'")
+            raise DataError(
+                f"the relation {self.name!r} has no templates", "a subject needs a sentence", "give such as 'The capital of {} is'"
+            )
         for text in (*templates, *([self.phrase] * bool(self.phrase))):
             if text.count("{}") != 1:
                 raise DataError(f"the template {text!r} of {self.name!r}", "the subject is in it once", "write {} where it goes")
@@ -121,4 +123,9 @@ def load(source: Any, templates: str | Sequence[str] = (), *, phrase: str = "") 
         found = json.loads(Path(source).read_text(encoding="utf-8"))
         found = found if isinstance(found, dict) else {}
     templates = templates or found.get("templates", ())
-    return Relation(task.pairs, task.name, templates=(templates,) if isinstance(templates, str) else tuple(templates), phrase=phrase or found.get("phrase", ""))
+    return Relation(
+        task.pairs,
+        task.name,
+        templates=(templates,) if isinstance(templates, str) else tuple(templates),
+        phrase=phrase or found.get("phrase", ""),
+    )

@@ -119,12 +119,18 @@ def grid_table(result: Grid, prompt: int = 0) -> str:
             red, green, blue, _ = colour = colours(chance)
             others = ", ".join(show(result.token(n, p, r)) for r in range(result.logprobs.shape[-1]))
             style = f"background:rgb({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f});color:{ink(colour)}"
-            tokens.append(f'<td style="{style}" title="{html.escape(f"{100 * chance:.0f} %: {others}")}">{html.escape(show(result.token(n, p)))}</td>')
+            tokens.append(
+                f'<td style="{style}" title="{html.escape(f"{100 * chance:.0f} %: {others}")}">{html.escape(show(result.token(n, p)))}</td>'
+            )
         lines.append(f"<tr><th scope=row>{html.escape(show(label))}</th>{''.join(tokens)}</tr>")
     head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in ("", *columns))
     words = f"{row_name} down, {column_name} across; dark is unlikely, bright is likely"
     words += f"; rows after the first {GRID_ROWS} are left out" if len(rows) > GRID_ROWS else ""
-    return box(f"<table><caption>{html.escape(words)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>", words, "grid")
+    return box(
+        f"<table><caption>{html.escape(words)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
+        words,
+        "grid",
+    )
 
 
 def grid_sections(result: Grid, texts: Sequence[str]) -> list[tuple[str, str, str]]:

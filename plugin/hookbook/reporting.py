@@ -46,7 +46,11 @@ def of(result: Result) -> str:
     before = [("What this is", "", _what(result)), ("Pictures", "", "".join(_drawn(result)))]
     own = result.sections()
     view = [] if type(result).view is Result.view else [("View", "", result.view().html)]
-    after = [("Controls", "What the numbers above are compared with; each is the mean of what was measured.", found)] if (found := _controls(result)) else []
+    after = (
+        [("Controls", "What the numbers above are compared with; each is the mean of what was measured.", found)]
+        if (found := _controls(result))
+        else []
+    )
     ends = [*_texts(result), ("Settings", "", _settings(result)), ("Model", "", "".join(map(_model, cards)))]
     made_with = cards[0].versions.get("hookbook", "") if cards else hookbook.__version__
     no_own, no_view = ([(head, "Left out: with it this page would be too large.", "") for head, *_ in some] for some in (own, view))
@@ -56,7 +60,11 @@ def of(result: Result) -> str:
         made = page(f"{title}, {models}" if models else title, sections, f"Made with hookbook {made_with}.")
         if (size := len(made.encode())) < LARGEST:
             return made
-    raise ResultError(f"a report of {size:,} bytes", f"at most {LARGEST:,} open quickly everywhere", "report on fewer prompts, or use to_frame() and plot()")
+    raise ResultError(
+        f"a report of {size:,} bytes",
+        f"at most {LARGEST:,} open quickly everywhere",
+        "report on fewer prompts, or use to_frame() and plot()",
+    )
 
 
 def pictures(result: Result) -> Iterator[tuple[str, str, bytes]]:
@@ -95,7 +103,11 @@ def _what(result: Result) -> str:
     kind = type(result)
     module = sys.modules[kind.__module__]
     made = [value for value in vars(module).values() if hasattr(value, "plan") and value.__annotations__.get("return") == kind.__name__]
-    parts = [_first(module) if made else "", _first(kind), f"Made by {getattr(result, 'recipe', '')}." if getattr(result, "recipe", "") else ""]
+    parts = [
+        _first(module) if made else "",
+        _first(kind),
+        f"Made by {getattr(result, 'recipe', '')}." if getattr(result, "recipe", "") else "",
+    ]
     for one in made:
         words = inspect.getdoc(one) or ""
         source = re.search(r"^Source: (.*?)(?:\n\s*\n|\Z)", words, re.DOTALL | re.MULTILINE)
@@ -110,7 +122,11 @@ def _first(thing: Any) -> str:
 
 def _numbers(result: Result, rows: int) -> str:
     frame = result.to_frame()
-    more = "" if len(frame) <= rows else f"<p>Rows after the first {rows} are left out of this page; <code>result.to_frame()</code> has all of them.</p>"
+    more = (
+        ""
+        if len(frame) <= rows
+        else f"<p>Rows after the first {rows} are left out of this page; <code>result.to_frame()</code> has all of them.</p>"
+    )
     return more + frame_table(frame, "Numbers", limit=rows)
 
 
@@ -138,7 +154,9 @@ def _controls(result: Result) -> str:
     for field in [*(f.name for f in fields(result)), *computed]:
         value = getattr(result, field)
         parts = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, tuple) else [("", value)]
-        for name, one in [part for part in parts if field not in _SHOWN_ELSEWHERE and (_CONTROL.search(field) or _CONTROL.search(str(part[0])))]:
+        for name, one in [
+            part for part in parts if field not in _SHOWN_ELSEWHERE and (_CONTROL.search(field) or _CONTROL.search(str(part[0])))
+        ]:
             numbers = one.double() if isinstance(one, Tensor) and (one.is_floating_point() or one.dtype == torch.bool) else None
             if isinstance(one, float):
                 numbers = torch.tensor(one, dtype=torch.float64)
@@ -156,7 +174,9 @@ def _texts(result: Result) -> Iterator[tuple[str, str, str]]:
         for n, one in enumerate(value if isinstance(value, tuple) else [value]):
             if isinstance(one, Tokens) or (f.name == "template" and one):
                 text, size = (one.text, str(len(one.ids))) if isinstance(one, Tokens) else (str(one), "")
-                rows.append([f"{f.name} {n}" if isinstance(value, tuple) else f.name, size, show(text if len(text) <= 2000 else f"{text[:1999]}…")])
+                rows.append(
+                    [f"{f.name} {n}" if isinstance(value, tuple) else f.name, size, show(text if len(text) <= 2000 else f"{text[:1999]}…")]
+                )
     if rows:
         more = f"The first 100 of {len(rows):,}." if len(rows) > 100 else ""
         yield "Texts as used", more, table(["text", "tokens", "as it was used"], rows[:100], "Prompts and templates", numbers=[1])
@@ -165,7 +185,9 @@ def _texts(result: Result) -> Iterator[tuple[str, str, str]]:
 def _settings(result: Result) -> str:
     """What was asked for, and every plain fact of the result."""
     facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _SHOWN_ELSEWHERE}
-    facts = {name: _plain(value) for name, value in facts.items()} | {name: repr(value) for name, value in getattr(result, "settings", {}).items()}
+    facts = {name: _plain(value) for name, value in facts.items()} | {
+        name: repr(value) for name, value in getattr(result, "settings", {}).items()
+    }
     rows = [[name, value if len(value) <= 500 else value[:499] + "…"] for name, value in facts.items() if value]
     return table(["setting", "value"], [[name, show(value)] for name, value in rows], "Settings") if rows else "<p>There are none.</p>"
 

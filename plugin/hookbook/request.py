@@ -58,7 +58,15 @@ class FeatureChange:
         """As `hookbook.travel.edits.group_edits` takes it."""
         kind = f"{self.sae} {len(self.scale)} {self.whole} {self.drop}"
         seen = None if self.seen is None else (self.seen.name, self.seen.layer)
-        return {"code": self.code, "scale": self.scale, "shift": self.shift, "drop": self.drop, "seen": seen, "kind": kind, "alike": self.whole}
+        return {
+            "code": self.code,
+            "scale": self.scale,
+            "shift": self.shift,
+            "drop": self.drop,
+            "seen": seen,
+            "kind": kind,
+            "alike": self.whole,
+        }
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.features[:5])) + (", ..." if len(self.features) > 5 else "")
@@ -110,7 +118,11 @@ class Edit:
             raise EditError(f"no operation {self.op!r}", "", f"use one of {', '.join(OPS)}")
         self._check_scope()
         if (self.op == "features") != isinstance(self.value, FeatureChange):
-            raise EditError(f"{self.op} at {self.site} with {type(self.value).__name__}", "", "make edits of features with hb.sae.attach(model, sae).edit(...)")
+            raise EditError(
+                f"{self.op} at {self.site} with {type(self.value).__name__}",
+                "",
+                "make edits of features with hb.sae.attach(model, sae).edit(...)",
+            )
         if isinstance(self.value, FeatureChange):
             return
         pattern = self.site.name == "attn_pattern"
@@ -118,13 +130,17 @@ class Edit:
             raise EditError(f"{self.op} at {self.site}", "a pattern has no directions", f"use one of {', '.join(PATTERN_OPS)}")
         if not pattern and (self.op == "knock_out" or self.keys is not None):
             raise EditError(
-                f"{self.op} with keys={self.keys!r} at {self.site}", "only attn_pattern has keys to knock out or choose", "name an attn_pattern site"
+                f"{self.op} with keys={self.keys!r} at {self.site}",
+                "only attn_pattern has keys to knock out or choose",
+                "name an attn_pattern site",
             )
         self._check_value_types()
         number = pattern or self.op == "scale" or not isinstance(self.value, Tensor)
         if number and self.op not in DIRECTION_OPS:
             if isinstance(self.value, Tensor) and self.value.numel() != 1:
-                raise EditError(f"{self.op} at {self.site} by a tensor of shape {list(self.value.shape)}", "this takes one number", "give a number")
+                raise EditError(
+                    f"{self.op} at {self.site} by a tensor of shape {list(self.value.shape)}", "this takes one number", "give a number"
+                )
             object.__setattr__(self, "value", float(self.value))
             if self.op == "knock_out" and self.value:
                 raise EditError(f"knock_out at {self.site} with a value", "it sets attention to zero", "leave the value out, or use set")
@@ -142,13 +158,20 @@ class Edit:
                 if value.dim() != 1 or (self.op == "rotate" and len(value) == 1):
                     raise EditError(
                         f"{self.op} at {self.site} with shape {list(value.shape)}",
-                        "a direction is one vector, and one number has no directions to turn to" if self.op == "rotate" else "a direction is one vector",
+                        "a direction is one vector, and one number has no directions to turn to"
+                        if self.op == "rotate"
+                        else "a direction is one vector",
                         "give [width]; use several edits for several directions",
                     )
-                hold(value.any(), EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length"))
+                hold(
+                    value.any(),
+                    EditError(f"{self.op} at {self.site} along the zero vector", "it has no direction", "give a vector with a length"),
+                )
             object.__setattr__(self, "value", value)
         spread = EditError(
-            f"{self.op} at {self.site} with NaN or infinity", "it would spread to every later number", "look for the step that made it, often half precision"
+            f"{self.op} at {self.site} with NaN or infinity",
+            "it would spread to every later number",
+            "look for the step that made it, often half precision",
         )
         hold(finite, spread)
         hold(math.isfinite(self.to), spread)
@@ -172,7 +195,9 @@ class Edit:
             object.__setattr__(self, "scope", scope)
         if isinstance(scope, tuple):
             if not scope or not all(isinstance(p, int) and not isinstance(p, bool) and p >= 0 for p in scope):
-                raise EditError(f"scope={scope!r} at {self.site}", "absolute positions count a row's tokens from 0", "give whole numbers of 0 or more")
+                raise EditError(
+                    f"scope={scope!r} at {self.site}", "absolute positions count a row's tokens from 0", "give whole numbers of 0 or more"
+                )
         elif scope not in ("prompt", "generated", "all"):
             raise EditError(f"scope={scope!r} at {self.site}", "", "use prompt, generated, all, or a tuple of absolute positions")
         if scope not in ("prompt", "all") and not (isinstance(self.position, int) and self.position == -1):
@@ -188,7 +213,15 @@ class Edit:
             value = f"[{'x'.join(map(str, self.value.shape))}] of norm {float(self.value.norm()):.4g}"
         where = f"tokens {self.position}" if self.scope in ("prompt", "all") else ""
         keys = "" if self.keys is None else f"keys {self.keys}"
-        words = [self.op, "" if self.op == "knock_out" else value, f"to {self.to:g}" if self.op == "clamp" else "", "at", str(self.site), where, keys]
+        words = [
+            self.op,
+            "" if self.op == "knock_out" else value,
+            f"to {self.to:g}" if self.op == "clamp" else "",
+            "at",
+            str(self.site),
+            where,
+            keys,
+        ]
         return " ".join([word for word in words if word] + ([f"scope {self.scope}"] if self.scope != "prompt" else []))
 
     @property
@@ -219,7 +252,11 @@ class Edit:
             )
         self.site.check(card)
         if isinstance(self.value, FeatureChange) and self.value.code["writes"].shape[-1] != self.site.width(card):
-            raise EditError(f"features of {self.value.sae} at {self.site}", f"this model's width there is {self.site.width(card)}", "use an SAE of this model")
+            raise EditError(
+                f"features of {self.value.sae} at {self.site}",
+                f"this model's width there is {self.site.width(card)}",
+                "use an SAE of this model",
+            )
         if isinstance(self.value, Tensor):
             width = self.site.width(card)
             if self.value.shape[-1] != width:

@@ -124,7 +124,13 @@ class AttachedSAE:
         """A feature's decoder row; see `feature`."""
         (index,) = self.chosen(index)
         row = directions(self.sae)[index].cpu().float()
-        return Vector(self.model.card, self.out, row, recipe="sae feature", settings={"feature": index, "sae": self.name, "label": self.labels.get(index, "")})
+        return Vector(
+            self.model.card,
+            self.out,
+            row,
+            recipe="sae feature",
+            settings={"feature": index, "sae": self.name, "label": self.labels.get(index, "")},
+        )
 
     def edit(
         self,
@@ -165,22 +171,33 @@ class AttachedSAE:
         if times_max is not None:
             if self.maxima is None:
                 raise EditError(
-                    "times_max without maxima", "nobody measured them", "hb.sae.attach(model, sae, maxima=hb.feature_examples(sae, texts).maxima), or give to="
+                    "times_max without maxima",
+                    "nobody measured them",
+                    "hb.sae.attach(model, sae, maxima=hb.feature_examples(sae, texts).maxima), or give to=",
                 )
             to = times_max * self.maxima[list(chosen)]
         value = torch.as_tensor(next(x for x in (to, add, scale) if x is not None))
         value = value if value.is_floating_point() else value.double()
-        hold(torch.isfinite(value).all(), EditError("values for features with NaN or infinity", "they would spread", "look for the step that made them"))
+        hold(
+            torch.isfinite(value).all(),
+            EditError("values for features with NaN or infinity", "they would spread", "look for the step that made them"),
+        )
         if not chosen:
             raise EditError("an edit of no features", "it would change nothing", "name some, or use splice()")
         if value.dim() > 1 or (value.dim() and len(value) != len(chosen)):
-            raise EditError(f"values of shape {list(value.shape)} for {len(chosen)} features", "each takes one", "give a number, or one for each feature")
+            raise EditError(
+                f"values of shape {list(value.shape)} for {len(chosen)} features",
+                "each takes one",
+                "give a number, or one for each feature",
+            )
         value = value if value.dim() else value.repeat(len(chosen))
         nothing, one = torch.zeros(value.shape, dtype=value.dtype), torch.ones(value.shape, dtype=value.dtype)
         factor = one if add is not None else value if scale is not None else nothing
         return self._edit(chosen, factor, nothing if scale is not None else value, keep_error, position, scope)
 
-    def keep_only(self, features: int | Sequence[int] = (), *, keep_error: bool = True, position: Position | None = None, scope: Scope = "prompt") -> Edit:
+    def keep_only(
+        self, features: int | Sequence[int] = (), *, keep_error: bool = True, position: Position | None = None, scope: Scope = "prompt"
+    ) -> Edit:
         """An edit that takes out every other feature; see `edit`."""
         chosen = torch.zeros(self.n_features)
         chosen[list(self.chosen(features))] = 1
@@ -188,9 +205,13 @@ class AttachedSAE:
 
     def splice(self, *, keep_error: bool = True, position: Position | None = None, scope: Scope = "prompt") -> Edit:
         """The SAE in the model's way, with nothing changed: the reconstruction, and with `keep_error` what it misses."""
-        return self._edit(tuple(range(self.n_features)), torch.ones(self.n_features), torch.zeros(self.n_features), keep_error, position, scope)
+        return self._edit(
+            tuple(range(self.n_features)), torch.ones(self.n_features), torch.zeros(self.n_features), keep_error, position, scope
+        )
 
-    def _edit(self, chosen: tuple[int, ...], scale: Tensor, shift: Tensor, keep_error: bool, position: Position | None, scope: Scope) -> Edit:
+    def _edit(
+        self, chosen: tuple[int, ...], scale: Tensor, shift: Tensor, keep_error: bool, position: Position | None, scope: Scope
+    ) -> Edit:
         code, every = self.weights, len(chosen) == self.n_features and chosen == tuple(range(self.n_features))
         whole = not keep_error or bool(code["k"]) or every
         if not whole:
@@ -233,7 +254,11 @@ class AttachedSAE:
             chosen = chosen.tolist()
         if not isinstance(chosen, Sequence) and type(chosen).__module__ == "numpy":
             chosen = chosen.tolist()
-        if isinstance(chosen, str) or not isinstance(chosen, (Sequence, range)) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in chosen):
+        if (
+            isinstance(chosen, str)
+            or not isinstance(chosen, (Sequence, range))
+            or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in chosen)
+        ):
             raise EditError(f"{features!r} as features", "", "give an index, or a list of indices")
         chosen = tuple(int(i) for i in chosen)
         if len(set(chosen)) < len(chosen):
@@ -304,7 +329,9 @@ def feature(sae: AttachedSAE, index: int) -> Vector:
 def checked(sae: Any) -> AttachedSAE:
     """An attached SAE, or `ModelError` for anything else."""
     if not isinstance(sae, AttachedSAE):
-        raise ModelError(f"a {type(sae).__name__} in place of an attached SAE", "features are of a model and a site", "hb.sae.attach(model, sae)")
+        raise ModelError(
+            f"a {type(sae).__name__} in place of an attached SAE", "features are of a model and a site", "hb.sae.attach(model, sae)"
+        )
     return sae
 
 

@@ -26,7 +26,9 @@ EACH = ("standard", "jumprelu", "gated", "transcoder", "skip_transcoder", "jumpr
 """Architectures whose features are computed each from the input alone."""
 
 
-def places(sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site | str | None = None, same_model: bool = False) -> tuple[Site, Site]:
+def places(
+    sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site | str | None = None, same_model: bool = False
+) -> tuple[Site, Site]:
     """Where an SAE of SAELens reads and where it writes in a model; raises as `attach` does if it is of another one."""
     known = sae.cfg.metadata
     if not same_model and known.model_name and known_as(known.model_name) != known_as(card.model_id):
@@ -37,12 +39,18 @@ def places(sae: SAE, card: ModelCard, site: Site | str | None = None, out: Site 
         )
     name, after = known.hook_name, known.hf_hook_name or ""
     if name and name.endswith("hook_mlp_in") and "norm" in after and after.endswith(".output"):
-        name = name.replace("hook_mlp_in", "mlp.hook_in")  # Gemma Scope 2's transcoders: TransformerLens' hook_mlp_in is before the norm, they read after it
+        name = name.replace(
+            "hook_mlp_in", "mlp.hook_in"
+        )  # Gemma Scope 2's transcoders: TransformerLens' hook_mlp_in is before the norm, they read after it
     reads = _site(site, name, "site")
     writes = _site(out, known.hook_name_out, "out") if out is not None or known.hook_name_out else reads
     for where, width, what in ((reads, sae.cfg.d_in, "reads"), (writes, sae.W_dec.shape[1], "writes")):
         if where.check(card).width(card) != width:
-            raise SiteError(f"an SAE that {what} {width} numbers at {where}", f"this model's width there is {where.width(card)}", "use an SAE of this model")
+            raise SiteError(
+                f"an SAE that {what} {width} numbers at {where}",
+                f"this model's width there is {where.width(card)}",
+                "use an SAE of this model",
+            )
     if reads.order > writes.order:
         raise SiteError(f"a transcoder that reads {reads} and writes {writes}", "what it reads comes later", "swap site and out")
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
@@ -113,17 +121,23 @@ def sae_lens_module() -> Any:
     try:
         import sae_lens
     except ImportError as error:
-        raise ModelError("sae-lens is not installed", str(error), 'pip install "hookbook[sae]", which needs transformer-lens below 4') from error
+        raise ModelError(
+            "sae-lens is not installed", str(error), 'pip install "hookbook[sae]", which needs transformer-lens below 4'
+        ) from error
     return sae_lens
 
 
 def checked_sae(sae: Any) -> Any:
     """An SAE of SAELens, or `ModelError`."""
     if isinstance(sae, tuple):
-        raise ModelError("a tuple in place of an SAE", "older calls of SAELens gave the SAE, its settings and sparsities", "give the first of them")
+        raise ModelError(
+            "a tuple in place of an SAE", "older calls of SAELens gave the SAE, its settings and sparsities", "give the first of them"
+        )
     if not isinstance(sae, sae_lens_module().SAE):
         raise ModelError(
-            f"a {type(sae).__name__} in place of an SAE", "SAEs are SAELens'", "SAE.from_pretrained(release, sae_id), or SAE.load_from_disk(folder)"
+            f"a {type(sae).__name__} in place of an SAE",
+            "SAEs are SAELens'",
+            "SAE.from_pretrained(release, sae_id), or SAE.load_from_disk(folder)",
         )
     return sae
 
@@ -159,7 +173,9 @@ def check_processed(adapter: Adapter, known: Any) -> None:
     embedding = getattr(adapter.model, "W_E", None)
     if wanted is None or embedding is None or adapter.remote:
         return
-    x = torch.randn(2, adapter.card.d_model, dtype=embedding.dtype, device=embedding.device, generator=torch.Generator(embedding.device).manual_seed(0))
+    x = torch.randn(
+        2, adapter.card.d_model, dtype=embedding.dtype, device=embedding.device, generator=torch.Generator(embedding.device).manual_seed(0)
+    )
     with torch.no_grad():
         layer_norm = bool((adapter.final_norm(x + 1) - adapter.final_norm(x)).abs().max() < 1e-3)
         centred = bool(embedding.mean(-1).abs().max() < 1e-3 * embedding.std())
@@ -180,7 +196,9 @@ def read_labels(labels: Any) -> dict[int, str]:
             items = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
             return {int(item["index"]): str(item["description"]) for item in items}
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"labels in {labels}", f"no export of Neuronpedia: {error}", "give objects with 'index' and 'description'") from error
+            raise DataError(
+                f"labels in {labels}", f"no export of Neuronpedia: {error}", "give objects with 'index' and 'description'"
+            ) from error
     if not isinstance(labels, Mapping):
         raise DataError(f"labels of type {type(labels).__name__}", "", "give a dict from features to texts, or a file")
     return {int(index): str(text) for index, text in labels.items()}
@@ -196,9 +214,15 @@ def part(code: dict[str, Any], features: Sequence[int]) -> dict[str, Any]:
 def code_of(sae: Any, site: Site, out: Site) -> dict[str, Any] | Refused:
     cfg, kind = sae.cfg, sae.cfg.architecture()
     if kind not in (*EACH, "topk"):
-        return Refused(f"edits of features of a {kind} SAE", "its activations are not one product and one threshold", "read it, or steer along hb.sae.feature")
+        return Refused(
+            f"edits of features of a {kind} SAE",
+            "its activations are not one product and one threshold",
+            "read it, or steer along hb.sae.feature",
+        )
     if site != out and cfg.normalize_activations != "none":
-        return Refused(f"edits of features of a transcoder with {cfg.normalize_activations}", "its output is not brought back to size", "read it")
+        return Refused(
+            f"edits of features of a transcoder with {cfg.normalize_activations}", "its output is not brought back to size", "read it"
+        )
     weights = {key: value.detach() for key, value in sae.state_dict().items()}
     gated, rescaled = kind == "gated", bool(getattr(cfg, "rescale_acts_by_decoder_norm", False))
     norms = weights["W_dec"].norm(dim=-1) if rescaled else None

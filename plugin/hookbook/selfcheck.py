@@ -64,7 +64,9 @@ def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookErro
         return _runs(adapter)
     architecture = adapter.card.architecture
     if question == "sublayers":
-        error = Refused(f"attn_out and mlp_out of {architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post")
+        error = Refused(
+            f"attn_out and mlp_out of {architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post"
+        )
         return [(_add_up(adapter), error)]
     if question == "knock_out":
         why = "its patterns leave a part to a sink, which would have to share, too"
@@ -73,7 +75,11 @@ def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookErro
         return [
             (
                 _feeds(adapter),
-                Refused(f"mlp_in of {architecture}", "nothing shows that what is written there is all that its MLPs take", "use resid_pre or resid_post"),
+                Refused(
+                    f"mlp_in of {architecture}",
+                    "nothing shows that what is written there is all that its MLPs take",
+                    "use resid_pre or resid_post",
+                ),
             )
         ]
     source, out = _inner_sites(question)
@@ -211,7 +217,9 @@ def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
         adapter.forward(tokens[:, 1:], mask, rest, kept=kept)
         adapter.forward(tokens[1:, 1:], None, short)
         normed, half = adapter.final_norm(alone.found["x"]), adapter.splits() // 2
-        logits = torch.cat([adapter.unembed(normed, part) for part in (slice(half), slice(half, None))], -1) if half else adapter.unembed(normed)
+        logits = (
+            torch.cat([adapter.unembed(normed, part) for part in (slice(half), slice(half, None))], -1) if half else adapter.unembed(normed)
+        )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         return [(False, ModelError(f"{card.model_id} cannot be run as forks", why, _INSTEAD))]
@@ -220,7 +228,10 @@ def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
     others = f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs"
     unknown = f"{card.architecture} does something to them that this adapter does not know"
     return [
-        (_close(card.itemsize, a, b) & _close(card.itemsize, c, d), ModelError(f"{card.model_id} cannot be run as forks", others, _INSTEAD)),
+        (
+            _close(card.itemsize, a, b) & _close(card.itemsize, c, d),
+            ModelError(f"{card.model_id} cannot be run as forks", others, _INSTEAD),
+        ),
         (
             _close(card.itemsize, logits, adapter.plain_logits(tokens[:1])[0]),
             ModelError(f"the logits of {card.model_id} are not the unembedding of its last block's output", unknown, _INSTEAD),

@@ -44,18 +44,31 @@ SITES: dict[str, SiteSpec] = {
     for spec in (
         SiteSpec("embed", "batch pos d_model", -1, "hook_embed", "what the token embedding gives, before learned positions are added"),
         SiteSpec("resid_pre", "batch pos d_model", 0, "blocks.{layer}.hook_resid_pre", "stream entering the block"),
-        SiteSpec("attn_pattern", "batch head pos key", 1, "blocks.{layer}.attn.hook_pattern", "attention of each token to each, after the softmax", "head"),
+        SiteSpec(
+            "attn_pattern",
+            "batch head pos key",
+            1,
+            "blocks.{layer}.attn.hook_pattern",
+            "attention of each token to each, after the softmax",
+            "head",
+        ),
         SiteSpec("head_z", "batch pos head d_head", 2, "blocks.{layer}.attn.hook_z", "input of attention's output projection", "head"),
-        SiteSpec("attn_out", "batch pos d_model", 3, "blocks.{layer}.hook_attn_out", "attention's addition to the stream, after any post-norm"),
+        SiteSpec(
+            "attn_out", "batch pos d_model", 3, "blocks.{layer}.hook_attn_out", "attention's addition to the stream, after any post-norm"
+        ),
         SiteSpec("mlp_in", "batch pos d_model", 4, "blocks.{layer}.mlp.hook_in", "what the MLP takes: the stream after the norm before it"),
-        SiteSpec("mlp_act", "batch pos d_mlp", 5, "blocks.{layer}.mlp.hook_post", "neurons: input of the MLP's output projection", "neuron"),
+        SiteSpec(
+            "mlp_act", "batch pos d_mlp", 5, "blocks.{layer}.mlp.hook_post", "neurons: input of the MLP's output projection", "neuron"
+        ),
         SiteSpec("mlp_out", "batch pos d_model", 6, "blocks.{layer}.hook_mlp_out", "MLP's addition to the stream, after any post-norm"),
         SiteSpec("resid_post", "batch pos d_model", 7, "blocks.{layer}.hook_resid_post", "stream leaving the block"),
         SiteSpec("final_norm", "batch pos d_model", 0, "ln_final.hook_out", "what the final norm gives, which the unembedding takes"),
     )
 }
 
-INNER = tuple(spec.name for spec in sorted(SITES.values(), key=lambda spec: spec.rank) if spec.layered and not spec.name.startswith("resid"))
+INNER = tuple(
+    spec.name for spec in sorted(SITES.values(), key=lambda spec: spec.rank) if spec.layered and not spec.name.startswith("resid")
+)
 """Sites inside a block, in the order of the pass."""
 
 _OTHER_NAMES = {"blocks.{layer}.hook_in": "resid_pre", "blocks.{layer}.hook_out": "resid_post"}
@@ -66,7 +79,10 @@ _NO_SITES = {
         "TransformerLens has the stream before the MLP's norm there, SAELens' Gemma Scope 2 transcoders mean what the norm gives",
         "mlp_in",
     ),
-    "blocks.{layer}.ln2.hook_normalized": ("it is what the MLP takes only where the norm's weight and bias are folded into the MLP", "mlp_in"),
+    "blocks.{layer}.ln2.hook_normalized": (
+        "it is what the MLP takes only where the norm's weight and bias are folded into the MLP",
+        "mlp_in",
+    ),
     "blocks.{layer}.mlp.hook_out": ("in Gemma 2 and 3 and others a norm comes between it and the stream", "mlp_out"),
     "blocks.{layer}.attn.hook_out": ("in Gemma 2 and 3 and others a norm comes between it and the stream", "attn_out"),
 }
@@ -158,7 +174,9 @@ class Site:
 
     def units(self, card: ModelCard) -> tuple[int, int]:
         """How many heads or neurons a model has here, and the width of one; a site without them is one unit."""
-        return {"head_z": (card.n_heads, card.d_head), "attn_pattern": (card.n_heads, 1), "mlp_act": (card.d_mlp, 1)}.get(self.name, (1, card.d_model))
+        return {"head_z": (card.n_heads, card.d_head), "attn_pattern": (card.n_heads, 1), "mlp_act": (card.d_mlp, 1)}.get(
+            self.name, (1, card.d_model)
+        )
 
     def width(self, card: ModelCard) -> int:
         """The length of a vector here: of one head or neuron if one is named, of all of them end to end otherwise."""
@@ -168,9 +186,13 @@ class Site:
     def check(self, card: ModelCard) -> Site:
         """This site, or `SiteError` if a model has none such."""
         if self.layer is not None and self.layer >= card.n_layers:
-            raise SiteError(f"no site '{self}'", f"this model has layers 0 to {card.n_layers - 1}", f"use a layer of at most {card.n_layers - 1}")
+            raise SiteError(
+                f"no site '{self}'", f"this model has layers 0 to {card.n_layers - 1}", f"use a layer of at most {card.n_layers - 1}"
+            )
         if self.unit is not None and self.unit >= self.units(card)[0]:
-            raise SiteError(f"no site '{self}'", f"this model has {SITES[self.name].unit}s 0 to {self.units(card)[0] - 1}", "use one of them")
+            raise SiteError(
+                f"no site '{self}'", f"this model has {SITES[self.name].unit}s 0 to {self.units(card)[0] - 1}", "use one of them"
+            )
         return self
 
     def __str__(self) -> str:

@@ -110,7 +110,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.clone(memory_format=torch.contiguous_format)  # fields may share memory, which safetensors refuses
         return {"tensor": name}
     if is_dataclass(value) and type(value).__name__ in _PARTS:
-        return {"type": type(value).__name__, "data": {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}}
+        return {
+            "type": type(value).__name__,
+            "data": {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)},
+        }
     if isinstance(value, tuple):
         return {"tuple": [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, list):

@@ -84,7 +84,9 @@ class Task:
                 raise DataError(f"a pair {pair!r} of {self.name!r}", "input and output are texts", "leave it out")
             if seen.setdefault(pair[0], pair[1]) != pair[1]:
                 raise DataError(
-                    f"two outputs of {pair[0]!r} in {self.name!r}: {seen[pair[0]]!r} and {pair[1]!r}", "an answer would be right and wrong", "keep one"
+                    f"two outputs of {pair[0]!r} in {self.name!r}: {seen[pair[0]]!r} and {pair[1]!r}",
+                    "an answer would be right and wrong",
+                    "keep one",
                 )
 
     def __len__(self) -> int:
@@ -108,7 +110,9 @@ class Task:
             raise DataError(f"{len(pairs)} pairs of {self.name!r} in three parts", "one would be empty", "give more pairs, or other shares")
         return Splits(*(replace(self, pairs=tuple(part)) for part in parts))
 
-    def questions(self, shown: Task | None = None, shots: int = 0, n: int | None = None, *, seed: int = 0, shuffled: bool = False) -> list[Question]:
+    def questions(
+        self, shown: Task | None = None, shots: int = 0, n: int | None = None, *, seed: int = 0, shuffled: bool = False
+    ) -> list[Question]:
         """Prompts with queries of this task.
 
         Args:
@@ -130,7 +134,9 @@ class Task:
         source = (self if shown is None else shown).pairs
         if len(source) <= shots:
             raise DataError(
-                f"{shots} pairs to show of {self.name!r}", f"there are {len(source)}, and the query's own is not shown", "show fewer, or give more pairs"
+                f"{shots} pairs to show of {self.name!r}",
+                f"there are {len(source)}, and the query's own is not shown",
+                "show fewer, or give more pairs",
             )
         found = []
         for x, y in asked:
@@ -154,7 +160,8 @@ class Splits:
 def names() -> list[str]:
     """The tasks that ship; with `:first` or `:last` after a name they are about an item of a list."""
     return sorted(
-        [file.name.removesuffix(".json") for file in (_DATA / "pairs").iterdir() if file.name.endswith(".json")] + ["capitalize", "uppercase", "copy"]
+        [file.name.removesuffix(".json") for file in (_DATA / "pairs").iterdir() if file.name.endswith(".json")]
+        + ["capitalize", "uppercase", "copy"]
     )
 
 
@@ -255,7 +262,11 @@ def entities(kind: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def _contrast_data(name: str, key: str, what: str) -> dict[str, Any]:
-    found = {f.name.removesuffix(".json"): json.loads(f.read_text(encoding="utf-8")) for f in (_DATA / "contrasts").iterdir() if f.name.endswith(".json")}
+    found = {
+        f.name.removesuffix(".json"): json.loads(f.read_text(encoding="utf-8"))
+        for f in (_DATA / "contrasts").iterdir()
+        if f.name.endswith(".json")
+    }
     known = sorted(other.removeprefix("openings_") for other, data in found.items() if key in data)
     if key not in found.get(name, {}):
         raise DataError(f"no {name.removeprefix('openings_')!r} as {what}", "", f"use one of {', '.join(known)}, or texts of your own")
@@ -270,7 +281,11 @@ def lists(task: Task, item: str, *, length: int = 3, n: int = 200, seed: int = 0
         True
     """
     if item not in ("first", "last") or len(task) < length:
-        raise DataError(f"lists of {length} of {task.name!r}, the {item}", f"it has {len(task)} pairs", "use first or last, and lists that are no longer")
+        raise DataError(
+            f"lists of {length} of {task.name!r}, the {item}",
+            f"it has {len(task)} pairs",
+            "use first or last, and lists that are no longer",
+        )
     draw, found = random.Random(f"{seed} {task.name} {length}"), {}
     for _ in range(20 * n):
         some = draw.sample(task.pairs, length)
@@ -291,7 +306,9 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
             rows = data["pairs"] if isinstance(data, dict) else data
         return tuple((str(row[0]), str(row[1])) for row in rows)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as pairs", f"{type(error).__name__}: {error}", "give a list of pairs, or two columns") from error
+        raise DataError(
+            f"{path} cannot be read as pairs", f"{type(error).__name__}: {error}", "give a list of pairs, or two columns"
+        ) from error
 
 
 _DATA: Any = files("hookbook") / "data"

@@ -58,7 +58,9 @@ class ToyBlock(nn.Module):
 class ToyModel(nn.Module):
     """A GPT-2-like transformer with random weights."""
 
-    def __init__(self, n_layers: int = 3, d_model: int = 16, n_heads: int = 2, d_head: int = 8, d_mlp: int = 32, n_ctx: int = 64, d_vocab: int = 258) -> None:
+    def __init__(
+        self, n_layers: int = 3, d_model: int = 16, n_heads: int = 2, d_head: int = 8, d_mlp: int = 32, n_ctx: int = 64, d_vocab: int = 258
+    ) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(d_vocab, d_model), nn.Embedding(n_ctx, d_model)
         self.blocks = nn.ModuleList(ToyBlock(d_model, n_heads, d_head, d_mlp) for _ in range(n_layers))
@@ -115,10 +117,14 @@ class ToyAdapter(Adapter):
             for name, layer in climb.inside():
                 if name in ("head_z", "mlp_in", "mlp_act"):
                     target = blocks[layer].mlp if name == "mlp_in" else self.writer(name, layer)[0]
-                    handles.append(target.register_forward_pre_hook(lambda module, args, name=name, layer=layer: climb.visit(name, layer, args[0])))
+                    handles.append(
+                        target.register_forward_pre_hook(lambda module, args, name=name, layer=layer: climb.visit(name, layer, args[0]))
+                    )
                 else:
                     target = self.model.embed if layer is None else blocks[layer].get_submodule(name.replace("attn_pattern", "pattern"))
-                    handles.append(target.register_forward_hook(lambda module, args, output, name=name, layer=layer: climb.visit(name, layer, output)))
+                    handles.append(
+                        target.register_forward_hook(lambda module, args, output, name=name, layer=layer: climb.visit(name, layer, output))
+                    )
             try:
                 self.model(tokens, mask, cache, sum(climb.before))
             except Stop:
@@ -151,5 +157,7 @@ def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> ToyA
         torch.manual_seed(seed)
         model = ToyModel(**sizes)
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 * 1.5)
+            nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else nn.init.normal_(
+                parameter, std=parameter.shape[-1] ** -0.5 * 1.5
+            )
         return ToyAdapter(model.to(dtype).eval())

@@ -82,7 +82,9 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     """
     if isinstance(prompt, Tokens):
         tokens = prompt
-    elif isinstance(prompt, torch.Tensor) or (isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)):
+    elif isinstance(prompt, torch.Tensor) or (
+        isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    ):
         if chat:
             raise TokenError("chat=True for token ids", "a chat template renders texts", "give a text, or leave chat off")
         tokens = _from_ids(prompt, tokenizer)
@@ -116,7 +118,9 @@ def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, c
     text: Any = prompt
     if not isinstance(prompt, str) or chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise TokenError("a chat prompt was asked for", "this tokenizer has no chat template", "leave chat off, or set tokenizer.chat_template")
+            raise TokenError(
+                "a chat prompt was asked for", "this tokenizer has no chat template", "leave chat off, or set tokenizer.chat_template"
+            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not messages or any(not str(m.get("content") or "").strip() for m in messages):
             raise TokenError("the prompt is empty", "a chat message has no content", "give it some")
@@ -125,13 +129,17 @@ def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, c
         raise TokenError("the prompt is empty", "there is no token to run the model on", "give a text of at least one character")
     if not getattr(tokenizer, "is_fast", False):
         raise TokenError(
-            "this tokenizer cannot say where a token's characters are", "it is not a fast tokenizer", "load it with use_fast=True, or pass token ids"
+            "this tokenizer cannot say where a token's characters are",
+            "it is not a fast tokenizer",
+            "load it with use_fast=True, or pass token ids",
         )
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(coded.input_ids), [tuple(span) for span in coded.offset_mapping]
     bos_id = getattr(tokenizer, "bos_token_id", None)
     if bos and bos_id is None:
-        raise TokenError("bos=True", "this tokenizer has no beginning-of-sequence token", "leave bos out, or write the token you want into the text")
+        raise TokenError(
+            "bos=True", "this tokenizer has no beginning-of-sequence token", "leave bos out, or write the token you want into the text"
+        )
     if (adds_bos(tokenizer) if bos is None else bos) and ids[:1] != [bos_id]:
         ids, offsets = [bos_id, *ids], [(0, 0), *offsets]
     if not ids:
@@ -168,7 +176,9 @@ def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
             raise TokenError(f"no token {i}", f"the prompt {_short(tokens.text)} has {n} tokens", f"use -{n} to {n - 1}")
     found = [i % n for i in found]
     if not found:
-        raise TokenError(f"the span {position!r} is empty", f"the prompt {_short(tokens.text)} has {n} tokens", "give a span that holds a token")
+        raise TokenError(
+            f"the span {position!r} is empty", f"the prompt {_short(tokens.text)} has {n} tokens", "give a span that holds a token"
+        )
     if len(set(found)) != len(found):
         raise TokenError(f"the span {position!r} names a token twice", "", "name each token once")
     return tuple(found)
@@ -176,7 +186,9 @@ def resolve(position: Position, tokens: Tokens) -> tuple[int, ...]:
 
 def _find(at: At, tokens: Tokens) -> tuple[int, ...]:
     if tokens.offsets is None:
-        raise TokenError(f"cannot look for {at.text!r}", "the prompt came as token ids, without text", "give an index, or the prompt as text")
+        raise TokenError(
+            f"cannot look for {at.text!r}", "the prompt came as token ids, without text", "give an index, or the prompt as text"
+        )
     if not at.text:
         raise TokenError("the empty text is everywhere", "", "name some characters, or give an index")
     starts = [i for i in range(len(tokens.text)) if tokens.text.startswith(at.text, i)]
@@ -191,7 +203,9 @@ def _find(at: At, tokens: Tokens) -> tuple[int, ...]:
     try:
         start = starts[at.occurrence or 0]
     except IndexError:
-        raise TokenError(f"no occurrence {at.occurrence} of {at.text!r}", f"it occurs {len(starts)} times", "use a smaller number") from None
+        raise TokenError(
+            f"no occurrence {at.occurrence} of {at.text!r}", f"it occurs {len(starts)} times", "use a smaller number"
+        ) from None
     inside = covering(tokens, start, start + len(at.text))
     return {"first": inside[:1], "last": inside[-1:], "all": inside}[at.part]
 
@@ -307,4 +321,6 @@ def decoded(adapter: Any, tokens: Tensor) -> tuple[str, ...]:
 
 def lines(tokens: Tensor, values: Tensor) -> tuple[tuple[Any, ...], ...]:
     """The values of each row of tokens `[n, steps]` up to its end; -1 is none."""
-    return tuple(tuple(x for x, i in zip(line, ids, strict=True) if i >= 0) for line, ids in zip(values.tolist(), tokens.tolist(), strict=True))
+    return tuple(
+        tuple(x for x, i in zip(line, ids, strict=True) if i >= 0) for line, ids in zip(values.tolist(), tokens.tolist(), strict=True)
+    )

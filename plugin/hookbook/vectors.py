@@ -52,7 +52,9 @@ class Vector(Result):
         if isinstance(self.values, Tensor) and type(self.values) is Tensor:
             if tuple(self.values.shape) != (self.site.width(self.card),):
                 raise EditError(
-                    f"a vector of shape {list(self.values.shape)} at {self.site}", f"its width there is {self.site.width(self.card)}", "give [width]"
+                    f"a vector of shape {list(self.values.shape)} at {self.site}",
+                    f"its width there is {self.site.width(self.card)}",
+                    "give [width]",
                 )
             if not bool(torch.isfinite(self.values).all()):
                 raise EditError(f"a vector at {self.site} with NaN or infinity", "it would spread", "look for the step that made it")
@@ -75,7 +77,9 @@ class Vector(Result):
             return NotImplemented
         mine, theirs = (_kind(vector) for vector in (self, other))
         if mine != theirs:
-            raise SiteError(f"a vector of {mine} {sign} one of {theirs}", "they are directions in different spaces", "use vectors of one model and site")
+            raise SiteError(
+                f"a vector of {mine} {sign} one of {theirs}", "they are directions in different spaces", "use vectors of one model and site"
+            )
         values = self.values + other.values if sign == "+" else self.values - other.values
         return replace(self, values=values, recipe=f"({self.recipe or 'vector'} {sign} {other.recipe or 'vector'})", settings={})
 
@@ -106,9 +110,13 @@ class Vector(Result):
         self._with(other, "-")
         unit = other.values.double() / other.values.double().norm()
         values = self.values.double() - (self.values.double() @ unit) * unit
-        return replace(self, values=values.to(self.values.dtype), recipe=f"({self.recipe or 'vector'} without {other.recipe or 'vector'})", settings={})
+        return replace(
+            self, values=values.to(self.values.dtype), recipe=f"({self.recipe or 'vector'} without {other.recipe or 'vector'})", settings={}
+        )
 
-    def decompose(self, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True) -> FeatureVector:
+    def decompose(
+        self, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
+    ) -> FeatureVector:
         """This vector as features of a sparse autoencoder of its site.
 
         A state, such as a mean of states or a task vector by `replace`, is what an SAE was trained on: with `encode`, `v = decode(encode(v)) + error`, and
@@ -148,7 +156,9 @@ class Vector(Result):
             op: `add` or `set`.
         """
         if op not in ("add", "set") or self.site.unit is not None:
-            raise EditError(f"{op} at {self.site} as a TransformerLens hook", "only add and set at a whole site are written as hooks", "use edit()")
+            raise EditError(
+                f"{op} at {self.site} as a TransformerLens hook", "only add and set at a whole site are written as hooks", "use edit()"
+            )
 
         def hook(x: Tensor, hook: Any) -> Tensor:
             value = (self.values * strength).to(x.device, x.dtype).reshape(x.shape[2:])

@@ -44,19 +44,20 @@ def drawn(source: str) -> str:
     """HTML that draws what a circuitsvis picture's `local_src` would. The same picture twice on a page is drawn twice."""
     found = _CALL.search(source)
     if found is None:
-        raise Refused("view()", "this circuitsvis writes its pictures in a way that hookbook does not know", "pip install circuitsvis==1.43.3")
-    name, props = found[1], found[2].replace("</", "<\\/").replace("<!--", "<\\!--").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        raise Refused(
+            "view()", "this circuitsvis writes its pictures in a way that hookbook does not know", "pip install circuitsvis==1.43.3"
+        )
+    name, props = (
+        found[1],
+        found[2].replace("</", "<\\/").replace("<!--", "<\\!--").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
+    )
     key = hashlib.sha256((name + props).encode()).hexdigest()[:12]
     parts = {"KEY": key, "BUNDLE": _packed(), "NAME": name, "PROPS": props}
     script = re.sub("|".join(parts), lambda part: parts[part[0]], _DRAW)
     style = "background:#fff;color:#000;color-scheme:light;padding:.5rem;overflow-x:auto"
-    room = (
-        '<style>[data-hookbook-view] > div[style*="600px"] { padding-bottom: 10rem !important }</style>'  # for what is shown beside a token, not for a screen
-    )
+    room = '<style>[data-hookbook-view] > div[style*="600px"] { padding-bottom: 10rem !important }</style>'  # for what is shown beside a token, not for a screen
     words = "This picture needs scripts: in a notebook, trust it or run the cell; in a browser, allow them for this page."
-    return (
-        f'{room}<div data-hookbook-view="{key}" role=region tabindex=0 aria-label="interactive picture" style="{style}">{words}</div><script>{script}</script>'
-    )
+    return f'{room}<div data-hookbook-view="{key}" role=region tabindex=0 aria-label="interactive picture" style="{style}">{words}</div><script>{script}</script>'
 
 
 @cache

@@ -46,7 +46,11 @@ def test_every_pair_of_adapters_agrees_under_edits(name):
             for i, (site, op) in enumerate(zip(sites, ("set", "add", "project_out", "add", "set"), strict=True))
         ]
         replies.append(
-            adapter.run(Request(prompts, rows, [Read(hb.Site("resid_post", 14)), Read(hb.Site("attn_out", 10))], Readout(logits=True, k=1), generate=5))
+            adapter.run(
+                Request(
+                    prompts, rows, [Read(hb.Site("resid_post", 14)), Read(hb.Site("attn_out", 10))], Readout(logits=True, k=1), generate=5
+                )
+            )
         )
     for one, other in itertools.combinations(replies, 2):
         # float32, three implementations of attention: rounding grows along the layers

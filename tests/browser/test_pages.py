@@ -86,7 +86,8 @@ def test_a_view_draws_in_a_page_of_others(opened, tmp_path):
     view = result("Patchscope").view()
     path = tmp_path / "notebook.html"
     path.write_text(
-        f'<!doctype html><meta charset="utf-8"><div class="output">{view.html}</div><p>and</p><div class="output">{view.html}</div>', encoding="utf-8"
+        f'<!doctype html><meta charset="utf-8"><div class="output">{view.html}</div><p>and</p><div class="output">{view.html}</div>',
+        encoding="utf-8",
     )
     assert "Source layer" in opened(path, views=2).inner_text("body")
     late = opened(path, views=2)
@@ -103,7 +104,10 @@ def test_a_view_says_what_is_wrong_where_it_cannot_be_drawn(chromium, tmp_path):
     page = chromium.new_context(java_script_enabled=False).new_page()
     page.goto(path.as_uri())
     assert "needs scripts" in page.inner_text("main")
-    path.write_text(path.read_text().replace('"default-src', '"x').replace("<script>", "<script>delete window.DecompressionStream;", 1), encoding="utf-8")
+    path.write_text(
+        path.read_text().replace('"default-src', '"x').replace("<script>", "<script>delete window.DecompressionStream;", 1),
+        encoding="utf-8",
+    )
     page = chromium.new_page()
     page.goto(path.as_uri())
     until(page, "document.body.textContent.includes('could not be drawn')")

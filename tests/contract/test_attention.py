@@ -50,7 +50,9 @@ def test_heads_add_up_to_attention(case, tiny_folder, monkeypatch):
         z, out = readings[2 * layer].values, readings[2 * layer + 1].values
         w, bias, norm = weights(case, layer, tiny_folder)
         assert w.shape == (card.n_heads * card.d_head, card.d_model) and (norm is not None) == ("gemma3" in case.name)
-        naive = torch.stack([z[:, h * card.d_head : (h + 1) * card.d_head] @ w[h * card.d_head : (h + 1) * card.d_head] for h in range(card.n_heads)], 1)
+        naive = torch.stack(
+            [z[:, h * card.d_head : (h + 1) * card.d_head] @ w[h * card.d_head : (h + 1) * card.d_head] for h in range(card.n_heads)], 1
+        )
         if norm is not None:
             scale = ((naive.sum(1) + bias).pow(2).mean(-1, keepdim=True) + (1e-5 if case.name.startswith("hooked") else 1e-6)).sqrt()
             naive, bias = naive / scale[:, None] * norm, bias / scale * norm
@@ -83,7 +85,9 @@ def test_a_norm_that_is_no_root_mean_square_is_refused(monkeypatch):
 
 def test_heads_of_a_layer_that_is_not_there_are_refused(case):
     with pytest.raises(hb.errors.SiteError, match="this model has layers"):
-        case.adapter.head_contributions(case.adapter.card.n_layers, torch.zeros(1, case.adapter.card.n_heads * case.adapter.card.d_head, dtype=torch.float64))
+        case.adapter.head_contributions(
+            case.adapter.card.n_layers, torch.zeros(1, case.adapter.card.n_heads * case.adapter.card.d_head, dtype=torch.float64)
+        )
 
 
 def test_a_pattern_is_a_distribution_over_the_rows_own_tokens(case):
@@ -162,7 +166,9 @@ def test_only_a_knock_out_shares_what_it_takes(case):
     (reading,) = adapter.run(Request([tokens], [Row(0), *(Row(0, (edit,)) for edit in edits)], [Read(site)])).readings
     clean = reading.values[0]
     left = clean[:, 0]
-    assert (reading.values.sum(-1) - torch.stack([left + clean[:, 1:].sum(-1), left, 1.5 + 0 * left, (1 + left) / 2, 1 + 0 * left])).abs().max() < EXACT
+    assert (
+        reading.values.sum(-1) - torch.stack([left + clean[:, 1:].sum(-1), left, 1.5 + 0 * left, (1 + left) / 2, 1 + 0 * left])
+    ).abs().max() < EXACT
     assert (reading.values[4] - torch.tensor([1.0, 0, 0])).abs().max() < EXACT and reading.values.shape == (5, card.n_heads, 3)
 
 
@@ -190,7 +196,14 @@ def family(config: Any) -> hb.Adapter:
 def test_a_knock_out_beside_an_attention_sink_is_a_score_of_minus_infinity():
     """GPT-OSS lets each head attend to nothing, so that its patterns add up to less than one."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    more = {"intermediate_size": 32, "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "rope_parameters": rope}
+    more = {
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 64,
+        "rope_parameters": rope,
+    }
     adapter = family(transformers.GptOssConfig(**SMALL, **more, layer_types=["full_attention", "full_attention"]))
     tokens = adapter.encode("abcd")
     edit = hb.Edit("attn_pattern.1", op="knock_out", keys=1)

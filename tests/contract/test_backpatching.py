@@ -33,7 +33,11 @@ def letters(case: Case) -> list[Question]:
     draw = random.Random(1)
     texts = ["".join(draw.sample(ascii_lowercase, draw.randint(2, 4))) for _ in range(400)]
     known = itertools.islice(((text, said) for text in texts if (said := says(case, text))), 2)
-    return [Question(text, answer) for (text, said), other in zip(known, ("qr", "stu"), strict=True) for text, answer in ((text, said), (other, "~~"))]
+    return [
+        Question(text, answer)
+        for (text, said), other in zip(known, ("qr", "stu"), strict=True)
+        for text, answer in ((text, said), (other, "~~"))
+    ]
 
 
 def states_of(case: Case, ids: tuple[int, ...]) -> list[torch.Tensor]:
@@ -99,7 +103,9 @@ def test_a_layer_patched_into_itself_changes_nothing(case):
     pairs = [(layer, layer) for layer in range(case.adapter.card.n_layers)]
     found = hb.backpatch(case.adapter, letters(case), pairs=pairs, controls=["swapped", "random"])
     for name in ("patch", "swapped"):
-        assert (found.logprobs[name] - found.clean_logprobs[:, None]).abs().max() < 1e-10 and (found.token_ids[name] == found.clean_ids[:, None]).all()
+        assert (found.logprobs[name] - found.clean_logprobs[:, None]).abs().max() < 1e-10 and (
+            found.token_ids[name] == found.clean_ids[:, None]
+        ).all()
     assert (found.logprobs["random"] - found.clean_logprobs[:, None]).abs().max() > 1e-3
     assert found.region()["patch"] == Rate(0, 0) and found.region(answered=True)["patch"] == Rate(1, 1) and not found.donors
 
@@ -128,7 +134,9 @@ def test_answers_in_generated_text_are_those_of_plain_decoding(case):
                 said[i, source, target] = [decode(ids, ((site, len(ids) - 1, hb.Edit(site, states[source][-1], "set"), []),))]
     parts = [text[at : at + 2] for i in range(2) for key, (text,) in reversed(said.items()) if key[0] == i for at in range(2)]
     answers = [next((part for part in parts if len(part.strip()) == 2 and part.isascii() and part.isprintable()), "~~")] * 2
-    found = hb.backpatch(adapter, [Question(text, answer.swapcase()) for text, answer in zip(texts, answers, strict=True)], generate=steps, controls=[])
+    found = hb.backpatch(
+        adapter, [Question(text, answer.swapcase()) for text, answer in zip(texts, answers, strict=True)], generate=steps, controls=[]
+    )
     want = torch.tensor([[answers[i].lower() in said[i, s, t][0].lower() for s, t in found.pairs] for i in range(2)])
     assert (found.right["patch"] == want).all() and want.any() and {*found.right} == {"patch"}
     assert found.clean.tolist() == [answers[i].lower() in said[i, -1, -1][0].lower() for i in range(2)]
@@ -150,7 +158,11 @@ def test_rates_of_planted_cells():
     found = planted()
     assert found.shares()["patch"].tolist() == [0, 0.25, 1] and found.shares(answered=True)["patch"].tolist() == [0, 1, 1]
     every, region = found.region(), found.region(sources=[2], targets=range(1))
-    assert every["patch"] == pytest.approx(Rate(1, 5 / 12)) and every["shuffled"] == pytest.approx(Rate(0.5, 2 / 12)) and every["swapped"] == Rate(0, 0)
+    assert (
+        every["patch"] == pytest.approx(Rate(1, 5 / 12))
+        and every["shuffled"] == pytest.approx(Rate(0.5, 2 / 12))
+        and every["swapped"] == Rate(0, 0)
+    )
     assert region["patch"] == Rate(0.25, 0.25) and region["shuffled"] == Rate(0.5, 0.5)
     assert found.region(answered=True)["patch"] == pytest.approx(Rate(1, 4 / 6))
     assert found.best() == BestPair(2, 1, 1.0, {"patch": 1.0, "shuffled": 0.0, "swapped": 0.0}, 2)
@@ -158,7 +170,12 @@ def test_rates_of_planted_cells():
     assert table.loc["patch"].tolist() == pytest.approx([1, 5 / 12, 1, 4 / 6, 1])
     assert table.loc["shuffled"].tolist() == pytest.approx([0.5, 2 / 12, 0, 0, 2 / 5])
     lines = found.to_frame().values.tolist()
-    assert ["patch", 2, 0, 0.25, 1.0] in lines and ["shuffled", 2, 0, 0.5, 0.0] in lines and ["swapped", 0, 2, 0.0, 0.0] in lines and len(lines) == 9
+    assert (
+        ["patch", 2, 0, 0.25, 1.0] in lines
+        and ["shuffled", 2, 0, 0.5, 0.0] in lines
+        and ["swapped", 0, 2, 0.0, 0.0] in lines
+        and len(lines) == 9
+    )
 
 
 def test_the_best_pair_is_chosen_without_the_questions_that_judge_it():
@@ -182,7 +199,9 @@ def test_pictures_and_files(tmp_path):
     matplotlib.use("Agg")
     found = planted()
     patch, shuffled, swapped, *_ = found.plot_controls().axes
-    assert torch.as_tensor(patch.images[0].get_array())[1].tolist() == [0.25, 1.0] and patch.images[0].get_clim() == shuffled.images[0].get_clim() == (0.0, 1.0)
+    assert torch.as_tensor(patch.images[0].get_array())[1].tolist() == [0.25, 1.0] and patch.images[0].get_clim() == shuffled.images[
+        0
+    ].get_clim() == (0.0, 1.0)
     assert [text.get_text() for text in swapped.get_yticklabels()] == ["0", "1"]
     assert "patch" in found.view().html and "<td class=number>0.25</td>" in found.view().html
     again = hb.Backpatch.load(found.save(tmp_path / "found"))

@@ -54,7 +54,9 @@ def edit_of(what: str, op: str, place: str, card: hb.ModelCard, n_tokens: int) -
     elif op in ("set", "add") and site.unit is not None and place in ("generated", "absolute"):
         value = 0.8  # one number for all
     else:
-        value = 3 * torch.randn(site.width(card), generator=torch.Generator().manual_seed(CELLS.index((what, op, place))), dtype=torch.float64)
+        value = 3 * torch.randn(
+            site.width(card), generator=torch.Generator().manual_seed(CELLS.index((what, op, place))), dtype=torch.float64
+        )
     return hb.Edit(site, value, op, position, to=1.5 if op == "clamp" else 0.0, scope=scope, **more)
 
 

@@ -25,7 +25,11 @@ def hooks(adapter) -> list[int]:
 def request(adapter):
     edit = hb.Edit(hb.Site("attn_out", 1), torch.ones(adapter.card.d_model, dtype=torch.float64))
     return Request(
-        [adapter.encode("The cat"), adapter.encode("Hi")], [Row(0), Row(1, (edit,))], [Read(hb.Site("mlp_out", 1))], Readout(logits=True), generate=2
+        [adapter.encode("The cat"), adapter.encode("Hi")],
+        [Row(0), Row(1, (edit,))],
+        [Read(hb.Site("mlp_out", 1))],
+        Readout(logits=True),
+        generate=2,
     )
 
 

@@ -15,7 +15,18 @@ from tests.conftest import assert_plain
 from tests.contract.test_forks import direction, random_edits
 
 TEXT = "The cat sat on the mat."
-CAUSES = ("embed", "resid_pre.1", "attn_pattern.1", "head_z.1", "attn_out.1", "mlp_in.1", "mlp_act.1.3", "mlp_out.1", "resid_post.1", "final_norm")
+CAUSES = (
+    "embed",
+    "resid_pre.1",
+    "attn_pattern.1",
+    "head_z.1",
+    "attn_out.1",
+    "mlp_in.1",
+    "mlp_act.1.3",
+    "mlp_out.1",
+    "resid_post.1",
+    "final_norm",
+)
 
 
 def edit_at(adapter: hb.Adapter, site: hb.Site | str, seed: int = 0, position: hb.tokens.Position = -1) -> hb.Edit:
@@ -43,7 +54,9 @@ def test_the_last_fork_goes_on_in_place_of_a_trunk_nobody_reads(case):
     n = len(tokens)
     rows = [Row(0, (edit_at(adapter, "resid_post.1", 1, 0),)), Row(0, (edit_at(adapter, "attn_out.1", 2, 0),))]
     for more, layers in (((), n_layers + (n_layers - 1)), ((Row(0),), n_layers + (n_layers - 1) + (n_layers - 2))):
-        request = Request([tokens], [*rows, *more], [Read("resid_post.0", 0), Read("attn_out.1", 0), Read("mlp_out.1", -1)], Readout(logits=True))
+        request = Request(
+            [tokens], [*rows, *more], [Read("resid_post.0", 0), Read("attn_out.1", 0), Read("mlp_out.1", -1)], Readout(logits=True)
+        )
         reply = adapter.run(request)
         assert reply.cost["token_layers"] == n * layers
         assert_plain(case, request, reply)
@@ -78,7 +91,12 @@ def test_prompts_of_very_different_lengths_take_few_climbs_and_come_back_in_orde
 
 def test_a_span_that_is_not_ascending_comes_back_in_one_order_whatever_the_plan(monkeypatch):
     adapter = toy()
-    request = Request([adapter.encode("abcdef")], [Row(0), Row(0, (edit_at(adapter, "resid_post.0"),))], [Read("resid_pre.1", [6, 1])], Readout(logits=True))
+    request = Request(
+        [adapter.encode("abcdef")],
+        [Row(0), Row(0, (edit_at(adapter, "resid_post.0"),))],
+        [Read("resid_pre.1", [6, 1])],
+        Readout(logits=True),
+    )
     (whole,) = adapter.run(request).readings
     monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)
     (split,) = adapter.run(request).readings
@@ -122,7 +140,9 @@ def test_forks_of_a_prefix_decode_past_a_window(case, monkeypatch):
     rows = [Row(0), Row(1)]
     for i in range(16):
         late = hb.Edit(
-            pick.choice(["resid_post.0", "mlp_out.1", "embed"]), 2 * direction(i, adapter.card.d_model), scope=pick.choice(["generated", (n[i % 2] + 4,)])
+            pick.choice(["resid_post.0", "mlp_out.1", "embed"]),
+            2 * direction(i, adapter.card.d_model),
+            scope=pick.choice(["generated", (n[i % 2] + 4,)]),
         )
         rows.append(Row(i % 2, (edit_at(adapter, pick.choice(CAUSES[1:-1]), i), *([late] if i % 4 == 0 else []))))
     request = Request(prompts, rows, [Read("attn_pattern.1", slice(None))], Readout(logits=True), generate=16)
@@ -138,7 +158,11 @@ def test_rows_that_said_the_same_decode_as_one_until_they_differ(case, monkeypat
     monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
     tokens = adapter.encode(TEXT)
     late = hb.Edit(hb.Site("resid_post", n_layers - 2), 5 * direction(1, adapter.card.d_model), "set", scope="generated")
-    for rows, layers in (([Row(0)] * 3, n_layers), ([Row(0)] * 3 + [Row(0, (late,))] * 2, n_layers + 2), ([Row(0, (late,))] * 2, n_layers + 1)):
+    for rows, layers in (
+        ([Row(0)] * 3, n_layers),
+        ([Row(0)] * 3 + [Row(0, (late,))] * 2, n_layers + 2),
+        ([Row(0, (late,))] * 2, n_layers + 1),
+    ):
         request = Request([tokens], rows, generate=2)
         reply = adapter.run(request)
         assert reply.cost == {"climbs": 1, "passes": 2, "token_layers": len(tokens) * n_layers + layers, "unembedded": 2 * len(rows)}

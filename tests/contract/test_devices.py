@@ -24,7 +24,9 @@ def spread(backend: str, arch: str, folder: str, scratch: Any) -> hb.Adapter:
 
     # TransformerLens itself refuses disks, because its components read weights past accelerate's hooks
     places = {"": "cpu"} if backend == "bridge" else SPREAD
-    module = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(scratch), attn_implementation="eager").eval()
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=str(scratch), attn_implementation="eager"
+    ).eval()
     if backend == "bridge":
         return hb.wrap(TransformerBridge.boot_transformers(folder, hf_model=module, tokenizer=AutoTokenizer.from_pretrained(folder)))
     return hb.wrap(TransformersModel(module, tokenizer=toy_tokenizer()), toy_tokenizer())
@@ -39,7 +41,11 @@ def test_a_model_spread_over_devices_gives_the_same_numbers(tiny_folder, tmp_pat
     def request(adapter: hb.Adapter) -> Request:
         prompts = [adapter.encode("The cat sat"), adapter.encode("Hi")]
         vector = torch.linspace(-1, 1, adapter.card.d_model)
-        rows = [Row(0), Row(1, (hb.Edit("resid_post.1", vector, scope="all"),)), Row(0, (hb.Edit("attn_pattern.2", op="knock_out", keys=0),))]
+        rows = [
+            Row(0),
+            Row(1, (hb.Edit("resid_post.1", vector, scope="all"),)),
+            Row(0, (hb.Edit("attn_pattern.2", op="knock_out", keys=0),)),
+        ]
         return Request(prompts, rows, [Read("head_z.3"), Read("attn_pattern.1"), Read("mlp_act.2.3")], Readout(logits=True), generate=4)
 
     want, got = plain.run(request(plain)), split.run(request(split))

@@ -57,7 +57,10 @@ def check(adapter: hb.Adapter, has: set[str]) -> None:
     card, here = adapter.card, f"{adapter.card.backend} {adapter.card.architecture}"
     prompts = [adapter.encode([0, 41, 7, 99]), adapter.encode([0, 3, 200, 18])]
     layers, every = range(card.n_layers), slice(None)
-    sites = [hb.Site(name, layer) for name in sorted(has) if SITES[name].layered for layer in layers] + [hb.Site("embed"), hb.Site("final_norm")]
+    sites = [hb.Site(name, layer) for name in sorted(has) if SITES[name].layered for layer in layers] + [
+        hb.Site("embed"),
+        hb.Site("final_norm"),
+    ]
     reply = adapter.run(Request(prompts, [Row(0), Row(1)], [Read(site, every) for site in sites], Readout(logits=True)))
     ours, theirs = ({site: r.values[r.rows == i] for site, r in zip(sites, reply.readings, strict=True)} for i in (0, 1))
     want = torch.stack([adapter.plain_logits(torch.tensor([tokens.ids]))[0, -1] for tokens in prompts])
@@ -67,7 +70,11 @@ def check(adapter: hb.Adapter, has: set[str]) -> None:
         return adapter.run(Request(prompts, [Row(0, edits)], (), Readout(logits=True))).readout.logits[0]  # type: ignore[union-attr]
 
     # the whole state at once, of another prompt: what is said is what that prompt says
-    for site in (hb.Site("embed"), hb.Site("final_norm"), *(hb.Site(name, layer) for name in ("resid_pre", "resid_post") for layer in layers)):
+    for site in (
+        hb.Site("embed"),
+        hb.Site("final_norm"),
+        *(hb.Site(name, layer) for name in ("resid_pre", "resid_post") for layer in layers),
+    ):
         assert close(edited(hb.Edit(site, theirs[site], "set", every)), want[1]), (here, site)
     for layer in layers:
         names = ("resid_pre", "head_z", "attn_out", "mlp_in", "mlp_act", "mlp_out", "resid_post")
@@ -92,4 +99,7 @@ def check(adapter: hb.Adapter, has: set[str]) -> None:
             assert close(edited(hb.Edit(pattern, 0.0, "set")), edited(hb.Edit(z, 0.0, "set"))), (here, layer)
             # values mixed anew by hand: the last token attends to the first alone
             first = edited(hb.Edit(pattern, op="knock_out", keys=slice(1, None)))
-            assert close(first, edited(hb.Edit(z, ours[z][0], "set"))) and not close(first, want[0]), (here, layer)  # the first attends to itself alone
+            assert close(first, edited(hb.Edit(z, ours[z][0], "set"))) and not close(first, want[0]), (
+                here,
+                layer,
+            )  # the first attends to itself alone

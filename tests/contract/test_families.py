@@ -52,7 +52,11 @@ def test_a_model_of_one_layer_is_run(name, tmp_path):
         toy_tokenizer().save_pretrained(tmp_path)
         adapter = hb.load(str(tmp_path), backend, dtype="float64", device="cpu")
     value = torch.linspace(-1, 1, adapter.card.d_model, dtype=DTYPE)
-    edits = [hb.Edit("resid_pre.0", value, "set", 0), hb.Edit("resid_post.0", value), hb.Edit("attn_out.0", value, "add", slice(None), scope="all")]
+    edits = [
+        hb.Edit("resid_pre.0", value, "set", 0),
+        hb.Edit("resid_post.0", value),
+        hb.Edit("attn_out.0", value, "add", slice(None), scope="all"),
+    ]
     rows = [Row(i, more) for i in range(2) for more in [(), *((edit,) for edit in edits)]]
     reads = [Read(hb.Site(name, 0), slice(None)) for name in ("resid_pre", "mlp_out", "resid_post")]
     request = Request([adapter.encode("abcd"), adapter.encode("ef")], rows, reads, Readout(logits=True, k=3), generate=3)

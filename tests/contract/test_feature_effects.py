@@ -39,8 +39,14 @@ def test_a_sweep_is_a_loop_of_plain_runs(case, architecture, change):
     prompts, strengths, word = sae.encode_prompts(PROMPTS), (0.5, -2.0), "c"
     on = [sae.sae.encode(states(case, sae.site, prompt)[-1:])[0].topk(2).indices.tolist() for prompt in prompts]
     off = next(i for i in range(N) if i not in on[0])
-    found = hb.feature_sweep(sae, PROMPTS, features=[[on[0][0], off], on[1][:1]], strengths=strengths, change=change, position=[2, -1], tokens=[word, 7], k=3)
-    assert (found.rows.tolist(), found.features.tolist(), found.wanted) == ([0, 0, 1], [on[0][0], off, on[1][0]], (word, case.adapter.tokenizer.decode([7])))
+    found = hb.feature_sweep(
+        sae, PROMPTS, features=[[on[0][0], off], on[1][:1]], strengths=strengths, change=change, position=[2, -1], tokens=[word, 7], k=3
+    )
+    assert (found.rows.tolist(), found.features.tolist(), found.wanted) == (
+        [0, 0, 1],
+        [on[0][0], off, on[1][0]],
+        (word, case.adapter.tokenizer.decode([7])),
+    )
     wanted = [case.adapter.tokenizer.convert_tokens_to_ids(word), 7]
     for at, (row, feature) in enumerate(zip(found.rows.tolist(), found.features.tolist(), strict=True)):
         plain = says(case, prompts[row])
@@ -115,11 +121,15 @@ def test_attributions_are_autograd_through_saelens_and_effects_are_plain_runs(ca
                 said = logits[-1].log_softmax(-1)
                 slopes, by_state = torch.autograd.grad(said[ids[row]] - said[ids[2]], [acts, leaf])
             mine = (found.error_rows == row) & (found.error_positions == at)
-            assert mine.sum() == 1 and (found.errors[mine] - error[0] @ by_state).abs() < exact(case) * (error[0].norm() * by_state.norm()).clamp(min=1)
+            assert mine.sum() == 1 and (found.errors[mine] - error[0] @ by_state).abs() < exact(case) * (
+                error[0].norm() * by_state.norm()
+            ).clamp(min=1)
             for feature in acts[0].nonzero()[:, 0].tolist():
                 entries[row, at, feature] = (acts[0, feature].item(), slopes[0, feature].item(), metric.item(), prompt)
             if norm == "none":  # everything that the state is made of
-                whole = found.attributions[(found.rows == row) & (found.positions == at)].sum() + found.errors[mine] + sae.sae.b_dec @ by_state
+                whole = (
+                    found.attributions[(found.rows == row) & (found.positions == at)].sum() + found.errors[mine] + sae.sae.b_dec @ by_state
+                )
                 assert (whole - x[0] @ by_state).abs() < 10 * exact(case)
     assert len(entries) > 20
     keys = list(zip(found.rows.tolist(), found.positions.tolist(), found.features.tolist(), strict=True))
@@ -140,7 +150,9 @@ def test_gradients_are_finite_differences_of_edits(case):
     assert found.effects.isnan().all() and math.isnan(found.correlation()) and found.others == ()
     step, tolerance = (1e-5, 1e-7) if exact(case) < 1e-9 else (1e-2, 1e-2)
     for i in range(0, len(found.features), 7):
-        up, down = (says(case, prompt, sae.edit(int(found.features[i]), add=d, position=int(found.positions[i])))[token] for d in (step, -step))
+        up, down = (
+            says(case, prompt, sae.edit(int(found.features[i]), add=d, position=int(found.positions[i])))[token] for d in (step, -step)
+        )
         assert abs(found.gradients[i] - (up - down) / (2 * step)) < tolerance * (1 + abs(found.gradients[i]))
 
 
@@ -186,7 +198,9 @@ def test_a_transcoder_s_features_are_read_at_one_site_and_changed_at_another(cas
     slopes = (moved[:, 0] - moved[:, 1]) / (2 * step)
     assert (found.gradients - slopes).abs().max() < tolerance * (1 + slopes.abs().max()) and slopes.abs().min() > 0
     without = hb.feature_sweep(sae, "abcd", features=feature, tokens=["c"])
-    assert (found.effects + without.changes[:, 0, 0]).abs().max() < exact(case) and (found.activations - without.activations).abs().max() < exact(case)
+    assert (found.effects + without.changes[:, 0, 0]).abs().max() < exact(case) and (
+        found.activations - without.activations
+    ).abs().max() < exact(case)
     with pytest.raises(Refused, match="resid_post or resid_pre"):
         hb.backpatch_features(sae, [("a", "b")], 1)
 
@@ -198,7 +212,11 @@ def test_backpatched_features_are_a_naive_loop(case, architecture, name):
     questions, chosen, site = [("ab", "c"), ("other", "d"), ("de", "f")], [2, 9], sae.site
     found = hb.backpatch_features(sae, questions, chosen, source_layers="later" if name == "resid_post" else [0, 2], seed=3)
     sources = [*range(2, case.adapter.card.n_layers)] if name == "resid_post" else [0, 2]
-    assert found.pairs == tuple((source, 1) for source in sources) and found.features == (2, 9) and set(found.right) == {"patch", "shuffled", "random"}
+    assert (
+        found.pairs == tuple((source, 1) for source in sources)
+        and found.features == (2, 9)
+        and set(found.right) == {"patch", "shuffled", "random"}
+    )
     seen = [{source: states(case, hb.Site(name, source), prompt)[-1] for source in (1, *sources)} for prompt in found.prompts]
     moved = 0.0
     for i, prompt in enumerate(found.prompts):
@@ -232,15 +250,27 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
         "plain_token": sweep.vocab[int(sweep.plain_ids[0, 0])], "token": sweep.vocab[int(sweep.token_ids[2, 1, 0])], "logprob": sweep.logprobs[2, 1, 0].item(),
         "label": "about <b>", "link": "https://www.neuronpedia.org/m/1-res/2",
     }  # fmt: skip
-    assert sweep.top(3).kl.tolist() == sorted(frame.kl, reverse=True)[:3] and "about &lt;b&gt;" in sweep.view().html or 2 not in sweep.top(50).feature.tolist()
+    assert (
+        sweep.top(3).kl.tolist() == sorted(frame.kl, reverse=True)[:3]
+        and "about &lt;b&gt;" in sweep.view().html
+        or 2 not in sweep.top(50).feature.tolist()
+    )
     assert len(sweep.plot(prompt=1, n=4).lines) == 4
     one = hb.feature_sweep(sae, PROMPTS, tokens=["c"])
     bars: Any = one.plot(n=2, value="c").patches
     assert [bar.get_width() for bar in bars] == one.changes[:N, 0, 0][one.changes[:N, 0, 0].abs().topk(2).indices].tolist()
     found = hb.feature_attribution(sae, PROMPTS, answer="c")
     line, token = found.to_frame().iloc[-1], found.prompts[1].strings[int(found.positions[-1])]
-    assert (line.prompt, line.token, line.attribution, line.feature) == (PROMPTS[1], token, found.attributions[-1].item(), int(found.features[-1]))
-    assert found.top(2).attribution.abs().tolist() == found.attributions.abs().topk(2).values.tolist() and "neuronpedia.org/m/1-res" in found.view().html
+    assert (line.prompt, line.token, line.attribution, line.feature) == (
+        PROMPTS[1],
+        token,
+        found.attributions[-1].item(),
+        int(found.features[-1]),
+    )
+    assert (
+        found.top(2).attribution.abs().tolist() == found.attributions.abs().topk(2).values.tolist()
+        and "neuronpedia.org/m/1-res" in found.view().html
+    )
     dots: Any = found.plot().collections[0].get_offsets()
     assert len(dots) == (~found.effects.isnan()).sum() and "correlation" in plt.gca().get_title("left")
     assert hb.feature_attribution(sae, PROMPTS, answer="c", exact=False).plot().get_ylabel() == "attribution (nats)"

@@ -58,7 +58,9 @@ def test_activations_are_saelens_own_of_plain_runs(case, architecture, monkeypat
     for (row, at), some in frame.assign(row=found.rows.tolist()).groupby(["row", "position"]):
         best = wanted[row][at].topk(len(some))
         assert some.feature.tolist() == best.indices.tolist() and some["rank"].tolist() == list(range(len(some)))
-        assert some.activation.tolist() == pytest.approx(best.values.tolist(), abs=exact(case)) and {*some.token} == {found.prompts[row].strings[at]}
+        assert some.activation.tolist() == pytest.approx(best.values.tolist(), abs=exact(case)) and {*some.token} == {
+            found.prompts[row].strings[at]
+        }
     assert found.top(2).equals(frame[frame["rank"] < 2].reset_index(drop=True))
     with_special, last = hb.feature_activations(sae, TEXTS, special=True), hb.feature_activations(sae, TEXTS, position=-1)
     assert (with_special.dense(0) - wanted[0]).abs().max() < exact(case) and with_special.n_tokens == len(read) + len(TEXTS)
@@ -91,11 +93,17 @@ def test_examples_are_those_of_all_activations_at_once(case, batch):
     assert (found.maxima - read.amax(0)).abs().max() < exact(case) and torch.equal(found.density, (read > 0).double().mean(0))
     frame = found.to_frame()
     for feature in range(N):
-        best = [(-float(x[1:, feature].max()), text, 1 + int(x[1:, feature].argmax())) for text, x in enumerate(wanted) if (x[1:, feature] > 0).any()]
+        best = [
+            (-float(x[1:, feature].max()), text, 1 + int(x[1:, feature].argmax()))
+            for text, x in enumerate(wanted)
+            if (x[1:, feature] > 0).any()
+        ]
         best = sorted(best)[:k]
         mine = frame[frame.feature == feature]
         assert list(zip(mine.prompt, mine.position, strict=True)) == [(text, at) for _, text, at in best], feature
-        assert mine.activation.tolist() == pytest.approx([-x for x, _, _ in best], abs=exact(case)) and mine["rank"].tolist() == list(range(len(best)))
+        assert mine.activation.tolist() == pytest.approx([-x for x, _, _ in best], abs=exact(case)) and mine["rank"].tolist() == list(
+            range(len(best))
+        )
         for at, (_, text, position) in zip(mine.index, best, strict=True):
             ids, places = case.adapter.encode(TEXTS[text]).ids, range(position - context, position + context + 1)
             inside = [0 <= p < len(ids) for p in places]
@@ -108,10 +116,14 @@ def test_examples_are_those_of_all_activations_at_once(case, batch):
         for level, quantile in zip(levels, found.quantiles[:, feature].tolist(), strict=True):
             want = np.quantile(values, level, method="inverted_cdf") if len(values) else float("nan")
             assert want / 2 ** (1 / 32) - 1e-9 <= quantile <= want * 2 ** (1 / 32) + 1e-9 if len(values) else quantile != quantile
-    assert torch.equal(found.features.unique(), found.density.nonzero()[:, 0]) and found.features.tolist() == sorted(found.features.tolist())
+    assert torch.equal(found.features.unique(), found.density.nonzero()[:, 0]) and found.features.tolist() == sorted(
+        found.features.tolist()
+    )
     assert found.histogram[:, 2].sum() == (read > 0).sum()
     some = hb.feature_examples(sae, TEXTS, features=[5, 2], k=k, context=context, batch=batch)
-    assert some.to_frame().reset_index(drop=True).equals(found.to_frame([2, 5]).reset_index(drop=True)) and torch.equal(some.maxima, found.maxima)
+    assert some.to_frame().reset_index(drop=True).equals(found.to_frame([2, 5]).reset_index(drop=True)) and torch.equal(
+        some.maxima, found.maxima
+    )
 
 
 @pytest.mark.parametrize("name,layer", [("resid_post", 1), ("mlp_out", 0), ("resid_post", -1)])
@@ -129,7 +141,12 @@ def test_a_report_is_what_plain_runs_say(case, name, layer):
         edits = [(), (sae.splice(keep_error=False, position=slice(1, None)),), (hb.Edit(sae.site, 0.0, "set", slice(1, None)),)]
         runs = [case.plain(ids, flat(edit, tokens))[0].log_softmax(-1) for edit in edits]
         losses += [[-float(run[p, ids[p + 1]]) for run in runs] for p in range(1, len(ids) - 1)]
-    x, x_hat, active, losses = torch.stack(x), torch.stack(x_hat), torch.stack(active).double(), torch.tensor(losses, dtype=torch.float64).mean(0)
+    x, x_hat, active, losses = (
+        torch.stack(x),
+        torch.stack(x_hat),
+        torch.stack(active).double(),
+        torch.tensor(losses, dtype=torch.float64).mean(0),
+    )
     close = exact(case) * 100
     assert (found.n_texts, found.n_tokens, found.n_targets) == (len(TEXTS), len(x), len(x) - len(TEXTS))
     assert found.l0 == pytest.approx(float(active.sum(1).mean())) and found.dead == pytest.approx(1 - float(active.any(0).double().mean()))
@@ -149,12 +166,16 @@ def test_a_report_is_saelens_own_evaluation(hook_point_case, architecture):
     found = hb.sae_report(sae, tokens.tolist())
     of: Any = {"sae": sae.sae, "model": case.adapter.model, "activation_store": SimpleNamespace(get_batch_tokens=lambda n: tokens)}
     of |= {"activation_scaler": ActivationScaler(), "n_batches": 1, "eval_batch_size_prompts": 3, "ignore_tokens": [0], "model_kwargs": {}}
-    asked: Any = {f"compute_{name}": True for name in ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")}
+    asked: Any = {
+        f"compute_{name}": True for name in ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")
+    }
     sparsity, by_feature = evals.get_sparsity_and_variance_metrics(**of, **asked)
     losses = evals.get_downstream_reconstruction_metrics(**of, compute_kl=False, compute_ce_loss=True)
     assert found.l0 == pytest.approx(sparsity["l0"]) and found.cosine == pytest.approx(sparsity["cossim"])
     assert 1 - found.fvu == pytest.approx(sparsity["explained_variance"])
     assert found.dead == pytest.approx(sum(x == 0 for x in by_feature["feature_density"]) / N)
-    assert found.loss == pytest.approx(losses["ce_loss_without_sae"], abs=1e-5) and found.loss_sae == pytest.approx(losses["ce_loss_with_sae"], abs=1e-5)
+    assert found.loss == pytest.approx(losses["ce_loss_without_sae"], abs=1e-5) and found.loss_sae == pytest.approx(
+        losses["ce_loss_with_sae"], abs=1e-5
+    )
     examples = hb.feature_examples(sae, tokens.tolist())
     assert examples.density.tolist() == pytest.approx(by_feature["feature_density"])

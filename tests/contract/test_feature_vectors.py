@@ -65,7 +65,9 @@ def test_patchscopes_of_features_are_a_loop_of_plain_runs(case, op):
             assert (wanted - known[[letter, 7]]).abs().max() < 1e-6
             assert text == adapter.tokenizer.decode(greedy(case, tokens.ids, edits, 3))
     known = own[0][-1].log_softmax(-1)
-    assert (found.control_logprobs - known[found.control_ids]).abs().max() < 1e-9 and (found.control_wanted_logprobs - known[[letter, 7]]).abs().max() < 1e-9
+    assert (found.control_logprobs - known[found.control_ids]).abs().max() < 1e-9 and (
+        found.control_wanted_logprobs - known[[letter, 7]]
+    ).abs().max() < 1e-9
     assert found.control_texts == (adapter.tokenizer.decode(greedy(case, tokens.ids, (), 3)),)
     assert (found.logprobs[0] - found.logprobs[1]).abs().max() > 1e-3 < (found.logprobs[:, 0] - found.logprobs[:, 1]).abs().max()
     same = hb.feature_patchscope(sae, features, seed=4, **ask)

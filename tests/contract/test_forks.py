@@ -20,12 +20,16 @@ def direction(seed: int, d: int) -> torch.Tensor:
     return torch.randn(d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def random_edit(pick: random.Random, adapter: hb.Adapter, n_tokens: int, sites: tuple[hb.Site, ...] = (), scopes: tuple = ("prompt",)) -> hb.Edit:
+def random_edit(
+    pick: random.Random, adapter: hb.Adapter, n_tokens: int, sites: tuple[hb.Site, ...] = (), scopes: tuple = ("prompt",)
+) -> hb.Edit:
     """Any edit that the interface allows."""
     site, scope = pick.choice(sites or adapter.sites), pick.choice(scopes)
     if site.name in ("head_z", "mlp_act", "attn_pattern") and pick.random() < 0.5:
         site = hb.Site(site.name, site.layer, pick.randrange(site.units(adapter.card)[0]))
-    position = pick.choice([-1, 0, n_tokens // 2, pick.randrange(n_tokens), slice(0, 2), slice(-2, None)]) if scope in ("prompt", "all") else -1
+    position = (
+        pick.choice([-1, 0, n_tokens // 2, pick.randrange(n_tokens), slice(0, 2), slice(-2, None)]) if scope in ("prompt", "all") else -1
+    )
     if site.name == "attn_pattern":
         op = pick.choice(["set", "add", "scale", "knock_out"])
         keys = pick.choice([None, 0, slice(0, 2)])
@@ -98,7 +102,9 @@ def test_many_rows_of_one_token_share_batch_rows(case):
         for j, op in enumerate(ops):
             rows.append(Row((i + j) % 2, (hb.Edit(site, 4 * direction(3 * i + j, site.width(adapter.card)), op),)))
     rows += [Row(0, (rows[5].edits[0], rows[-1].edits[0]))]
-    reads = [Read(hb.Site(name, adapter.card.n_layers - 1)) for name in ("head_z", "attn_out", "mlp_act", "mlp_out", "resid_post")] + [Read("resid_post.1", 0)]
+    reads = [Read(hb.Site(name, adapter.card.n_layers - 1)) for name in ("head_z", "attn_out", "mlp_act", "mlp_out", "resid_post")] + [
+        Read("resid_post.1", 0)
+    ]
     reply = adapter.run(Request(prompts, rows, reads, Readout(logits=True)))
     for i, row in enumerate(rows):
         tokens = prompts[row.prompt]
@@ -139,7 +145,9 @@ def test_a_budget_cuts_the_sweep_and_changes_nothing(case, monkeypatch):
     monkeypatch.setattr("hookbook.planning.BUDGET_BYTES", 1)
     cut = adapter.run(request)
     assert cut.cost["passes"] > whole.cost["passes"]
-    assert (cut.readings[0].values - whole.readings[0].values).abs().max() < EXACT and torch.equal(cut.readings[0].rows, whole.readings[0].rows)
+    assert (cut.readings[0].values - whole.readings[0].values).abs().max() < EXACT and torch.equal(
+        cut.readings[0].rows, whole.readings[0].rows
+    )
     assert torch.equal(cut.readout.topk_ids, whole.readout.topk_ids) and cut.generated == whole.generated
     assert (cut.readout.token_logprobs - whole.readout.token_logprobs).abs().max() < EXACT
 
@@ -176,7 +184,9 @@ def test_packed_rows_decode_as_rows_alone(case, monkeypatch):
     for i in range(36):
         vector = (8, 0.5)[i % 5 == 0] * direction(i, adapter.card.d_model)
         scope = ("prompt", "all", "generated", (len(prompts[i % 2]) - 1, len(prompts[i % 2]) + 2))[i // 2 % 4]
-        rows.append(Row(i % 2, (hb.Edit(hb.Site(("resid_pre", "attn_out", "mlp_out")[i % 3], i % adapter.card.n_layers), vector, scope=scope),)))
+        rows.append(
+            Row(i % 2, (hb.Edit(hb.Site(("resid_pre", "attn_out", "mlp_out")[i % 3], i % adapter.card.n_layers), vector, scope=scope),))
+        )
     request = Request(prompts, rows, generate=steps)
     (part,) = planning.plan(adapter, request)
     packs = adapter.packs and selfcheck.packs(adapter)

@@ -41,7 +41,9 @@ def ids_of(case: Case, question: hb.tasks.Question) -> tuple[tuple[int, ...], in
 
 def mean_z(case: Case, task: Task) -> list[torch.Tensor]:
     sites = tuple(hb.Site("head_z", layer) for layer in range(case.adapter.card.n_layers))
-    runs = [case.plain(ids_of(case, question)[0], (), sites)[1] for question in task.split(5).train.questions(shots=SHOTS, n=PROMPTS, seed=5)]
+    runs = [
+        case.plain(ids_of(case, question)[0], (), sites)[1] for question in task.split(5).train.questions(shots=SHOTS, n=PROMPTS, seed=5)
+    ]
     return [torch.stack([found[site][-1] for found in runs]).mean(0) for site in sites]
 
 
@@ -104,7 +106,9 @@ def test_a_function_vector_is_the_sum_of_its_heads(case):
     assert float(found.misled["none"][0]) == pytest.approx(accuracy(behind, 0, None))
     assert float(found.few_shot) == pytest.approx(accuracy(parts.test.questions(parts.train, SHOTS, 6, seed=5), 0, None))
     scanned = hb.function_vector(adapter, task, heads=2, **ask)
-    assert scanned.heads == tuple(hb.head_effects(adapter, task, **{key: ask[key] for key in ("shots", "n_prompts", "n_trials", "known", "seed")}).top(2))
+    assert scanned.heads == tuple(
+        hb.head_effects(adapter, task, **{key: ask[key] for key in ("shots", "n_prompts", "n_trials", "known", "seed")}).top(2)
+    )
     norm = found.values.norm(dim=-1)
     assert {*found.controls} == {"random heads", "random", "layer mean"} and torch.allclose(norm, norm[:1])
 

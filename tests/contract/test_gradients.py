@@ -74,7 +74,11 @@ def test_logits_can_be_differentiated_with_respect_to_an_edit(case):
     adapter = case.adapter
     tokens = adapter.encode("The cat sat")
     value = direction(5, adapter.card.d_model).requires_grad_()
-    rows = [Row(0, (hb.Edit("resid_post.0", value, "add", -2),)), Row(0), Row(0, (hb.Edit("resid_post.1", direction(6, adapter.card.d_model)),))]
+    rows = [
+        Row(0, (hb.Edit("resid_post.0", value, "add", -2),)),
+        Row(0),
+        Row(0, (hb.Edit("resid_post.1", direction(6, adapter.card.d_model)),)),
+    ]
     reply = adapter.run(Request([tokens], rows, [Read("resid_post.1")], Readout(tokens=torch.tensor([[7]] * 3)), grad=True))
     (grad,) = torch.autograd.grad(reply.readout.token_logprobs[0, 0], value, retain_graph=True)
     plain = value.detach().clone().requires_grad_()

@@ -127,7 +127,9 @@ def test_pairs_are_parted_whatever_their_objects(found):
     assert [[x for x, _ in part] for part in ours] == [[x for x, _ in part] for part in parts]
     assert {pair for part in ours for pair in part} == {*found.relation.pairs} and sum(map(len, ours)) == len(found.relation)
     for part, known in ((found.result.validation, found.result.validation_known), (found.result.test, found.result.test_known)):
-        want = [state(found.case, asked, last(found.case))[2] == found.answer(x) for asked, (x, _) in zip(found.asked(part), part, strict=True)]
+        want = [
+            state(found.case, asked, last(found.case))[2] == found.answer(x) for asked, (x, _) in zip(found.asked(part), part, strict=True)
+        ]
         assert known.tolist() == want and True in want and False in want
 
 
@@ -154,7 +156,10 @@ def test_finite_differences_agree_with_the_map(found):
         slopes = []
         for asked in found.asked(result.train):
             s = state(case, asked, site)[0]
-            far, near = (run(case, asked, edit(site, at(asked), s + sign * step * along, "set"), (last(case),))[1][last(case)][-1] for sign in (1, -1))
+            far, near = (
+                run(case, asked, edit(site, at(asked), s + sign * step * along, "set"), (last(case),))[1][last(case)][-1]
+                for sign in (1, -1)
+            )
             slopes.append((far - near) / (2 * step))
         want = torch.stack(slopes).mean(0)
         assert (result.weight[1] @ along - want).norm() < bound * want.norm()
@@ -175,7 +180,9 @@ def test_of_one_expansion_the_map_gives_the_output_itself(case):
 
 def test_at_the_end_of_prompt_and_model_the_map_is_the_identity(case):
     """A subject that ends the prompt is heard at the last layer, too."""
-    result = hb.linear_relation(case.adapter, planted(case.adapter, 1, objects=1, end=True), layers=[0, -1], betas=(0.5, 1, 2), n_train=1, seed=SEED)
+    result = hb.linear_relation(
+        case.adapter, planted(case.adapter, 1, objects=1, end=True), layers=[0, -1], betas=(0.5, 1, 2), n_train=1, seed=SEED
+    )
     assert torch.equal(result.weight[1], torch.eye(case.adapter.card.d_model)) and result.bias[1].abs().max() < 1e-6
     assert result.faithfulness[1] == result.controls["logit lens"][1] == result.controls["beta = 1"][1] == 1
     assert result.weight[0].any() and not torch.equal(result.weight[0], result.weight[1])
@@ -284,7 +291,9 @@ def test_edits_are_what_a_loop_of_plain_runs_finds(found, monkeypatch):
                         total[k, j] += (clean.exp() * (clean - said)).sum() / len(tested[:2]) / len(UNRELATED)
     n = len(tested)
     assert (edits.random - luck / n).abs().max() < EXACT and (edits.substituted - swapped[:, 0] / n).abs().max() < EXACT
-    assert (edits.divergence - own_kl).abs().max() < 1e-7 * own_kl.max() and (edits.random_divergence - noise_kl).abs().max() < 1e-7 * noise_kl.max()
+    assert (edits.divergence - own_kl).abs().max() < 1e-7 * own_kl.max() and (
+        edits.random_divergence - noise_kl
+    ).abs().max() < 1e-7 * noise_kl.max()
     right = (edits.said == edits.wanted[:, None, None]).double()
     assert torch.equal(edits.success, right[tested].mean(0)) and torch.equal(edits.validation, right[: edits.n_validation].mean(0))
     own = torch.tensor([found.answer(x) for x, *_ in edits.changes])

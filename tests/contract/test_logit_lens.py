@@ -48,7 +48,10 @@ def check(case: Case, lens: hb.LogitLens, position: object) -> None:
             assert (lens.own_logprobs[n, s] - own[top.indices]).abs().max() < EXACT
             assert abs(float(lens.entropy[n, s] + (want.exp() * want).sum())) < EXACT
             assert abs(float(lens.kl[n, s] - torch.nn.functional.kl_div(want, own, log_target=True, reduction="sum"))) < EXACT
-            assert bool(lens.precision[n, s]) == (int(top.indices[0]) == int(own.argmax())) and abs(float(lens.surprisal[n, s] + own[top.indices[0]])) < EXACT
+            assert (
+                bool(lens.precision[n, s]) == (int(top.indices[0]) == int(own.argmax()))
+                and abs(float(lens.surprisal[n, s] + own[top.indices[0]])) < EXACT
+            )
             order = want.argsort(descending=True).tolist()
             for m, word in enumerate(lens.wanted):
                 (i,) = adapter.tokenizer(word, add_special_tokens=False).input_ids
@@ -62,7 +65,9 @@ def check(case: Case, lens: hb.LogitLens, position: object) -> None:
 def test_the_lens_is_what_its_definition_gives(case, position):
     sites = ["embed", 0, "resid_pre.1", "mlp_out.1", "attn_out.2", -1, 1]
     sites = [site for site in hb.sites.layers_to_sites(sites, case.adapter.card) if case.adapter.refuses(site) is None]
-    lens = hb.logit_lens(case.adapter, PROMPTS, layers=sites, position=position, k=4, tokens=WORDS, languages={"a": ["cat", "dog"], "b": "maus"})
+    lens = hb.logit_lens(
+        case.adapter, PROMPTS, layers=sites, position=position, k=4, tokens=WORDS, languages={"a": ["cat", "dog"], "b": "maus"}
+    )
     assert lens.sites == tuple(sites) and len(sites) >= 5
     check(case, lens, position)
 
@@ -109,7 +114,11 @@ def test_a_few_rows_of_logits_at_a_time_give_the_same(monkeypatch, held):
     assert max(most) <= held and (held > 900 or len(most) > len(parts.rows) * len(sites) // (held + 1))
     for name in ("logprobs", "own_logprobs", "entropy", "kl", "wanted_logprobs", "language_logprobs"):
         assert (getattr(whole, name) - getattr(parts, name)).abs().max() < EXACT, name
-    assert torch.equal(whole.token_ids, parts.token_ids) and torch.equal(whole.wanted_ranks, parts.wanted_ranks) and whole.own_tokens == parts.own_tokens
+    assert (
+        torch.equal(whole.token_ids, parts.token_ids)
+        and torch.equal(whole.wanted_ranks, parts.wanted_ranks)
+        and whole.own_tokens == parts.own_tokens
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
@@ -148,12 +157,20 @@ BAD: dict[str, tuple[dict, type[HookbookError], str]] = {
     "the output of the final norm": ({"layers": "final_norm"}, SiteError, "before the final norm"),
     "heads": ({"layers": "head_z.1"}, SiteError, "use one of embed, resid_pre, attn_out, mlp_out, resid_post"),
     "no prompts": ({"prompts": []}, TokenError, "at least one"),
-    "languages that share a token": ({"languages": {"English": "cat", "French": ["chat"]}}, DataError, "'c' begins words in English and in French"),
+    "languages that share a token": (
+        {"languages": {"English": "cat", "French": ["chat"]}},
+        DataError,
+        "'c' begins words in English and in French",
+    ),
     "a language without words": ({"languages": {"English": []}}, DataError, "no words in English"),
     "an empty word": ({"languages": {"English": " "}}, TokenError, "' ' is not a word"),
     "a word that is none": ({"languages": {"English": [3]}}, TokenError, "3 is not a word"),
     "words of too few prompts": ({"prompts": ["a", "b"], "languages": [{"English": "cat"}]}, DataError, "1 of 2 prompts"),
-    "words in other languages": ({"prompts": ["a", "b"], "languages": [{"English": "cat"}, {"French": "chat"}]}, DataError, "the same languages"),
+    "words in other languages": (
+        {"prompts": ["a", "b"], "languages": [{"English": "cat"}, {"French": "chat"}]},
+        DataError,
+        "the same languages",
+    ),
 }
 
 

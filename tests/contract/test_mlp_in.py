@@ -16,7 +16,14 @@ from tests.conftest import ARCHITECTURES, DTYPE, build, require
 
 EXACT = 1e-10
 IDS = [0, 41, 7, 99, 200, 3]
-SIZES = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 1}
+SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
 WIDE = {"intermediate_size": 32, "initializer_range": 0.3, **SIZES}
 FAMILIES = {
     "parallel attention": (lambda: transformers.GPTNeoXConfig(use_parallel_residual=True, **WIDE), "gpt_neox.layers.0.mlp"),
@@ -71,7 +78,9 @@ def test_it_is_the_input_of_the_real_mlp(backend, arch, tiny_folder):
     adapter = build(f"{backend}-{arch}", tiny_folder)
     for layer in (0, 1):
         normed = []
-        handle = model.get_submodule(f"{blocks}.{layer}.{norm}").register_forward_hook(lambda m, args, out, to=normed: to.append(out[0].detach()))
+        handle = model.get_submodule(f"{blocks}.{layer}.{norm}").register_forward_hook(
+            lambda m, args, out, to=normed: to.append(out[0].detach())
+        )
         taken, _ = plain(model, f"{blocks}.{layer}.mlp")
         handle.remove()
         assert torch.equal(taken, normed[0])
@@ -132,7 +141,12 @@ def test_the_names_that_are_left_out_are_other_tensors(tiny_folder):
     for one, other in (("hook_in", "hook_resid_pre"), ("hook_out", "hook_resid_post")):
         assert torch.equal(cache[f"blocks.1.{one}"], cache[f"blocks.1.{other}"])
         assert hb.Site.from_hook_name(f"blocks.1.{one}") == hb.Site.from_hook_name(f"blocks.1.{other}")
-    pairs = [("hook_mlp_in", "mlp.hook_in"), ("ln2.hook_normalized", "mlp.hook_in"), ("mlp.hook_out", "hook_mlp_out"), ("attn.hook_out", "hook_attn_out")]
+    pairs = [
+        ("hook_mlp_in", "mlp.hook_in"),
+        ("ln2.hook_normalized", "mlp.hook_in"),
+        ("mlp.hook_out", "hook_mlp_out"),
+        ("attn.hook_out", "hook_attn_out"),
+    ]
     for one, other in pairs:
         assert (cache[f"blocks.1.{one}"] - cache[f"blocks.1.{other}"]).abs().max() > 1e-3
 

@@ -95,7 +95,9 @@ def requests(draw: Draw, adapter: hb.Adapter) -> Request:
     return Request(prompts, rows, reads, readout, generate)
 
 
-def allowed(adapter: hb.Adapter, prompts: list, prompt: int, drawn: list, reads: list, readout: Readout | None, generate: int, row: int) -> tuple[hb.Edit, ...]:
+def allowed(
+    adapter: hb.Adapter, prompts: list, prompt: int, drawn: list, reads: list, readout: Readout | None, generate: int, row: int
+) -> tuple[hb.Edit, ...]:
     """The drawn edits without those that planning refuses because they change nothing."""
     mine = [Read(read.site, position_of(read.position, row)) for read in reads]
     ask = None if readout is None else Readout(position_of(readout.position, row), logits=True)
@@ -117,7 +119,12 @@ def holds(case: Case, examples: int) -> None:
     drawn: list[tuple[bool, ...]] = []
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
-    @given(requests(case.adapter), st.sampled_from([1 << 31, 1 << 31, 1 << 16, 1]), st.sampled_from([0, planning.PASS_TOKENS]), st.sampled_from([0, 4]))
+    @given(
+        requests(case.adapter),
+        st.sampled_from([1 << 31, 1 << 31, 1 << 16, 1]),
+        st.sampled_from([0, planning.PASS_TOKENS]),
+        st.sampled_from([0, 4]),
+    )
     def equal(request: Request, budget: int, pass_tokens: int, ends: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("hookbook.planning.BUDGET_BYTES", budget)
@@ -125,13 +132,21 @@ def holds(case: Case, examples: int) -> None:
             patch.setattr(type(case.adapter), "eos_ids", frozenset(range(0, 258, ends) if ends else ()))
             parts = planning.plan(case.adapter, request)
             edited = any(row.edits for row in request.rows)
-            drawn.append((len(parts) > 1, any(p.split for p in parts), any(p.pack > 1 for p in parts), any(any(p.pads) for p in parts), edited))
+            drawn.append(
+                (len(parts) > 1, any(p.split for p in parts), any(p.pack > 1 for p in parts), any(any(p.pads) for p in parts), edited)
+            )
             assert_plain(case, request, case.adapter.run(request))
 
     equal()
     cut, shared, packed, padded, edited = (sum(column) for column in zip(*drawn, strict=True))
     # the control: what is drawn reaches every way in which rows are laid out
-    assert min(cut, shared, padded) > examples / 20 and edited > examples / 2 and (packed > 0) == case.adapter.packs, (cut, shared, packed, padded, edited)
+    assert min(cut, shared, padded) > examples / 20 and edited > examples / 2 and (packed > 0) == case.adapter.packs, (
+        cut,
+        shared,
+        packed,
+        padded,
+        edited,
+    )
 
 
 def test_any_request_equals_plain_runs(case):

@@ -52,7 +52,9 @@ def check(case, edits, generate=0, reads=()):
     assert_plain(case, request, case.adapter.run(request, progress=False), exact)
 
 
-@pytest.mark.parametrize(("architecture", "norm"), [*((name, "none") for name in ARCHITECTURES), ("topk", "layer_norm"), ("jumprelu", "constant_norm_rescale")])
+@pytest.mark.parametrize(
+    ("architecture", "norm"), [*((name, "none") for name in ARCHITECTURES), ("topk", "layer_norm"), ("jumprelu", "constant_norm_rescale")]
+)
 def test_edits_of_features_are_hooks_between_encode_and_decode(case, architecture, norm):
     sae = attached(case, architecture, normalize_activations=norm)
     check(
@@ -74,7 +76,11 @@ def test_edits_of_features_are_hooks_between_encode_and_decode(case, architectur
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_edits_of_features_while_tokens_are_generated(case, architecture):
     sae = attached(case, architecture)
-    check(case, [sae.edit(3, to=5.0, scope="generated"), sae.edit([1, 2], to=4.0, scope="all"), sae.keep_only([1, 2], scope="all")], generate=4)
+    check(
+        case,
+        [sae.edit(3, to=5.0, scope="generated"), sae.edit([1, 2], to=4.0, scope="all"), sae.keep_only([1, 2], scope="all")],
+        generate=4,
+    )
 
 
 @pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_out", "head_z"])
@@ -107,7 +113,10 @@ def test_encode_and_reconstruct_are_saelens_own(case, architecture):
     [
         ("transcoder", ("resid_pre.1", "resid_post.1")),
         ("transcoder", ("resid_post.0", "mlp_out.1")),
-        *((name, ("mlp_in.1", "mlp_out.1")) for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
+        *(
+            (name, ("mlp_in.1", "mlp_out.1"))
+            for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+        ),
     ],
 )
 def test_a_transcoder_reads_one_site_and_changes_another(case, architecture, names):

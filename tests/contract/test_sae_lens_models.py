@@ -48,7 +48,10 @@ def test_it_gives_what_the_plain_model_gives(kind, arch, tiny_folder):
     ours, plain = hb.wrap(sae_model(kind, arch, tiny_folder)), build(f"{kind}-{arch}", tiny_folder)
     assert type(ours) is type(plain) and type(ours.model) is not type(plain.model) and ours.sites == plain.sites
     prompts, value = [plain.encode(text) for text in TEXTS], torch.linspace(-2, 2, plain.card.d_model, dtype=DTYPE)
-    rows = [Row(0), *(Row(1, (hb.Edit(hb.Site(name, 1), value, "add"),)) for name in ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"))]
+    rows = [
+        Row(0),
+        *(Row(1, (hb.Edit(hb.Site(name, 1), value, "add"),)) for name in ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")),
+    ]
     request = Request(prompts, rows, [Read(site, slice(None)) for site in plain.sites], Readout(logits=True), generate=3)
     mine, theirs = ours.run(request), plain.run(request)
     assert torch.equal(mine.readout.logits, theirs.readout.logits) and mine.generated == theirs.generated  # type: ignore[union-attr]
@@ -64,14 +67,20 @@ def test_saes_that_are_spliced_in_are_refused_before_and_after_wrapping(kind, sp
     adapter = hb.wrap(model)
     tokens = adapter.encode(TEXTS[0])
     clean = adapter.run(Request([tokens], [Row(0)], [], Readout(logits=True)))
-    hook, more = ("blocks.1.mlp.hook_in", {"hook_name_out": "blocks.1.hook_mlp_out"}) if spliced == "transcoder" else (hb.Site(spliced, 1).hook_name, {})
+    hook, more = (
+        ("blocks.1.mlp.hook_in", {"hook_name_out": "blocks.1.hook_mlp_out"})
+        if spliced == "transcoder"
+        else (hb.Site(spliced, 1).hook_name, {})
+    )
     model.add_sae(sae(hook, **more))
     saying = {"match": f"SAEs spliced in at {hook}.*call model.reset_saes"}
     with pytest.raises(ModelError, **saying):
         hb.wrap(model)
     for run in (
         lambda: adapter.run(Request([tokens], [Row(0)], [], Readout(logits=True))),
-        lambda: adapter.run(Request([tokens], [Row(0)], [Read("mlp_out.1")])),  # whose hook point may be gone, which is no reason to say that it never was
+        lambda: adapter.run(
+            Request([tokens], [Row(0)], [Read("mlp_out.1")])
+        ),  # whose hook point may be gone, which is no reason to say that it never was
         lambda: adapter.run(Request([tokens], [Row(0)], generate=2)),
         lambda: adapter.readout(torch.ones(1, 16, dtype=DTYPE), k=1),
         lambda: hb.logit_lens(adapter, TEXTS[0]),

@@ -26,7 +26,9 @@ def forks(adapter: hb.Adapter, n: int = 12) -> tuple[list[hb.tokens.Tokens], lis
     return prompts, rows
 
 
-def drawn(adapter: hb.Adapter, sampling: hb.Sampling | None, *, rows: list[Row] | None = None, steps: int = STEPS) -> tuple[tuple[int, ...], ...]:
+def drawn(
+    adapter: hb.Adapter, sampling: hb.Sampling | None, *, rows: list[Row] | None = None, steps: int = STEPS
+) -> tuple[tuple[int, ...], ...]:
     prompts, usual = forks(adapter)
     return adapter.run(Request(prompts, usual if rows is None else rows, generate=steps, sampling=sampling)).generated
 
@@ -167,6 +169,9 @@ def test_tokens_are_drawn_from_the_softmax(sampling, monkeypatch):
         for first, count in firsts.items():
             if count > 200:
                 ids = (*tokens.ids, first)
-                check(Counter(out[1] for out in rows if out[0] == first), expected(case.plain(ids, flat(edits, tokens, len(ids)))[0][-1], sampling))
+                check(
+                    Counter(out[1] for out in rows if out[0] == first),
+                    expected(case.plain(ids, flat(edits, tokens, len(ids)))[0][-1], sampling),
+                )
                 checked += 1
     assert checked >= 4

@@ -61,11 +61,15 @@ def test_generation_under_steering_from_chats_is_uncached_decoding_row_by_row(ca
     adapter = case.adapter
     monkeypatch.setattr(adapter.tokenizer, "chat_template", TEMPLATE, raising=False)
     prompts = [adapter.encode(text, chat=True) for text in TEXTS]
-    assert all(prompt.ids.count(adapter.tokenizer.bos_token_id) == 1 and prompt.ids[0] == adapter.tokenizer.bos_token_id for prompt in prompts)
+    assert all(
+        prompt.ids.count(adapter.tokenizer.bos_token_id) == 1 and prompt.ids[0] == adapter.tokenizer.bos_token_id for prompt in prompts
+    )
     assert len({len(prompt) for prompt in prompts}) > 1 and hb.tokens.after_instruction(adapter.tokenizer) == [-4, -3, -2, -1]
     vector = hb.Vector.of(adapter, "resid_pre.1", 2 * torch.randn(adapter.card.d_model, generator=torch.Generator().manual_seed(5)))
     steered = [(), (vector.edit("add", 1.5, position=slice(None), scope="all"),), tuple(hb.directional_ablation(vector))]
-    steered.append(tuple(hb.Edit(f"mlp_out.{layer}", vector.values / 9, "rotate", slice(None), scope="all") for layer in range(adapter.card.n_layers)))  # type: ignore[arg-type]
+    steered.append(
+        tuple(hb.Edit(f"mlp_out.{layer}", vector.values / 9, "rotate", slice(None), scope="all") for layer in range(adapter.card.n_layers))
+    )  # type: ignore[arg-type]
     request = Request(prompts, [Row(i, edits) for i in range(3) for edits in steered], (), Readout(k=1, logits=True), generate=6)
     reply = adapter.run(request)
     assert_plain(case, request, reply, 1e-9)
@@ -106,7 +110,11 @@ NAMES = ["bridge-gpt2", "bridge-llama", "bridge-gemma3", "nnsight-gpt2", "nnsigh
 def test_exported_weights_cannot_write_the_direction(name, exported):
     it = exported(name)
     unit = it.vector.values.double() / it.vector.values.double().norm()
-    reads = [Read(hb.Site(site, layer), slice(None)) for site in ("resid_pre", "attn_out", "mlp_out", "resid_post") for layer in range(it.old.card.n_layers)]
+    reads = [
+        Read(hb.Site(site, layer), slice(None))
+        for site in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        for layer in range(it.old.card.n_layers)
+    ]
     request = Request([it.old.encode("A longer one")], [Row(0)], reads)
     for reading, before in zip(it.new.run(request).readings, it.old.run(request).readings, strict=True):
         exact = 1e-6 if "gemma" in name else 1e-9  # transformers' norm of Gemma is float32 whatever the model's dtype

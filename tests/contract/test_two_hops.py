@@ -44,11 +44,20 @@ def test_the_cells_of_planted_questions(case):
     asked = []
     for composed, *parts in every:
         own = known if composed else unknown
-        asked.append(replace(like, text=own.text, answer=own.answer, **{way: known if part else unknown for way, part in zip(WAYS[1:], parts, strict=True)}))
+        asked.append(
+            replace(
+                like,
+                text=own.text,
+                answer=own.answer,
+                **{way: known if part else unknown for way, part in zip(WAYS[1:], parts, strict=True)},
+            )
+        )
     found = hb.two_hops(case.adapter, asked)
     ids = [int(case.plain(case.adapter.encode(question.text).ids)[0][-1].argmax()) for question in (unknown, known)]
     for at, way in enumerate(WAYS):
-        assert found.right[way].tolist() == [parts[at] for parts in every] and found.token_ids[way].tolist() == [ids[parts[at]] for parts in every]
+        assert found.right[way].tolist() == [parts[at] for parts in every] and found.token_ids[way].tolist() == [
+            ids[parts[at]] for parts in every
+        ]
     cells = found.cells()
     assert cells[["first", "second"]].values.tolist() == [[True, True], [True, False], [False, True], [False, False]]
     assert cells[["n", "composed", "rate", "n_clean", "composed_clean", "rate_clean"]].values.tolist() == [[8, 4, 0.5, 2, 1, 0.5]] * 4
@@ -152,7 +161,9 @@ def test_windows_without_attention_are_plain_runs(case):
                     assert abs(float(found.logprobs[i, e, c, w]) - float(logits.log_softmax(-1)[answer])) < 1e-6
                     assert float(found.right[i, e, c, w]) == (int(logits.argmax()) == answer)
         clean = case.plain(ids)[0][-1]
-        assert abs(float(found.clean_logprobs[i]) - float(clean.log_softmax(-1)[answer])) < 1e-10 and bool(found.clean[i]) == (int(clean.argmax()) == answer)
+        assert abs(float(found.clean_logprobs[i]) - float(clean.log_softmax(-1)[answer])) < 1e-10 and bool(found.clean[i]) == (
+            int(clean.argmax()) == answer
+        )
     assert (found.logprobs - found.clean_logprobs[:, None, None, None]).abs().amax() > 1e-3
 
 
@@ -160,7 +171,9 @@ def test_an_answer_that_needs_attention_is_lost_without_it(case):
     """Of short questions, whose answers are what the model says."""
     pairs = tuple((letter, letter + "#") for letter in ascii_lowercase)
     first = Relation(pairs, "first", templates=("{} in",), phrase="{}r")
-    second = [Relation(tuple((y, "~") for _, y in pairs), "second", templates=("{}" + end,)) for end in (*ascii_letters, *digits, *"!?.:;,")]
+    second = [
+        Relation(tuple((y, "~") for _, y in pairs), "second", templates=("{}" + end,)) for end in (*ascii_letters, *digits, *"!?.:;,")
+    ]
     asked = (question for relation in second for question in hb.hops.chain(first, relation, 5))
     known = [replace(question, answer=said) for question in asked if (said := says(case, question.text))][:20]
     found = hb.hop_knock_out(case.adapter, known, edges=[("last", "entity"), ("last", "bridge")], k=9)
@@ -170,7 +183,8 @@ def test_an_answer_that_needs_attention_is_lost_without_it(case):
         assert found.keys[i] == ((len(ids) - 3,), (len(ids) - 2,)) and found.control_keys[i] == found.keys[i][::-1]
         for e, keys in enumerate(found.keys[i]):
             cut = tuple(
-                (hb.Site("attn_pattern", layer), len(ids) - 1, hb.Edit(hb.Site("attn_pattern", layer), op="knock_out"), [*keys]) for layer in found.windows[0]
+                (hb.Site("attn_pattern", layer), len(ids) - 1, hb.Edit(hb.Site("attn_pattern", layer), op="knock_out"), [*keys])
+                for layer in found.windows[0]
             )
             assert bool(found.right[i, e, 0, 0]) == (int(case.plain(ids, cut)[0][-1].argmax()) == answer)
     assert 0 < found.right.mean() < 1
@@ -185,7 +199,10 @@ def test_rates_of_planted_windows(tmp_path):
     found = replace(found, clean=torch.tensor([True, True, False]), right=right)
     assert found.kept().tolist() == [[[0.5, 0.5, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 1]]]
     frame = found.to_frame().set_index(["edge", "control", "layer"])
-    assert frame.loc[("last to bridge", False, 2), "kept"] == 1 and frame.loc[("bridge to entity", True, 0), ["n", "kept"]].tolist() == [1, 1]
+    assert frame.loc[("last to bridge", False, 2), "kept"] == 1 and frame.loc[("bridge to entity", True, 0), ["n", "kept"]].tolist() == [
+        1,
+        1,
+    ]
     assert frame.loc[("bridge to entity", False, 0), "n"] == 2 and len(frame) == 12
     again = hb.HopKnockOut.load(found.save(tmp_path / "found"))
     assert again.to_frame().equals(found.to_frame())
@@ -205,7 +222,11 @@ def test_pictures_say_what_the_tables_say():
     cut = hb.hop_knock_out(toy(), asked, edges=[("last", "entity")])
     cut = replace(cut, clean=torch.ones(4).bool())
     solid, dashed = cut.plot().lines
-    assert torch.as_tensor(solid.get_ydata()).tolist() == cut.kept()[0, 0].tolist() and dashed.get_linestyle() == "--" and "last to entity" in cut.view().html
+    assert (
+        torch.as_tensor(solid.get_ydata()).tolist() == cut.kept()[0, 0].tolist()
+        and dashed.get_linestyle() == "--"
+        and "last to entity" in cut.view().html
+    )
     lens = hb.hop_readability(toy(), asked, generate=0)
     assert (
         lens.texts == ()

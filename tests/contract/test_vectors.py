@@ -42,7 +42,11 @@ def test_task_vectors_are_what_a_loop_finds(case, mode):
         without = mean(parts.train.questions(n=4, seed=5))
         vectors, wrong = vectors - without, wrong - without
     assert (found.values.double() - vectors).abs().max() < 1e-5 * vectors.abs().max()
-    for name, part, values in (("validation", parts.validation, vectors), ("accuracy", parts.test, vectors), ("shuffled labels", parts.test, wrong)):
+    for name, part, values in (
+        ("validation", parts.validation, vectors),
+        ("accuracy", parts.test, vectors),
+        ("shuffled labels", parts.test, wrong),
+    ):
         ours = found.controls[name] if name in found.controls else getattr(found, name)
         assert ours.tolist() == [accuracy(values, part.questions(n=3, seed=5), layer) for layer in range(n_layers)], name
     assert torch.allclose(found.best.values, found.values[int(found.validation.argmax())])

@@ -76,7 +76,9 @@ def check_shell(fence: Fence) -> None:
             assert words[0] == "install" and all(name in extras for name in named), f"{fence}: no such extra: {line}"
         elif program == "hookbook":
             command = [str(Path(sys.executable).with_name("hookbook")), *words, *(["--help"] if words[0] in LONG else [])]
-            done = subprocess.run(" ".join(command), shell=True, capture_output=True, text=True, timeout=570, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            done = subprocess.run(
+                " ".join(command), shell=True, capture_output=True, text=True, timeout=570, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+            )
             assert done.returncode == 0, f"{fence}: {line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         else:
             assert program in OTHER_PROGRAMS, f"{fence}: nobody checks {line!r}"

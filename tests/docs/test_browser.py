@@ -59,11 +59,15 @@ def test_a_page_is_whole_and_asks_nothing_of_the_network(name, where, tab, site,
     assert not tab.said
     assert not [url for url in tab.asked if not url.startswith((home, "data:", "blob:"))] and len(tab.asked) > 2
     assert tab.evaluate("document.documentElement.scrollWidth") <= tab.viewport_size["width"]
-    assert tab.locator("h1").count() == 1 and tab.locator("article img").evaluate_all("all => all.every(image => image.complete && image.naturalWidth)")
+    assert tab.locator("h1").count() == 1 and tab.locator("article img").evaluate_all(
+        "all => all.every(image => image.complete && image.naturalWidth)"
+    )
     if name in NOTEBOOKS:
         cells = tab.locator(".jp-OutputArea-output")
         assert cells.count() > 3
-        assert not cells.evaluate_all("all => all.filter(cell => !cell.innerText.trim() && !cell.querySelector('img, svg, table, iframe, canvas')).length")
+        assert not cells.evaluate_all(
+            "all => all.filter(cell => !cell.innerText.trim() && !cell.querySelector('img, svg, table, iframe, canvas')).length"
+        )
 
 
 @pytest.mark.parametrize("where", ["http", "file"])
@@ -73,7 +77,9 @@ def test_the_search_finds(where, tab, site, served):
         tab.locator("label[for=__search]:visible").first.click()
     tab.locator("input[name=query]").click()
     tab.keyboard.type("surprisal", delay=60)
-    tab.locator(".md-search-result__link[href*=patchscope], .md-search-result__link[href*=reading]").first.wait_for(state="attached", timeout=10_000)
+    tab.locator(".md-search-result__link[href*=patchscope], .md-search-result__link[href*=reading]").first.wait_for(
+        state="attached", timeout=10_000
+    )
     assert not tab.said
 
 

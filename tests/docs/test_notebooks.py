@@ -19,7 +19,11 @@ TOOL = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "run_notebooks.py
 
 def shown(notebook: nbformat.NotebookNode) -> list[bool]:
     """Of each cell that ends with a plot, whether its picture is there."""
-    plots = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(r"\.plot\w*\(.*\);?$", cell.source.strip().splitlines()[-1])]
+    plots = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and re.search(r"\.plot\w*\(.*\);?$", cell.source.strip().splitlines()[-1])
+    ]
     return [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in plots]
 
 
@@ -63,6 +67,11 @@ def test_a_notebook_with_a_cell_that_fails_is_not_written(tmp_path, capsys):
     assert tool["main"](["wrong", "large", "right"]) == 1
     assert [name for name, text in before.items() if (tmp_path / name).read_text() != text] == ["right.ipynb"]
     said = capsys.readouterr()
-    assert "wrong.ipynb: not written" in said.err and "AssertionError" in said.err and "1,000,000 are allowed" in said.err and "right.ipynb" in said.out
+    assert (
+        "wrong.ipynb: not written" in said.err
+        and "AssertionError" in said.err
+        and "1,000,000 are allowed" in said.err
+        and "right.ipynb" in said.out
+    )
     (output,) = nbformat.read(tmp_path / "right.ipynb", as_version=4).cells[0].outputs
     assert output.data["text/plain"] == "2"  # and not what it printed

@@ -17,7 +17,22 @@ import hookbook as hb
 from hookbook.results import Result
 from tests.docs.fences import FENCE, PAGES, ROOT
 
-MODULES = ("prompts", "tasks", "relations", "hops", "scores", "interop", "sae", "sites", "request", "testing", "tokens", "plots", "results", "errors")
+MODULES = (
+    "prompts",
+    "tasks",
+    "relations",
+    "hops",
+    "scores",
+    "interop",
+    "sae",
+    "sites",
+    "request",
+    "testing",
+    "tokens",
+    "plots",
+    "results",
+    "errors",
+)
 
 
 PARTS = {"stylesheet", "icon", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch", "manifest"}
@@ -80,7 +95,9 @@ def test_every_link_of_the_site_leads_somewhere(site):
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
-    (tmp_path / "a.html").write_text('<a href="b.html"></a><a href="#x"></a><img src="c.png"><a href="http://x"></a><a id="y" href="#y"></a>')
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html"></a><a href="#x"></a><img src="c.png"><a href="http://x"></a><a id="y" href="#y"></a>'
+    )
     assert len(broken(tmp_path, tmp_path / "a.html")) == 4
 
 
@@ -137,12 +154,18 @@ def test_every_public_name_of_a_module_is_in_the_site(module, shown):
 
 
 def test_every_public_method_of_a_result_is_in_the_site(shown):
-    results = [getattr(hb, name) for name in hb.__all__ if inspect.isclass(getattr(hb, name)) and issubclass(getattr(hb, name), (Result, hb.Vector))]
+    results = [
+        getattr(hb, name)
+        for name in hb.__all__
+        if inspect.isclass(getattr(hb, name)) and issubclass(getattr(hb, name), (Result, hb.Vector))
+    ]
     assert len(results) > 20
     for kind in results:
         for name in [name for name in dir(kind) if not name.startswith("_")]:
             owner = next(base for base in kind.__mro__ if name in vars(base))
-            assert {f"{owner.__module__}.{owner.__name__}.{name}", f"hookbook.{owner.__name__}.{name}"} & shown, f"{kind.__name__}.{name}, of {owner}"
+            assert {f"{owner.__module__}.{owner.__name__}.{name}", f"hookbook.{owner.__name__}.{name}"} & shown, (
+                f"{kind.__name__}.{name}, of {owner}"
+            )
 
 
 def test_every_recipe_is_beside_its_paper(site):

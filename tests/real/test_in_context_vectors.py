@@ -12,10 +12,14 @@ def gemma() -> hb.Adapter:
     return hb.load("gemma-3-270m")
 
 
-@pytest.mark.parametrize(("name", "mode"), [("singular_plural", "replace"), ("country_capital", "replace"), ("country_capital", "difference")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("singular_plural", "replace"), ("country_capital", "replace"), ("country_capital", "difference")]
+)
 def test_a_middle_layer_holds_the_task(gemma, name, mode):
     task, other = hb.tasks.load(name), hb.tasks.load("present_past")
-    found = hb.task_vector(gemma, task, layers=[6, 9, 11, 13, 15] if mode == "replace" else [10, 11], mode=mode, other=other, queries=30, n_prompts=32)
+    found = hb.task_vector(
+        gemma, task, layers=[6, 9, 11, 13, 15] if mode == "replace" else [10, 11], mode=mode, other=other, queries=30, n_prompts=32
+    )
     at = {site.layer: i for i, site in enumerate(found.sites)}
     accuracy, random, wrong = found.accuracy[at[11]], found.controls["random"][at[11]], found.controls["other task"][at[11]]
     assert accuracy >= 0.5 and found.zero_shot <= 0.1 and random <= 0.05 and wrong <= 0.15 and found.few_shot >= 0.6

@@ -22,7 +22,9 @@ def test_between_two_other_languages_the_middle_says_english(target):
     early, middle, end = lens.language_logprobs.exp().mean(0)
     top = torch.tensor([int(i) in lens.language_ids[n, 1].tolist() for n, i in enumerate(lens.token_ids[:, 1, 0])])
     likelier = (lens.language_logprobs[:, 1, 1] > lens.language_logprobs[:, 1, 2]).float().mean()
-    print(f"fr -> {target}: layer 13 {middle.tolist()}, last {end.tolist()}, English is top-1 at layer 13 in {float(top.float().mean()):.2f}")
+    print(
+        f"fr -> {target}: layer 13 {middle.tolist()}, last {end.tolist()}, English is top-1 at layer 13 in {float(top.float().mean()):.2f}"
+    )
     assert len(lens.prompts) >= 40 and middle[1] > middle[0] and middle[1] > 10 * middle[2] and likelier > 0.8
     assert end[0] > 0.1 and end[1] < 0.01
     assert early.max() < 0.01
@@ -36,7 +38,10 @@ def test_layers_come_closer_to_the_model(name):
     lens = hb.logit_lens(model, SENTENCE, position=slice(1, None), tokens=[" Paris"], k=3)
     last, middle = lens.kl.shape[1] - 1, lens.kl.shape[1] // 2
     assert (lens.kl[:, last] == 0).all() and lens.precision[:, last].all()
-    assert lens.kl[:, last - 1].mean() < lens.kl[:, middle].mean() and lens.precision[:, last - 1].float().mean() > lens.precision[:, middle].float().mean()
+    assert (
+        lens.kl[:, last - 1].mean() < lens.kl[:, middle].mean()
+        and lens.precision[:, last - 1].float().mean() > lens.precision[:, middle].float().mean()
+    )
     logits = model.plain_logits(torch.tensor([lens.prompts[0].ids]))[0, 1:].float().log_softmax(-1)
     assert (lens.logprobs[:, last] - logits.topk(3).values).abs().max() < 1e-3
     assert (lens.entropy[:, last] + (logits.exp() * logits).sum(-1)).abs().max() < 1e-3

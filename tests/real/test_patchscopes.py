@@ -26,7 +26,9 @@ def test_token_identity_beats_the_logit_lens(name, layer):
     found, baseline = float(scope.precision.float().mean()), float(lens.precision.float().mean())
     shuffled = float((scope.token_ids[:, 0, 0] == scope.source_ids.roll(37)).float().mean())
     control = float((scope.control_ids[:, 0] == scope.source_ids).float().mean())
-    print(f"{name} layer {layer}: token identity {found:.2f}, logit lens {baseline:.2f}, shuffled sources {shuffled:.2f}, unpatched {control:.2f}")
+    print(
+        f"{name} layer {layer}: token identity {found:.2f}, logit lens {baseline:.2f}, shuffled sources {shuffled:.2f}, unpatched {control:.2f}"
+    )
     assert found - baseline >= 0.3
     assert shuffled <= 0.08 and control <= 0.08
     assert scope.surprisal.mean() < lens.surprisal.mean()
@@ -34,8 +36,12 @@ def test_token_identity_beats_the_logit_lens(name, layer):
 
 def described(name: str, layers: list[int]) -> tuple[list[float], list[str]]:
     """The share of persons whose description names what they are known for, by layer; and the controls."""
-    scope = hb.patchscope(real(name), [person for person, _ in PERSONS], target=hb.prompts.ENTITY_DESCRIPTION, source_layers=layers, generate=20, k=1)
-    hits = torch.tensor([[any(word in text.lower() for word in words) for text in texts] for texts, (_, words) in zip(scope.texts, PERSONS, strict=True)])
+    scope = hb.patchscope(
+        real(name), [person for person, _ in PERSONS], target=hb.prompts.ENTITY_DESCRIPTION, source_layers=layers, generate=20, k=1
+    )
+    hits = torch.tensor(
+        [[any(word in text.lower() for word in words) for text in texts] for texts, (_, words) in zip(scope.texts, PERSONS, strict=True)]
+    )
     shares = hits.float().mean(0).tolist()
     print(f"{name}: " + ", ".join(f"layer {layer} {share:.2f}" for layer, share in zip(layers, shares, strict=True)))
     return shares, list(scope.control_texts)

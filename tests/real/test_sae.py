@@ -24,7 +24,9 @@ def sae(request):
 def test_nothing_edited_is_the_plain_run(sae):
     prompts = sae.encode_prompts(PROMPTS)
     rows = [Row(i, edits) for i in range(2) for edits in ((), (sae.splice(),), (sae.splice(keep_error=False),))]
-    plain, spliced, dropped = sae.model.run(Request(prompts, rows, readout=Readout(logits=True))).readout.logits.unflatten(0, (2, 3)).unbind(1)
+    plain, spliced, dropped = (
+        sae.model.run(Request(prompts, rows, readout=Readout(logits=True))).readout.logits.unflatten(0, (2, 3)).unbind(1)
+    )
     assert (plain - spliced).abs().max() < 1e-5 * plain.abs().max() and (plain - dropped).abs().max() > 0.1
 
 

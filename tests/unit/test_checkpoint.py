@@ -97,7 +97,11 @@ def test_a_checkpoint_is_of_one_request_and_one_model(tmp_path, counted):
     adapter.run(request, checkpoint=tmp_path)
     counted.clear()
     moved = Request(
-        request.prompts, [Row(row.prompt, (hb.Edit(row.edits[0].site, row.edits[0].value + 1e-9),)) for row in request.rows], request.reads, request.readout, 3
+        request.prompts,
+        [Row(row.prompt, (hb.Edit(row.edits[0].site, row.edits[0].value + 1e-9),)) for row in request.rows],
+        request.reads,
+        request.readout,
+        3,
     )
     adapter.run(moved, checkpoint=tmp_path)
     assert counted == [30]
@@ -139,7 +143,9 @@ def test_a_plan_is_what_then_runs(monkeypatch, counted, budget, generate):
     out = hb.patchscope(toy(), ["ab", "the cat"], **call)
     # the source's own next token and its log-probability for every pair: 2 + 2 * 9 rows, unembedded beside the climbs
     assert done["climbs"] == plan.climbs and done["passes"] == plan.passes and done["unembedded"] == plan.unembedded - 2 - 2
-    assert (done["token_layers"] == plan.token_layers) if not generate else (done["token_layers"] <= plan.token_layers)  # rows that say the same share
+    assert (
+        (done["token_layers"] == plan.token_layers) if not generate else (done["token_layers"] <= plan.token_layers)
+    )  # rows that say the same share
     assert len(counted) == plan.climbs and plan.jobs == 0 and bool(out.texts) == bool(generate)
     assert (plan.climbs > 2) == (budget == 1)
     assert str(plan).startswith(f"{plan.climbs} climbs, {plan.passes} passes")
@@ -162,14 +168,23 @@ def test_a_plan_of_a_jacobian_says_its_products_and_memory(monkeypatch):
 def test_readings_of_a_plan_have_the_shapes_of_the_run(counted):
     adapter = toy()
     prompts = [adapter.encode("ab"), adapter.encode("the cat")]
-    reads = [Read("attn_pattern.1"), Read("attn_pattern.1.0", slice(None)), Read("head_z.0"), Read("head_z.0.1"), Read("mlp_act.2.3"), Read("final_norm")]
+    reads = [
+        Read("attn_pattern.1"),
+        Read("attn_pattern.1.0", slice(None)),
+        Read("head_z.0"),
+        Read("head_z.0.1"),
+        Read("mlp_act.2.3"),
+        Read("final_norm"),
+    ]
     request = Request(prompts, [Row(1), Row(0)], reads, Readout(k=2, tokens=torch.tensor([[1], [2]]), logits=True), generate=2)
     with planning.accounting():
         blank = adapter.run(request)
     assert counted == []
     real = adapter.run(request)
     for a, b in zip(blank.readings, real.readings, strict=True):
-        assert a.values.shape == b.values.shape and torch.equal(a.rows, b.rows) and torch.equal(a.positions, b.positions) and a.site == b.site
+        assert (
+            a.values.shape == b.values.shape and torch.equal(a.rows, b.rows) and torch.equal(a.positions, b.positions) and a.site == b.site
+        )
     for name in ("topk_ids", "topk_logprobs", "token_logprobs", "logits"):
         assert getattr(blank.readout, name).shape == getattr(real.readout, name).shape
 

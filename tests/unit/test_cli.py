@@ -38,7 +38,9 @@ def folder(tmp_path_factory) -> Path:
     names = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=256, initializer_range=0.25, **names))
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=256, initializer_range=0.25, **names)
+        )
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(0.3)
         model.transformer.wte.weight[toy_tokenizer().encode(" ")[-1]].fill_(1.0)
@@ -74,7 +76,9 @@ def run(folder, monkeypatch, capsys):
 
 
 def steered(model, **settings):
-    found = hb.contrast_vector(model, TEXTS["positive"], TEXTS["negative"], layers=[1, 2], position=slice(None), held_out=0.5, site="resid_pre")
+    found = hb.contrast_vector(
+        model, TEXTS["positive"], TEXTS["negative"], layers=[1, 2], position=slice(None), held_out=0.5, site="resid_pre"
+    )
     return hb.steer(model, found, ["ab", "the"], **settings)
 
 
@@ -99,7 +103,9 @@ COMMANDS = {
     "patchscope one --target ENTITY_DESCRIPTION --generate 2 --backend nnsight": lambda model: hb.patchscope(
         model, "one", target=hb.prompts.ENTITY_DESCRIPTION, generate=2
     ),
-    'lens "one two" --token " " --token a --layers 0,resid_pre.1': lambda model: hb.logit_lens(model, "one two", tokens=[" ", "a"], layers=[0, "resid_pre.1"]),
+    'lens "one two" --token " " --token a --layers 0,resid_pre.1': lambda model: hb.logit_lens(
+        model, "one two", tokens=[" ", "a"], layers=[0, "resid_pre.1"]
+    ),
     "lens one two": lambda model: hb.logit_lens(model, ["one", "two"]),
     "lens one two -k 2 --position all": lambda model: hb.logit_lens(model, ["one", "two"], k=2, position=slice(None)),
     "task-vector pairs.json --other other.csv --shots 2 --n-prompts 4 --queries 3 --seed 1": lambda model: hb.task_vector(
@@ -129,7 +135,10 @@ COMMANDS = {
 
 def rows(frame: pd.DataFrame) -> list[dict]:
     """A frame as plain rows; what is no number is None."""
-    return [{key: None if pd.isna(value) else value for key, value in zip(frame.columns, row, strict=True)} for row in frame.itertuples(index=False)]
+    return [
+        {key: None if pd.isna(value) else value for key, value in zip(frame.columns, row, strict=True)}
+        for row in frame.itertuples(index=False)
+    ]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -146,7 +155,14 @@ def test_people_get_a_short_table_with_its_controls(run, monkeypatch, line):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, err = run(line)
     assert code == 0 and len(out.splitlines()) < 80 and max(map(len, out.splitlines())) <= 100, err
-    control = {"patchscope": "npatched", "lens": "layer", "task-vector": "random", "relation": "least squares", "backpatch": "shuffled", "steer": "random"}
+    control = {
+        "patchscope": "npatched",
+        "lens": "layer",
+        "task-vector": "random",
+        "relation": "least squares",
+        "backpatch": "shuffled",
+        "steer": "random",
+    }
     assert control[line.split()[0]] in " ".join(out.split()), out
 
 
@@ -166,7 +182,13 @@ def test_csv_is_the_frame(run, folder):
 
 
 def test_defaults_are_those_of_the_recipes():
-    called = {"patchscope": hb.patchscope, "lens": hb.logit_lens, "task-vector": hb.task_vector, "relation": hb.linear_relation, "backpatch": hb.backpatch}
+    called = {
+        "patchscope": hb.patchscope,
+        "lens": hb.logit_lens,
+        "task-vector": hb.task_vector,
+        "relation": hb.linear_relation,
+        "backpatch": hb.backpatch,
+    }
     other = {"target", "other", "token", "template", "first", "second", "n", "shots"}  # names of things, and data
     assert recipes.COMMANDS.keys() == called.keys() | {"steer"}
     for name, recipe in called.items():
@@ -261,7 +283,12 @@ def test_what_only_the_model_knows_is_an_error_too(run, folder):
 def test_files_are_written_whole_and_not_overwritten(run, folder, tmp_path):
     line = f"lens one --plot {tmp_path}/x.png --save {tmp_path}/x.safetensors --json"
     code, out, err = run(line)
-    assert code == 0 and json.loads(out) and f"{tmp_path}/x.png" in err and {path.name for path in tmp_path.iterdir()} == {"x.png", "x.safetensors"}
+    assert (
+        code == 0
+        and json.loads(out)
+        and f"{tmp_path}/x.png" in err
+        and {path.name for path in tmp_path.iterdir()} == {"x.png", "x.safetensors"}
+    )
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     saved = hb.LogitLens.load(tmp_path / "x.safetensors")
     assert torch.equal(saved.logprobs, hb.logit_lens(hb.load(str(folder)), "one").logprobs)
@@ -355,7 +382,11 @@ def start(words: list[str], folder: Path, **env: str) -> subprocess.CompletedPro
 def test_a_process_separates_the_result_from_notes(folder):
     done = start(["lens", "one", "--json", "--model", str(folder)], folder)
     assert done.returncode == 0 and json.loads(done.stdout) and "loading" in done.stderr
-    assert (wrong := start(["task-vector", "none"], folder)).returncode == 1 and not wrong.stdout and wrong.stderr.startswith("DataError: no task 'none'")
+    assert (
+        (wrong := start(["task-vector", "none"], folder)).returncode == 1
+        and not wrong.stdout
+        and wrong.stderr.startswith("DataError: no task 'none'")
+    )
     assert (usage := start(["lens"], folder)).returncode == 2 and not usage.stdout and "Missing argument" in usage.stderr
 
 

@@ -66,7 +66,15 @@ def test_what_an_extra_needs_is_read_from_the_metadata(here):
 
 def test_the_metadata_of_this_hookbook_has_the_demo():
     names = {need.name for need in install.wanted("demo")}
-    assert {"torch", "transformer-lens", "matplotlib", "jinja2", "circuitsvis", "gguf", install.WEIGHTS} <= names and "hookbook" not in names
+    assert {
+        "torch",
+        "transformer-lens",
+        "matplotlib",
+        "jinja2",
+        "circuitsvis",
+        "gguf",
+        install.WEIGHTS,
+    } <= names and "hookbook" not in names
 
 
 def test_without_a_terminal_it_says_what_it_does_and_does_it(here, capsys):
@@ -163,4 +171,10 @@ install.ensure()
     out, err = process.communicate(timeout=120)
     os.close(leader)
     os.close(follower)
-    assert process.returncode == 1 and not out.strip() and "Install them into" in err and "nothing-like-this" in err and "is not installed" in err
+    assert (
+        process.returncode == 1
+        and not out.strip()
+        and "Install them into" in err
+        and "nothing-like-this" in err
+        and "is not installed" in err
+    )

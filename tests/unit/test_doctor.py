@@ -79,7 +79,9 @@ def test_what_is_below_the_tolerance_or_no_number_is_judged(monkeypatch, tiny_fo
         with monkeypatch.context() as patch:
             broken(patch, at, factor)
             (sites,) = [
-                finding for finding in doctor.check(str(tiny_folder("llama"))) if finding.what.startswith("TransformerBridge") and " sites " in finding.what
+                finding
+                for finding in doctor.check(str(tiny_folder("llama")))
+                if finding.what.startswith("TransformerBridge") and " sites " in finding.what
             ]
             assert sites.ok is ok and (ok or sites.site == str(at))
 
@@ -153,7 +155,9 @@ def test_of_what_follows_from_a_wrong_tensor_the_first_is_named(monkeypatch, tin
     for arch, wrong, at, number in (("gemma3", other, "mlp_out.2", 1), ("llama", changed, "head_z.2", 15)):
         with monkeypatch.context() as patch:
             patch.setattr(BridgeAdapter, "_hook_point", wrong)
-            found = {finding.what: finding for finding in doctor.check(str(tiny_folder(arch))) if finding.what.startswith("TransformerBridge")}
+            found = {
+                finding.what: finding for finding in doctor.check(str(tiny_folder(arch))) if finding.what.startswith("TransformerBridge")
+            }
         sites = next(finding for what, finding in found.items() if " sites of " in what)
         assert (sites.ok, sites.site) == (False, at) and sites.value.endswith(f"; {number} differ"), sites
         assert found["TransformerBridge: logits"].ok is (number == 1)
@@ -168,7 +172,10 @@ def test_logits_and_tokens_that_differ_are_told(monkeypatch, tiny_folder):
 
     monkeypatch.setattr(TracingAdapter, "run", run)
     found = {finding.what: finding for finding in doctor.check(str(tiny_folder("llama"))) if finding.what.startswith("nnsight")}
-    assert {what.split(": ")[1].split()[0]: finding.ok for what, finding in found.items() if "sites" not in what} == {"logits": False, "greedy": False}
+    assert {what.split(": ")[1].split()[0]: finding.ok for what, finding in found.items() if "sites" not in what} == {
+        "logits": False,
+        "greedy": False,
+    }
 
 
 def test_a_model_that_no_adapter_takes_is_no_pass(monkeypatch, tiny_folder):

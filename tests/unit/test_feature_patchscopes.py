@@ -59,7 +59,10 @@ def test_a_direction_that_says_a_token_says_it_where_it_is_long():
 
 def test_a_strength_of_nothing_added_is_the_control():
     found = scope(op="add", strengths=[0, 1], tokens=["a"])
-    assert torch.equal(found.token_ids[:, 0], found.control_ids.expand(2, -1)) and (found.logprobs[:, 0] - found.control_logprobs).abs().max() < 1e-12
+    assert (
+        torch.equal(found.token_ids[:, 0], found.control_ids.expand(2, -1))
+        and (found.logprobs[:, 0] - found.control_logprobs).abs().max() < 1e-12
+    )
     assert (found.wanted_logprobs[:, 1] - found.control_wanted_logprobs).abs().min() > 1e-6
     assert {line[0] for line in found.texts} == {*found.control_texts} == {found.random_texts[0]}
 
@@ -73,7 +76,9 @@ def test_a_patchscope_of_features_goes_through_a_file_and_is_drawn(tmp_path, plt
     assert (line.token, line.logprob, line.text) == (found.token(1, 3, 1), float(found.logprobs[1, 3, 1]), found.texts[1][3])
     assert (line.random_token, line.random_text) == (found.vocab[int(found.random_ids[3, 1])], found.random_texts[3])
     assert (line.control_token, line.control_text) == (found.vocab[int(found.control_ids[1])], found.control_texts[0])
-    assert line["logprob a"] == float(found.wanted_logprobs[1, 3, 0]) and line["random_logprob a"] == float(found.random_wanted_logprobs[3, 0])
+    assert line["logprob a"] == float(found.wanted_logprobs[1, 3, 0]) and line["random_logprob a"] == float(
+        found.random_wanted_logprobs[3, 0]
+    )
     for value, numbers in (
         ("probability", (found.logprobs[..., 0], found.random_logprobs[:, 0])),
         ("a", (found.wanted_logprobs[..., 0], found.random_wanted_logprobs[:, 0])),
@@ -113,9 +118,15 @@ def test_a_state_of_one_feature_is_answered_by_it():
     logits = TOY.unembed(TOY.final_norm((affine.weight @ state.float() + affine.bias).double()[None]))[0].detach()
     first = {y: TOY.encode(y, bos=False).ids[0] for y in (found.answer, *found.against)}
     others = torch.stack([logits[first[y]] for y in found.against]).mean()
-    assert float(found.contributions.sum() + found.bias + found.constant) == pytest.approx(float(logits[first[found.answer]] - others), abs=1e-5)
+    assert float(found.contributions.sum() + found.bias + found.constant) == pytest.approx(
+        float(logits[first[found.answer]] - others), abs=1e-5
+    )
     frame = found.to_frame()
-    assert frame.contribution.sum() == pytest.approx(float(found.total), abs=1e-10) and frame.part.tolist()[:2] == ["feature"] * 2 and len(frame) == 6
+    assert (
+        frame.contribution.sum() == pytest.approx(float(found.total), abs=1e-10)
+        and frame.part.tolist()[:2] == ["feature"] * 2
+        and len(frame) == 6
+    )
 
 
 def test_against_chooses_the_others():
@@ -168,7 +179,11 @@ BAD = {
     "relation: states of one size": (lambda: parts(attached(normalize_activations="layer_norm")), Refused, "cannot be added up"),
     "relation: no others": (lambda: parts(against=[]), DataError, "against="),
     "relation: against itself": (lambda: parts(against=[relation().test[0][1], "~"]), DataError, "leave the other one out"),
-    "relation: a state of elsewhere": (lambda: parts(subject=hb.Vector.of(TOY, "resid_post.0", torch.ones(16))), SiteError, "give a state there"),
+    "relation: a state of elsewhere": (
+        lambda: parts(subject=hb.Vector.of(TOY, "resid_post.0", torch.ones(16))),
+        SiteError,
+        "give a state there",
+    ),
     "relation: nothing kept": (lambda: parts(k=0), TokenError, "1 or more"),
 }
 

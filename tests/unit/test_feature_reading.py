@@ -71,7 +71,9 @@ def test_examples_of_equal_activations_are_of_the_earliest_texts_once_each():
         and not (frame.feature > 4).any()
     )
     assert (found.maxima[5:] == 0).all() and (found.density[5:] == 0).all() and found.quantiles[:, 5:].isnan().all()
-    assert float(found.density[3]) == pytest.approx(2 / sum(map(len, (*TEXTS, "bbb")))) and found.maxima[:5].tolist() == pytest.approx([1, 2, 4, 8, 16])
+    assert float(found.density[3]) == pytest.approx(2 / sum(map(len, (*TEXTS, "bbb")))) and found.maxima[:5].tolist() == pytest.approx(
+        [1, 2, 4, 8, 16]
+    )
     again = hb.sae.attach(sae.model, sae.sae, maxima=found.maxima)
     assert torch.equal(again.edit(2, times_max=2.0).value.shift.double(), 2 * found.maxima[[2]])  # type: ignore[union-attr]
     assert found.to_frame([6]).empty and len(found.to_frame([6]).columns) == 9 and "no examples" in found.view(6).html
@@ -93,7 +95,11 @@ def test_texts_are_pulled_a_batch_at_a_time(monkeypatch):
 
 
 def assert_equal_but(a: Any, b: Any, *names: str) -> None:
-    assert all(torch.equal(x.nan_to_num(), vars(b)[key].nan_to_num()) for key, x in vars(a).items() if isinstance(x, torch.Tensor) and key not in names)
+    assert all(
+        torch.equal(x.nan_to_num(), vars(b)[key].nan_to_num())
+        for key, x in vars(a).items()
+        if isinstance(x, torch.Tensor) and key not in names
+    )
 
 
 def test_a_perfect_sae_a_useless_one_and_one_that_harms():
@@ -172,7 +178,11 @@ def test_a_transcoder_is_judged_by_its_output():
         (lambda sae: hb.feature_examples(sae, "a").plot(feature=9), DataError, "features 0 to 6"),
         (lambda sae: hb.sae_report(sae, iter(())), TokenError, "no texts"),
         (lambda sae: hb.sae_report(sae, "a"), DataError, "longer texts"),
-        (lambda sae: hb.sae_report(hb.sae.attach(sae.model, make_sae(sae.model, "standard", "final_norm", None)), "ab"), Refused, "final_norm"),
+        (
+            lambda sae: hb.sae_report(hb.sae.attach(sae.model, make_sae(sae.model, "standard", "final_norm", None)), "ab"),
+            Refused,
+            "final_norm",
+        ),
     ],
 )
 def test_bad_input(call, error, words):
@@ -196,18 +206,26 @@ def test_results_are_loaded_equal_and_drawn(tmp_path, plt):
     active, examples, report = results
     ax = active.plot(prompt=2, k=3)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["4", "3", "2"] and ax.images[0].get_array().shape == (len(TEXTS[2]), 3)
-    assert [bar.get_width() for bar in report.plot().patches] == pytest.approx([1 - report.fvu, report.cosine, report.loss_recovered, 1 - report.dead])
+    assert [bar.get_width() for bar in report.plot().patches] == pytest.approx(
+        [1 - report.fvu, report.cosine, report.loss_recovered, 1 - report.dead]
+    )
     assert len(examples.plot().collections[0].get_offsets()) == int((examples.density > 0).sum())
     bars = examples.plot(feature=4).patches
     assert sum(bar.get_height() for bar in bars) == round(float(examples.density[4]) * examples.n_tokens)
-    assert all(bar.get_x() <= 16 * 1.03 for bar in bars) and any(bar.get_x() <= 16.0001 and bar.get_x() + bar.get_width() >= 15.9999 for bar in bars)
+    assert all(bar.get_x() <= 16 * 1.03 for bar in bars) and any(
+        bar.get_x() <= 16.0001 and bar.get_x() + bar.get_width() >= 15.9999 for bar in bars
+    )
     assert "a $ &lt;b&gt;" in examples.view(0).html and "<b>" not in examples.view(0).html and "ColoredTokensMulti" in active.view().html
 
 
 def test_plans_run_nothing():
     sae = planted()
     plan = hb.sae_report.plan(sae, ["abc", "de"], batch=1)
-    assert plan.climbs == 2 and plan.unembedded == 3 * (2 + 1) and plan.unembedded == hb.sae_report(sae, ["abc", "de"], batch=1).settings["cost"]["unembedded"]
+    assert (
+        plan.climbs == 2
+        and plan.unembedded == 3 * (2 + 1)
+        and plan.unembedded == hb.sae_report(sae, ["abc", "de"], batch=1).settings["cost"]["unembedded"]
+    )
     assert hb.feature_activations.plan(sae, TEXTS).climbs >= 1 and hb.feature_examples.plan(sae, TEXTS, batch=1).climbs == len(TEXTS)
 
 

@@ -125,7 +125,9 @@ def test_values_are_times_rows_of_the_decoder():
     frame = found.to_frame()
     assert frame.label.tolist() == [f"about {i}" if i % 2 == 0 else "" for i in found.features.tolist()]
     assert frame.cosine.tolist() == pytest.approx([float(row @ v.values / row.norm() / v.values.norm()) for row in rows])
-    assert frame.share.tolist() == pytest.approx([float(x * (row @ v.values) / v.values.norm() ** 2) for x, row in zip(found.values, rows, strict=True)])
+    assert frame.share.tolist() == pytest.approx(
+        [float(x * (row @ v.values) / v.values.norm() ** 2) for x, row in zip(found.values, rows, strict=True)]
+    )
     assert found.recipe == "mine" and found.settings == {"k": 4, "nonnegative": True}
 
 
@@ -167,7 +169,9 @@ def test_arithmetic_in_feature_space_is_that_of_fits():
         dense = torch.zeros(2, 24, dtype=torch.float64)
         dense[0, x.features], dense[1, y.features] = x.values, y.values
         assert x.cosine(y) == pytest.approx(float(torch.cosine_similarity(*dense, 0)), abs=1e-12) and x.cosine(3 * x) == pytest.approx(1)
-    assert ((a + b).values - (a.decompose(sae, k=24, nonnegative=False) + b.decompose(sae, k=24, nonnegative=False)).to_vector().values).abs().max() < 1e-2
+    assert (
+        (a + b).values - (a.decompose(sae, k=24, nonnegative=False) + b.decompose(sae, k=24, nonnegative=False)).to_vector().values
+    ).abs().max() < 1e-2
     assert (x + a.decompose(sae)).method == "encode and pursuit"
 
 
@@ -177,7 +181,9 @@ def test_arithmetic_in_feature_space_is_that_of_fits():
 def test_a_result_goes_through_a_file_and_is_drawn(tmp_path, plt):
     sae = make_sae(TOY)
     sae.cfg.metadata.neuronpedia_id = "gpt2-small/1-res"
-    found = vector(draw(WIDTH, seed=9), recipe="mine").decompose(hb.sae.attach(TOY, sae, labels={i: "<b>" for i in range(24)}), k=6, nonnegative=False)
+    found = vector(draw(WIDTH, seed=9), recipe="mine").decompose(
+        hb.sae.attach(TOY, sae, labels={i: "<b>" for i in range(24)}), k=6, nonnegative=False
+    )
     again = hb.FeatureVector.load(found.save(tmp_path / "x.safetensors"))
     assert all(torch.equal(getattr(again, name), getattr(found, name)) for name in ("features", "values", "rows", "vector", "offset"))
     assert again.card == found.card and again.links == found.links
@@ -192,7 +198,11 @@ def test_a_result_goes_through_a_file_and_is_drawn(tmp_path, plt):
 
 def transcoder():
     return make_sae(
-        TOY, "transcoder", d_out=WIDTH, apply_b_dec_to_input=False, metadata={"hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.1.hook_mlp_out"}
+        TOY,
+        "transcoder",
+        d_out=WIDTH,
+        apply_b_dec_to_input=False,
+        metadata={"hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.1.hook_mlp_out"},
     )
 
 
@@ -214,8 +224,16 @@ BAD = {
     "another site, attached": (lambda v: v.decompose(hb.sae.attach(TOY, make_sae(TOY, layer=2))), SiteError, "different spaces"),
     "no SAE": (lambda v: v.decompose(torch.zeros(3)), ModelError, "SAEs are SAELens'"),
     "the zero vector": (lambda v: (v - v).decompose(make_sae(TOY)), EditError, "zero vector"),
-    "states of one size": (lambda v: v.decompose(make_sae(TOY, normalize_activations="layer_norm"), method="encode"), Refused, "cannot be added up"),
-    "states of one length": (lambda v: v.decompose(make_sae(TOY, normalize_activations="constant_norm_rescale"), method="encode"), Refused, "use pursuit"),
+    "states of one size": (
+        lambda v: v.decompose(make_sae(TOY, normalize_activations="layer_norm"), method="encode"),
+        Refused,
+        "cannot be added up",
+    ),
+    "states of one length": (
+        lambda v: v.decompose(make_sae(TOY, normalize_activations="constant_norm_rescale"), method="encode"),
+        Refused,
+        "use pursuit",
+    ),
     "two SAEs": (lambda v: v.decompose(make_sae(TOY)) + v.decompose(make_sae(TOY, seed=1)), SiteError, "one SAE"),
     "cosine with two SAEs": (lambda v: v.decompose(make_sae(TOY)).cosine(v.decompose(make_sae(TOY, seed=1))), SiteError, "one SAE"),
     "cosine with a vector": (lambda v: v.decompose(make_sae(TOY)).cosine(v), EditError, "feature space"),

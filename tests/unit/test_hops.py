@@ -12,12 +12,22 @@ from hookbook.tokens import covering
 from tests.conftest import real
 
 COUNTRY = Relation(
-    (("Lyon", "France"), ("Kobe", "Japan"), ("Paris", "France"), ("Lima Town", "Peru"), ("Nice", "Atlantis"), ("Japan City", "Japan"), ("Turin", "Italy")),
+    (
+        ("Lyon", "France"),
+        ("Kobe", "Japan"),
+        ("Paris", "France"),
+        ("Lima Town", "Peru"),
+        ("Nice", "Atlantis"),
+        ("Japan City", "Japan"),
+        ("Turin", "Italy"),
+    ),
     "country",
     templates=("{} is in",),
     phrase="the country of {}",
 )
-CAPITAL = Relation((("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("Italy", "Rome")), "capital", templates=("The capital of {} is",))
+CAPITAL = Relation(
+    (("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"), ("Italy", "Rome")), "capital", templates=("The capital of {} is",)
+)
 
 
 def test_the_parts_of_a_question():
@@ -34,7 +44,9 @@ def test_the_parts_of_a_question():
     assert (lyon.second.text, lyon.second.answer) == ("The capital of France is", " Paris")
     assert (lyon.entity_shortcut.text, lyon.entity_shortcut.answer) == ("The capital of Lyon is", " Paris")
     assert (lyon.relation_shortcut.text, lyon.relation_shortcut.answer) == ("The capital of the country of is", " Paris")
-    assert (kobe.entity, turin.entity) == ("Kobe", "Turin"), "not where the answer is the entity, or the entity tells it, or the bridge leads nowhere"
+    assert (kobe.entity, turin.entity) == ("Kobe", "Turin"), (
+        "not where the answer is the entity, or the entity tells it, or the bridge leads nowhere"
+    )
 
 
 def test_questions_that_are_shown_tell_nothing():
@@ -47,7 +59,11 @@ def test_questions_that_are_shown_tell_nothing():
     assert kobe.text[kobe.start : kobe.end] == "the country of Kobe" and kobe.start > len(lines[0])
     assert {*kobe.first.text.split("\n")} == {"The country of Lyon is France", "The country of Turin is Italy", "The country of Kobe is"}
     assert {*kobe.second.text.split("\n")} == {"The capital of France is Paris", "The capital of Italy is Rome", "The capital of Japan is"}
-    assert {*kobe.entity_shortcut.text.split("\n")} == {"The capital of Lyon is Paris", "The capital of Turin is Rome", "The capital of Kobe is"}
+    assert {*kobe.entity_shortcut.text.split("\n")} == {
+        "The capital of Lyon is Paris",
+        "The capital of Turin is Rome",
+        "The capital of Kobe is",
+    }
     assert {*kobe.relation_shortcut.text.split("\n")} == {*lines[:2], "The capital of the country of is"}
 
 

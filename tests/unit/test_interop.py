@@ -67,9 +67,17 @@ def test_a_control_vector_is_read_as_it_was_written(tmp_path):
     early, late = vector("resid_post.0", seed=1), vector("resid_pre.2", seed=2)
     path = interop.to_repeng([late, early], tmp_path / "new" / "v.gguf")
     reader = gguf.GGUFReader(path)
-    fields = {name: reader.get_field(f"{prefix}.{name}").contents() for prefix, name in (("general", "architecture"), ("controlvector", "model_hint"))}
-    assert fields == {"architecture": "controlvector", "model_hint": "ToyModel"} and reader.get_field("controlvector.layer_count").contents() == 2
-    assert [(t.name, t.tensor_type, t.data.shape) for t in reader.tensors] == [(f"direction.{i}", gguf.GGMLQuantizationType.F32, (16,)) for i in (0, 1)]
+    fields = {
+        name: reader.get_field(f"{prefix}.{name}").contents()
+        for prefix, name in (("general", "architecture"), ("controlvector", "model_hint"))
+    }
+    assert (
+        fields == {"architecture": "controlvector", "model_hint": "ToyModel"}
+        and reader.get_field("controlvector.layer_count").contents() == 2
+    )
+    assert [(t.name, t.tensor_type, t.data.shape) for t in reader.tensors] == [
+        (f"direction.{i}", gguf.GGMLQuantizationType.F32, (16,)) for i in (0, 1)
+    ]
     back = interop.from_repeng(toy(), path)
     assert list(back) == [0, 1] and [str(v.site) for v in back.values()] == ["resid_post.0", "resid_post.1"]  # resid_pre.2 is resid_post.1
     assert torch.equal(back[0].values, early.values) and torch.equal(back[1].values, late.values)
@@ -98,7 +106,13 @@ def test_a_direction_steers_the_block_of_its_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [("GPT2LMHeadModel", "gpt2"), ("LlamaForCausalLM", "llama"), ("Gemma3ForCausalLM", "gemma3_text"), ("GPTNeoXForCausalLM", "gpt_neox"), ("Own", "Own")],
+    [
+        ("GPT2LMHeadModel", "gpt2"),
+        ("LlamaForCausalLM", "llama"),
+        ("Gemma3ForCausalLM", "gemma3_text"),
+        ("GPTNeoXForCausalLM", "gpt_neox"),
+        ("Own", "Own"),
+    ],
 )
 def test_the_model_is_named_as_hugging_face_names_it(tmp_path, architecture, model_type):
     of = vector("resid_post.1")
@@ -243,7 +257,9 @@ def test_steering_vectors_steer_as_we_do(tiny_folder, peer, arch, name):
     assert (logits(adapter, vectors) - theirs).abs().max() < 1e-10
     assert (logits(adapter, []) - theirs).abs().max() > 0.05
     back = interop.from_steering_vectors(adapter, steering)
-    assert list(back) == [0, 2] and all(torch.equal(b.values, v.values) and b.site == v.site for b, v in zip(back.values(), vectors, strict=True))
+    assert list(back) == [0, 2] and all(
+        torch.equal(b.values, v.values) and b.site == v.site for b, v in zip(back.values(), vectors, strict=True)
+    )
 
 
 def test_steering_vectors_beside_a_norm_are_refused(tiny_folder):
@@ -276,7 +292,11 @@ def test_a_dict_of_layers_is_of_decoder_blocks():
         ({1: torch.full((16,), float("inf"))}, EditError, "NaN or infinity"),
         ({1: "text"}, EditError, "give a tensor"),
         (torch.ones(3, 16), SiteError, "it has no layers"),
-        (SimpleNamespace(layer_type="input_layernorm", layer_activations={1: torch.ones(16)}), SiteError, "'input_layernorm': it is no site"),
+        (
+            SimpleNamespace(layer_type="input_layernorm", layer_activations={1: torch.ones(16)}),
+            SiteError,
+            "'input_layernorm': it is no site",
+        ),
     ],
 )
 def test_steering_vectors_that_do_not_fit_are_refused(steering, error, message):

@@ -61,7 +61,9 @@ def test_a_rank_keeps_the_largest_singular_values(rank):
     one, values = with_weight(weight), torch.linalg.svdvals(weight)
     kept = one.affine(1, rank=rank).weight / one.beta[1]
     assert torch.linalg.matrix_rank(kept) == rank
-    assert (kept - weight).norm() == pytest.approx(float(values[rank:].norm()), abs=1e-12)  # Eckart and Young: no matrix of this rank is nearer
+    assert (kept - weight).norm() == pytest.approx(
+        float(values[rank:].norm()), abs=1e-12
+    )  # Eckart and Young: no matrix of this rank is nearer
     assert (one.inverse(rank) - torch.linalg.pinv(kept, rtol=1e-12)).abs().max() < 1e-11
     assert torch.equal(one.affine(1, rank=rank).bias, one.bias[1])
 
@@ -100,7 +102,12 @@ def test_the_map_takes_states_of_any_shape():
 
 def test_the_same_seed_draws_the_same():
     again = hb.linear_relation(
-        TOY, Relation(relation().pairs[::-1], "planted", templates=relation().templates, answer="{}"), layers=LAYERS, betas=BETAS, n_train=TRAIN, seed=SEED
+        TOY,
+        Relation(relation().pairs[::-1], "planted", templates=relation().templates, answer="{}"),
+        layers=LAYERS,
+        betas=BETAS,
+        n_train=TRAIN,
+        seed=SEED,
     )
     assert_same(again, found())
     other = hb.linear_relation(TOY, relation(), layers=[0], betas=BETAS, n_train=3, queries=5, seed=4)
@@ -160,11 +167,17 @@ def test_results_are_saved_and_loaded(tmp_path):
 
 
 def test_the_best_layer_is_the_first_that_validation_prefers():
-    one = replace(found(), chosen_by=torch.tensor([[0.1, 0.2, 0.3], [0.6, 0.1, 0.1], [0.1, 0.1, 0.6]]), faithfulness=torch.tensor([1.0, 0.2, 0.9]))
+    one = replace(
+        found(), chosen_by=torch.tensor([[0.1, 0.2, 0.3], [0.6, 0.1, 0.1], [0.1, 0.1, 0.6]]), faithfulness=torch.tensor([1.0, 0.2, 0.9])
+    )
     assert one.best_index == 1 and one.best == one.sites[1] and one.place() == 1
     assert one.place(-1) == 2 and one.place("resid_pre.0") == 0 and one.place(one.sites[1]) == 1
     frame = one.to_frame()
-    assert frame.validation.tolist() == pytest.approx([0.3, 0.6, 0.6]) and frame.site.tolist() == ["resid_pre.0", "resid_post.1", "resid_post.2"]
+    assert frame.validation.tolist() == pytest.approx([0.3, 0.6, 0.6]) and frame.site.tolist() == [
+        "resid_pre.0",
+        "resid_post.1",
+        "resid_post.2",
+    ]
     assert "<td class=number>0.6</td>" in one.view().html
 
 
@@ -199,7 +212,11 @@ def test_the_best_edit_is_chosen_by_validation_alone():
     assert other.best_index == (1, 1) and not other.success.any()
     assert planned([[[7, 7], [7, 7]], [[8, 8], [8, 8]], [[1, 1], [1, 9]]]).best_index == (0, 0), "of several the first"
     frame = one.said_frame()
-    assert frame.said.tolist() == ["d", "h", "x"] and frame.success.tolist() == [True, True, False] and frame.part.tolist() == ["validation"] * 2 + ["test"]
+    assert (
+        frame.said.tolist() == ["d", "h", "x"]
+        and frame.success.tolist() == [True, True, False]
+        and frame.part.tolist() == ["validation"] * 2 + ["test"]
+    )
     assert frame.wanted.tolist() == ["d", "h", "l"] and frame.object.tolist() == ["b", "f", "j"]
     row = one.to_frame().iloc[3]
     assert (row.site, row.layer, row["rank"], row.validation, row.success) == ("resid_post.1", 1, 4, 1, 0)
@@ -217,7 +234,9 @@ def curves():
 
     def read(ax: Any) -> dict[str, list[float]]:
         assert ax.get_xlabel() and ax.get_ylabel()
-        return {line.get_label(): [float(y) for y in line.get_ydata()] for line in ax.lines} | {"": [label.get_text() for label in ax.get_xticklabels()]}
+        return {line.get_label(): [float(y) for y in line.get_ydata()] for line in ax.lines} | {
+            "": [label.get_text() for label in ax.get_xticklabels()]
+        }
 
     yield read
     plt.close("all")
@@ -231,7 +250,11 @@ def test_plots_of_a_relation(curves):
     chosen = replace(one, chosen_by=torch.tensor([[0.25, 0.25, 0.5], [0, 0, 0], [0.25, 0.75, 0.5]]))
     betas = curves(chosen.plot_betas())
     assert betas.pop("") == ["0.5", "1", "2"]
-    assert list(betas) == ["layer resid_post.2", "layer resid_pre.0", "layer resid_post.1"] and betas["layer resid_post.2"] == [0.25, 0.75, 0.5]
+    assert list(betas) == ["layer resid_post.2", "layer resid_pre.0", "layer resid_post.1"] and betas["layer resid_post.2"] == [
+        0.25,
+        0.75,
+        0.5,
+    ]
     weight = torch.zeros(3, WIDTH, WIDTH)
     weight[1] = torch.diag(torch.arange(WIDTH, 0, -1).float())
     spectrum = curves(replace(one, weight=weight, chosen_by=torch.tensor([[0.0], [1.0], [0.5]])).plot_spectrum())
@@ -303,7 +326,11 @@ OTHER = {"relation": lambda: replace(found(), card=replace(TOY.card, model_id="a
         ({"n_unrelated": 0}, TokenError, "n_unrelated=0"),
         ({"unrelated": []}, DataError, "no unrelated sentences"),
         ({"unrelated": ["a sentence"]}, DataError, "the subject is in it once"),
-        ({"relation": lambda: replace(found(), test=tuple((x, "y") for x, _ in found().test))}, DataError, "known test pairs.*no other object"),
+        (
+            {"relation": lambda: replace(found(), test=tuple((x, "y") for x, _ in found().test))},
+            DataError,
+            "known test pairs.*no other object",
+        ),
         ({"relation": lambda: replace(found(), validation_known=0 * found().validation_known)}, DataError, "0 known validation pairs"),
     ],
 )

@@ -39,10 +39,18 @@ def test_a_frame_has_a_row_for_each_prompt_token_layer_and_rank(lens):
         (n, s), r = divmod(at // 3, 3), at % 3
         prompt, position = lens.rows[n]
         assert (row.prompt, row.position, row.after) == (PROMPTS[prompt], position, lens.prompts[prompt].strings[position])
-        assert (row.site, row.layer, row.rank) == ("resid_post", s, r) and row.token == lens.token(n, s, r) and row.own_token == lens.own_tokens[n]
+        assert (
+            (row.site, row.layer, row.rank) == ("resid_post", s, r)
+            and row.token == lens.token(n, s, r)
+            and row.own_token == lens.own_tokens[n]
+        )
         assert (row.logprob, row.own_logprob) == (float(lens.logprobs[n, s, r]), float(lens.own_logprobs[n, s, r]))
         assert (row.entropy, row.kl) == (float(lens.entropy[n, s]), float(lens.kl[n, s]))
-        assert row[13:19] == (*lens.wanted_logprobs[n, s].tolist(), *lens.wanted_ranks[n, s].tolist(), *lens.language_logprobs[n, s].tolist())
+        assert row[13:19] == (
+            *lens.wanted_logprobs[n, s].tolist(),
+            *lens.wanted_ranks[n, s].tolist(),
+            *lens.language_logprobs[n, s].tolist(),
+        )
 
 
 def test_several_tokens_of_a_prompt_are_drawn_down_and_layers_across(lens, plt):
@@ -51,12 +59,17 @@ def test_several_tokens_of_a_prompt_are_drawn_down_and_layers_across(lens, plt):
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [f"{i} {string}" for i, string in enumerate(lens.prompts[1].strings)] and labels[1] == "1 h"
     assert torch.allclose(drawn(axes), lens.logprobs[4:, :, 0].exp())
-    assert [label.get_text() for label in hb.logit_lens(toy(), PROMPTS, layers=["embed", "mlp_out.1"]).plot().get_xticklabels()] == ["embed", "mlp_out.1"]
+    assert [label.get_text() for label in hb.logit_lens(toy(), PROMPTS, layers=["embed", "mlp_out.1"]).plot().get_xticklabels()] == [
+        "embed",
+        "mlp_out.1",
+    ]
 
 
 @pytest.mark.parametrize("value", ["entropy", "kl", "x", "b"])
 def test_what_is_drawn_can_be_chosen(lens, plt, value):
-    want = {"entropy": lens.entropy, "kl": lens.kl, "x": lens.wanted_logprobs[..., 0].exp(), "b": lens.language_logprobs[..., 1].exp()}[value][:4]
+    want = {"entropy": lens.entropy, "kl": lens.kl, "x": lens.wanted_logprobs[..., 0].exp(), "b": lens.language_logprobs[..., 1].exp()}[
+        value
+    ][:4]
     axes = lens.plot(value=value)
     assert torch.allclose(drawn(axes), want)
     assert axes.images[0].get_clim() == ((float(want.min()), float(want.max())) if value in ("entropy", "kl") else (0, 1))
@@ -124,8 +137,13 @@ def test_translations_are_shown_and_one_is_asked_for():
         parts = [line.split('"') for line in (*shown, asked)]
         assert len(shown) == 2 and all(line[0] == "Français: " and line[2] == " - 中文: " for line in parts)
         row = words[parts[-1][1]]
-        assert asked.endswith('" - 中文: "') and all(line[3] == words[line[1]]["Chinese"] and line[1] != row["French"] for line in parts[:-1])
-        assert list(some) == ["Chinese", "English", "unrelated English"] and (some["Chinese"], some["English"]) == (row["Chinese"], row["English"])
+        assert asked.endswith('" - 中文: "') and all(
+            line[3] == words[line[1]]["Chinese"] and line[1] != row["French"] for line in parts[:-1]
+        )
+        assert list(some) == ["Chinese", "English", "unrelated English"] and (some["Chinese"], some["English"]) == (
+            row["Chinese"],
+            row["English"],
+        )
         assert some["unrelated English"] != row["English"] and some["unrelated English"] in {other["English"] for other in table()}
     assert list(hb.prompts.translation(toy(), "Chinese", "English").languages[0]) == ["English", "unrelated English"]
 

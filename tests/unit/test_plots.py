@@ -26,7 +26,9 @@ def only_ours(monkeypatch):
 def grid(n: int, ax=None, **more):
     words = [[WORDS[(x + 3 * y) % len(WORDS)] for x in range(n)] for y in range(n)]
     numbers = [str(i) for i in range(n)]
-    return heat_map(ax, torch.linspace(0, 1, n * n).view(n, n), words, numbers, numbers, ("source layer", "target layer", "probability"), **more)
+    return heat_map(
+        ax, torch.linspace(0, 1, n * n).view(n, n), words, numbers, numbers, ("source layer", "target layer", "probability"), **more
+    )
 
 
 @pytest.mark.parametrize("n", [3, 18, 30, 60, 100])
@@ -58,23 +60,33 @@ def test_labels_that_are_too_wide_stand_upright_and_numbers_are_thinned(plt):
 
 
 def test_signed_values_are_white_at_0_and_as_strong_on_both_sides(plt):
-    ax = heat_map(None, torch.tensor([[-1.0, 0.0, 4.0, float("nan")]]), [["", "", "", ""]], ["a"], list("wxyz"), ("r", "c", "v"), signed=True)
+    ax = heat_map(
+        None, torch.tensor([[-1.0, 0.0, 4.0, float("nan")]]), [["", "", "", ""]], ["a"], list("wxyz"), ("r", "c", "v"), signed=True
+    )
     image = ax.images[0]
     assert image.get_clim() == (-4, 4) and image.cmap.name.startswith("RdBu")
     assert min(image.to_rgba(torch.tensor([0.0]).numpy())[0][:3]) > 0.95
 
 
-@pytest.mark.parametrize(("colour", "read"), [((0, 0, 0), "white"), ((1, 1, 1), "black"), ((0, 0.13, 0.3), "white"), ((1, 0.9, 0.2), "black")])
+@pytest.mark.parametrize(
+    ("colour", "read"), [((0, 0, 0), "white"), ((1, 1, 1), "black"), ((0, 0.13, 0.3), "white"), ((1, 0.9, 0.2), "black")]
+)
 def test_words_are_read_on_their_colour(colour, read):
     assert ink(colour) == read
 
 
 def test_letters_that_no_font_has_are_spelt_out(only_ours, plt):
-    assert spelt("a北京b") == "aU+5317+4EACb" and spelt("é⏎␣…") == "é⏎␣…" and spelt("🙂") == ("🙂" if ord("🙂") in fonts._letters(FAMILY) else "U+1F642")
+    assert (
+        spelt("a北京b") == "aU+5317+4EACb"
+        and spelt("é⏎␣…") == "é⏎␣…"
+        and spelt("🙂") == ("🙂" if ord("🙂") in fonts._letters(FAMILY) else "U+1F642")
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for ax in (
-            heat_map(None, torch.rand(2, 2), [["北", "京"], ["日本語", "한"]], ["北京", "नमस्ते"], ["a", "ไทย"], ("北", "r", "北"), title="北京 $x"),
+            heat_map(
+                None, torch.rand(2, 2), [["北", "京"], ["日本語", "한"]], ["北京", "नमस्ते"], ["a", "ไทย"], ("北", "r", "北"), title="北京 $x"
+            ),
             lines(None, {"北": torch.rand(3), "$x": torch.rand(3)}, ("北", "京"), title="北"),
             bars(None, ["北", "$y$"], torch.tensor([1.0, -1.0]), "北"),
         ):
@@ -84,9 +96,13 @@ def test_letters_that_no_font_has_are_spelt_out(only_ours, plt):
 
 def test_a_font_that_has_the_letters_is_used(monkeypatch, plt):
     monkeypatch.setattr(
-        fonts, "_letters", lambda family: {FAMILY: frozenset(map(ord, "ab")), "Noto Sans CJK SC": frozenset(map(ord, "北"))}.get(family, frozenset())
+        fonts,
+        "_letters",
+        lambda family: {FAMILY: frozenset(map(ord, "ab")), "Noto Sans CJK SC": frozenset(map(ord, "北"))}.get(family, frozenset()),
     )
-    monkeypatch.setattr(fonts, "_other", lambda letter, names: next((f for f in ("Last Resort", "Noto Sans CJK SC") if letter in fonts._letters(f)), None))
+    monkeypatch.setattr(
+        fonts, "_other", lambda letter, names: next((f for f in ("Last Resort", "Noto Sans CJK SC") if letter in fonts._letters(f)), None)
+    )
     assert spelt("a北京") == "a北U+4EAC" and families(["a北"]) == [FAMILY, "Noto Sans CJK SC"]
 
 

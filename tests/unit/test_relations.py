@@ -20,7 +20,9 @@ SENTENCE = "The capital of {} is"
 
 
 def test_there_are_relations_of_facts_and_words():
-    assert {"country_capital", "country_language", "country_currency", "city_country", "landmark_city", "book_author", "animal_young"} <= {*relations.names()}
+    assert {"country_capital", "country_language", "country_currency", "city_country", "landmark_city", "book_author", "animal_young"} <= {
+        *relations.names()
+    }
     assert {"present_past", "adjective_comparative", "antonym", "singular_plural"} <= {*relations.names()}
     for name in relations.names():
         found = hb.relations.load(name)

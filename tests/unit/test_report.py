@@ -80,7 +80,11 @@ def test_a_report_is_one_small_page_that_needs_nothing_else(kind, tmp_path):
     page = path.read_text(encoding="utf-8")
     assert path.stat().st_size < LARGEST and [one.name for one in path.parent.iterdir()] == ["page.html"]
     tags = Tags(page)
-    assert not [attrs for _, attrs in tags.tags if re.match("(https?:)?//", attrs.get("src") or "")] and not tags.all("link") and "@import" not in page
+    assert (
+        not [attrs for _, attrs in tags.tags if re.match("(https?:)?//", attrs.get("src") or "")]
+        and not tags.all("link")
+        and "@import" not in page
+    )
     assert all((attrs.get("href") or "").startswith("https://") for attrs in tags.all("a"))
     images = tags.all("img")
     assert images and all(len(image["alt"] or "") > 20 and (image["src"] or "").startswith("data:image/png;base64,") for image in images)
@@ -88,7 +92,9 @@ def test_a_report_is_one_small_page_that_needs_nothing_else(kind, tmp_path):
     boxes = [attrs for attrs in tags.all("div") if "box" in (attrs.get("class") or "")]
     assert boxes and all(attrs["role"] == "region" and attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in boxes)
     (policy,) = [meta["content"] or "" for meta in tags.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe-inline" not in policy.replace("style-src 'unsafe-inline'", "") and "http" not in policy
+    assert (
+        "default-src 'none'" in policy and "unsafe-inline" not in policy.replace("style-src 'unsafe-inline'", "") and "http" not in policy
+    )
     heads = re.findall("<h2>(.*?)</h2>", page)
     assert heads[:2] == ["What this is", "Pictures"] and {"Numbers", "Settings", "Model"} <= set(heads)
     again = result(kind).report(tmp_path / "again.html").read_text(encoding="utf-8")
@@ -145,7 +151,9 @@ def test_controls_are_what_is_named_so(tmp_path):
     """Parts of a field, and what is computed, too; not what is measured."""
 
     def named(kind):
-        section = "".join(re.findall("<h2>Controls</h2>.*?</section>", result(kind).report(tmp_path / f"{kind}.html").read_text(encoding="utf-8"), re.S))
+        section = "".join(
+            re.findall("<h2>Controls</h2>.*?</section>", result(kind).report(tmp_path / f"{kind}.html").read_text(encoding="utf-8"), re.S)
+        )
         return re.findall(r"<tr><th scope=row>(.*?)</th>", section)
 
     assert named("Backpatch") == [

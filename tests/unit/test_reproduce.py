@@ -52,11 +52,18 @@ def planted(accuracy, zero=0.0, other=0.0, random=0.0, mode="replace"):
 )
 def test_a_task_vector_holds_if_its_controls_do_nothing(line, holds):
     assert line.holds == holds
-    assert line.effect.startswith("task vector, ") and line.controls["shuffled labels"] == 0.5 and line.controls["with examples"] == pytest.approx(0.9)
+    assert (
+        line.effect.startswith("task vector, ")
+        and line.controls["shuffled labels"] == 0.5
+        and line.controls["with examples"] == pytest.approx(0.9)
+    )
 
 
 def test_where_replacing_works_is_said():
-    assert planted([0.0, 0.8, 0.1]).note == "plural, replace: at least half of the best at layers 1 of those tried, and at most 0.10 after them."
+    assert (
+        planted([0.0, 0.8, 0.1]).note
+        == "plural, replace: at least half of the best at layers 1 of those tried, and at most 0.10 after them."
+    )
 
 
 def test_without_a_layer_the_best_on_validation_is_judged():
@@ -129,7 +136,9 @@ def command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "load", lambda name: print("loading") or toy())
     for name in EFFECTS:
-        monkeypatch.setitem(EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),))))
+        monkeypatch.setitem(
+            EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),)))
+        )
 
     def run(*words: str) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", "vectors", *words])
@@ -153,7 +162,9 @@ def test_json_is_all_that_is_printed(command, capsys, tmp_path):
     assert command("--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert [line["effect"] for line in said] == list(EFFECTS) and (tmp_path / "hookbook-vectors-gemma-3-270m/report.html").exists()
-    assert said[0]["controls"] == {"random": 0.0, "none": None} and set(said[0]) == {*"effect what measured controls paper holds rule counts note".split()}
+    assert said[0]["controls"] == {"random": 0.0, "none": None} and set(said[0]) == {
+        *"effect what measured controls paper holds rule counts note".split()
+    }
 
 
 def test_what_effects_and_libraries_print_is_no_json(command, capsys, monkeypatch):
@@ -245,7 +256,13 @@ def test_every_picture_that_needs_no_argument_is_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "load", lambda name: toy())
     planted = suite.Suite("Pictures", {"one": ("One", lambda model, setup: ({"lens": Pictured(**vars(found))}, []))}, {}, suite.Expected())
     suite.run(planted, "toy", tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["lens.csv", "lens.png", "lens_twice.png", "report.html", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "lens.csv",
+        "lens.png",
+        "lens_twice.png",
+        "report.html",
+        "summary.csv",
+    ]
     page = (tmp_path / "new/report.html").read_text()
     assert page.count("<img") == 2 and 'alt="lens twice: The same again. ' in page and page.count("The numbers are in lens.csv.") == 1
 

@@ -106,13 +106,19 @@ def line_of(*draws):
     ("line", "holds", "layer"),
     [
         (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]])), "yes", 1),
-        (line_of(edited([[2, 2, 0], [2, 1, 0]], [[0, 0, 0], [0, 2, 0]])), "no", 0),  # the layer is that of validation, at the rank nearest to 100
+        (
+            line_of(edited([[2, 2, 0], [2, 1, 0]], [[0, 0, 0], [0, 2, 0]])),
+            "no",
+            0,
+        ),  # the layer is that of validation, at the rank nearest to 100
         (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 1]])), "partly", 1),  # the full rank works
         (line_of(edited([[0, 0, 0], [0, 2, 0]], [[0, 0, 0], [0, 2, 0]], random=0.2)), "partly", 1),
     ],
 )
 def test_an_edit_moves_the_answer_if_noise_and_the_full_inverse_do_not(line, holds, layer):
-    assert line.holds == holds and line.what == f"plural, layer {layer}, rank 90, mean of 1 draws" and line.controls["the other's state"] == 1
+    assert (
+        line.holds == holds and line.what == f"plural, layer {layer}, rank 90, mean of 1 draws" and line.controls["the other's state"] == 1
+    )
 
 
 def test_edits_are_means_over_draws_each_at_its_own_layer():
@@ -123,7 +129,12 @@ def test_edits_are_means_over_draws_each_at_its_own_layer():
 def test_two_hops_without_a_shortcut_are_told_apart():
     prompts = tuple(MODEL.encode(text) for text in "abcd")
     yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    right = {"composed": torch.tensor([True, True, False, False]), "first": yes, "second": yes, "entity_shortcut": yes & (torch.arange(4) < 2)}
+    right = {
+        "composed": torch.tensor([True, True, False, False]),
+        "first": yes,
+        "second": yes,
+        "entity_shortcut": yes & (torch.arange(4) < 2),
+    }
     right["relation_shortcut"] = no
     texts = ("x",) * 4
     found = TwoHops(CARD, prompts, texts, texts, texts, texts, right, dict.fromkeys(WAYS, torch.zeros(4, dtype=torch.long)), {0: "x"}, {})
@@ -134,7 +145,8 @@ def test_two_hops_without_a_shortcut_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("inside", "before", "other", "holds"), [(0.0, 1.0, 1.0, "yes"), (0.5, 1.0, 1.0, "no"), (0.0, 0.25, 1.0, "partly"), (0.0, 1.0, 0.25, "partly")]
+    ("inside", "before", "other", "holds"),
+    [(0.0, 1.0, 1.0, "yes"), (0.5, 1.0, 1.0, "no"), (0.0, 0.25, 1.0, "partly"), (0.0, 1.0, 0.25, "partly")],
 )
 def test_attention_is_needed_if_the_answer_goes_with_it_alone(inside, before, other, holds):
     n, right = 4, torch.ones(4, 1, 2, N)
@@ -157,7 +169,10 @@ def test_models_of_few_layers_have_windows_too(layers, place):
 
 def patched(patch, shuffled, random=0, swapped=0):
     """Four questions that are not answered, and how many of them the only pair of the region fixes."""
-    fixed = {name: torch.tensor([[i < count, False, False] for i in range(4)]) for name, count in dict(patch=patch, shuffled=shuffled, random=random).items()}
+    fixed = {
+        name: torch.tensor([[i < count, False, False] for i in range(4)])
+        for name, count in dict(patch=patch, shuffled=shuffled, random=random).items()
+    }
     fixed["swapped"] = torch.tensor([[i < swapped, False, False] for i in range(4)])
     prompts, pairs = tuple(MODEL.encode(text) for text in "abcd"), ((2, 0), (1, 0), (2, 1))
     ids = {name: torch.zeros(4, 3, dtype=torch.long) for name in fixed}
@@ -181,7 +196,9 @@ def patched(patch, shuffled, random=0, swapped=0):
     return knowledge.backpatch_lines(found, Setup(late_to_early=((2, 3), (0, 1))))
 
 
-@pytest.mark.parametrize(("lines", "holds"), [(patched(3, 1), "yes"), (patched(3, 2), "partly"), (patched(0, 0), "no"), (patched(3, 0, random=1), "partly")])
+@pytest.mark.parametrize(
+    ("lines", "holds"), [(patched(3, 1), "yes"), (patched(3, 2), "partly"), (patched(0, 0), "no"), (patched(3, 0, random=1), "partly")]
+)
 def test_backpatching_counts_if_states_of_other_questions_do_not(lines, holds):
     region, any_pair, one = lines
     assert region.holds == holds and region.counts and not any_pair.counts and not one.counts

@@ -25,7 +25,10 @@ def planted(kind, early, late, control=False):
         assert [name for name, _ in known] == source and more["target"] is hb.prompts.ENTITY_DESCRIPTION
         found = hb.patchscope(MODEL, ["ab"] * len(source), target="cd", source_layers=source_layers, generate=1)
         said = {layer: early if layer in EARLY else late if layer in LATE else 0 for layer in source_layers}
-        texts = tuple(tuple(f"It is {words[-1].upper()}." if i < said[layer] else "?" for layer in source_layers) for i, (_, words) in enumerate(known))
+        texts = tuple(
+            tuple(f"It is {words[-1].upper()}." if i < said[layer] else "?" for layer in source_layers)
+            for i, (_, words) in enumerate(known)
+        )
         return replace(found, texts=texts, control_texts=tuple(words[0] if control else "?" for _, words in known))
 
     return patchscope
@@ -43,12 +46,16 @@ def test_entities_are_described_early_and_not_late(monkeypatch, early, late, con
 
 
 def test_a_pair_is_judged_on_the_prompts_that_did_not_choose_it():
-    right = torch.tensor([[1.0, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]])  # the first half chooses pair 0, which is right once of twice in the second
+    right = torch.tensor(
+        [[1.0, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]]
+    )  # the first half chooses pair 0, which is right once of twice in the second
     assert patchscopes.judged(right) == pytest.approx(0.5 * (0.5 + 0.0)) and float(right.amax(1).mean()) == 1
 
 
 def test_a_text_says_a_word_in_any_case():
-    found = replace(hb.patchscope(MODEL, ["ab", "cd"], target="ef", source_layers=[0, 1], generate=1), texts=(("An APPLE pie", "x"), ("pie", "apple")))
+    found = replace(
+        hb.patchscope(MODEL, ["ab", "cd"], target="ef", source_layers=[0, 1], generate=1), texts=(("An APPLE pie", "x"), ("pie", "apple"))
+    )
     assert patchscopes.said(found, [("apple",), ("pie", "cake")]).tolist() == [[1, 0], [1, 0]]
 
 

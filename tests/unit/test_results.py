@@ -89,14 +89,22 @@ def test_a_loaded_result_equals_the_saved_one(grid, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"target": hb.prompts.TOKEN_IDENTITY, "tokens": ["x", "\n"]}, {"source_layers": ["mlp_out.1", 0]}, {"target": ["a", "b?", "c"], "generate": 1}]
+    "more",
+    [
+        {},
+        {"target": hb.prompts.TOKEN_IDENTITY, "tokens": ["x", "\n"]},
+        {"source_layers": ["mlp_out.1", 0]},
+        {"target": ["a", "b?", "c"], "generate": 1},
+    ],
 )
 def test_results_of_other_calls_are_loaded_equal(tmp_path, more):
     out = hb.patchscope(toy(), PROMPTS, **{"target": "cd?", **more})
     assert_same(out, hb.Patchscope.load(out.save(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("more", [{}, {"position": slice(None), "tokens": ["x"], "languages": {"a": "no", "b": ["ja", "oui"]}, "layers": [1, "mlp_out.0"]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"position": slice(None), "tokens": ["x"], "languages": {"a": "no", "b": ["ja", "oui"]}, "layers": [1, "mlp_out.0"]}]
+)
 def test_a_logit_lens_is_loaded_equal_and_says_the_same(tmp_path, more):
     lens = hb.logit_lens(toy(), PROMPTS, **more)
     loaded = hb.LogitLens.load(lens.save(tmp_path / "lens"))
@@ -142,7 +150,17 @@ def test_what_is_not_a_result_is_not_loaded(grid, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "metadata", ["null", "no json", "{}", "[]", '"text"', "1", '{"format": 1, "kind": "Patchscope"}', '{"format": 1, "kind": "Patchscope", "data": {}}']
+    "metadata",
+    [
+        "null",
+        "no json",
+        "{}",
+        "[]",
+        '"text"',
+        "1",
+        '{"format": 1, "kind": "Patchscope"}',
+        '{"format": 1, "kind": "Patchscope", "data": {}}',
+    ],
 )
 def test_other_files_with_our_key_are_not_loaded(tmp_path, metadata):
     save_file({"a": torch.zeros(2)}, tmp_path / "file", metadata={"hookbook": metadata})
@@ -222,7 +240,9 @@ def test_a_frame_has_the_columns_it_promises(grid, layers):
     assert list(layers.to_frame().columns) == COLUMNS
     assert list(frame.columns) == [*COLUMNS, "text", "control_text", "logprob x", "control_logprob x"]
     promised = hb.Patchscope.to_frame.__doc__
-    assert promised is not None and all(f"`{column}`" in promised for column in [*COLUMNS, "text", "control_text", "logprob t", "control_logprob t"])
+    assert promised is not None and all(
+        f"`{column}`" in promised for column in [*COLUMNS, "text", "control_text", "logprob t", "control_logprob t"]
+    )
 
 
 def test_a_frame_has_a_row_for_each_prompt_pair_and_rank(grid):
@@ -287,7 +307,9 @@ def test_layers_are_drawn_with_a_row_for_each_prompt(lens, layers, plt):
     assert not layers.is_grid
     for result in (lens, layers):
         axes = result.plot()
-        assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"] and [t.get_text() for t in axes.get_yticklabels()] == PROMPTS
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"] and [
+            t.get_text() for t in axes.get_yticklabels()
+        ] == PROMPTS
         assert torch.allclose(torch.tensor(axes.images[0].get_array().data).double(), result.logprobs[..., 0].exp(), atol=1e-6)
 
 

@@ -84,11 +84,19 @@ def test_gemma_scope_transcoders_read_after_the_norm(model):
 def test_weights_that_transformer_lens_centred():
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    config = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_vocab=258, act_fn="gelu", init_weights=True, seed=0)
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_vocab=258, act_fn="gelu", init_weights=True, seed=0
+    )
     plain, centred = HookedTransformer(config), HookedTransformer(config)
     centred.load_state_dict(plain.state_dict())
     centred.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
-    for model, wanted, fits in [(plain, False, True), (centred, True, True), (plain, True, False), (centred, False, False), (centred, None, True)]:
+    for model, wanted, fits in [
+        (plain, False, True),
+        (centred, True, True),
+        (plain, True, False),
+        (centred, False, False),
+        (centred, None, True),
+    ]:
         model = hb.wrap(model.eval(), hb.testing.toy_tokenizer())
         sae = make_sae(model, metadata={"hook_name": "blocks.1.hook_resid_post"})
         sae.cfg.metadata.model_from_pretrained_kwargs = None if wanted is None else {"center_writing_weights": wanted}
@@ -188,7 +196,9 @@ def test_without_sae_lens_the_error_names_the_extra():
 
 
 def test_hookbook_never_imports_sae_lens_by_itself():
-    script = "import sys, hookbook as hb\nfrom hookbook.testing import toy\nhb.logit_lens(toy(), 'ab'); hb.sae\nprint('sae_lens' in sys.modules)"
+    script = (
+        "import sys, hookbook as hb\nfrom hookbook.testing import toy\nhb.logit_lens(toy(), 'ab'); hb.sae\nprint('sae_lens' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

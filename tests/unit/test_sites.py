@@ -22,7 +22,11 @@ TWO = toy(n_layers=2).card
 def test_a_site_is_read_back_from_what_it_prints(site):
     assert Site.parse(str(site)) == site and Site.parse(site) is site
     assert Site.from_hook_name(site.hook_name) == site.whole
-    assert site.whole.unit is None and (site.whole.name, site.whole.layer) == (site.name, site.layer) and (site.whole is site) == (site.unit is None)
+    assert (
+        site.whole.unit is None
+        and (site.whole.name, site.whole.layer) == (site.name, site.layer)
+        and (site.whole is site) == (site.unit is None)
+    )
 
 
 def test_the_printed_form_is_name_layer_and_unit():
@@ -163,7 +167,9 @@ def test_hook_names_are_those_of_transformer_lens():
 
 
 def test_other_names_of_the_same_tensors_are_known():
-    assert Site.from_hook_name("blocks.10.hook_in") == Site("resid_pre", 10) and Site.from_hook_name("blocks.0.hook_out") == Site("resid_post", 0)
+    assert Site.from_hook_name("blocks.10.hook_in") == Site("resid_pre", 10) and Site.from_hook_name("blocks.0.hook_out") == Site(
+        "resid_post", 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def test_a_span_is_the_mean_of_its_tokens_without_the_beginning():
         found = hb.contrast_vector(TOY, POSITIVE, NEGATIVE, layers="mlp_out.1", position=span, held_out=0)
         want = states(POSITIVE, "mlp_out.1", same).mean(0) - states(NEGATIVE, "mlp_out.1", same).mean(0)
         assert torch.allclose(found.values[0, 0], want.float(), atol=1e-6)
-    alone = hb.contrast_vector(TOY, POSITIVE, NEGATIVE, layers=1, position=0, held_out=0)  # asked for by itself it is kept: the same in every text
+    alone = hb.contrast_vector(
+        TOY, POSITIVE, NEGATIVE, layers=1, position=0, held_out=0
+    )  # asked for by itself it is kept: the same in every text
     assert alone.values.abs().max() < 1e-6
 
 
@@ -64,7 +66,9 @@ def test_held_out_texts_make_no_vector_and_tell_classes_apart_better_than_chance
 
 
 def test_the_share_of_pairs_in_order_by_hand():
-    axis = torch.tensor([3.0, 1.0, 2.0, 0.0, 1.0], dtype=torch.float64)[None, None, :, None]  # prompts 0 and 1 are held out against 2, 3 and 4
+    axis = torch.tensor([3.0, 1.0, 2.0, 0.0, 1.0], dtype=torch.float64)[
+        None, None, :, None
+    ]  # prompts 0 and 1 are held out against 2, 3 and 4
     weights = torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64)
     assert float(_auroc(axis, weights, torch.tensor([[0, 1]]), torch.tensor([[2, 3, 4]]))) == pytest.approx((3 + 1 + 0.5) / 6)
 
@@ -79,11 +83,15 @@ def test_in_context_vectors_are_the_authors_principal_component_and_mean():
     u, s, v = torch.linalg.svd(centred, full_matrices=False)
     component = v[0] * torch.sign(u[u[:, 0].abs().argmax(), 0])
     want = (component + data.mean(0)).reshape(4, 16)[1:]
-    assert torch.allclose(found.values.double(), want, atol=1e-6) and torch.allclose(found.means.double(), data.mean(0).reshape(4, 16)[1:], atol=1e-6)
+    assert torch.allclose(found.values.double(), want, atol=1e-6) and torch.allclose(
+        found.means.double(), data.mean(0).reshape(4, 16)[1:], atol=1e-6
+    )
     assert float(found.explained) == pytest.approx(float(s[0] ** 2 / (s**2).sum()))
     assert abs(float((want - found.means.double()).norm())) <= 1 + 1e-6
     edits = found.edits(0.3)
-    assert [str(edit.site) for edit in edits] == ["mlp_out.0", "mlp_out.1", "mlp_out.2"] and all(edit.op == "rotate" and edit.scope == "all" for edit in edits)
+    assert [str(edit.site) for edit in edits] == ["mlp_out.0", "mlp_out.1", "mlp_out.2"] and all(
+        edit.op == "rotate" and edit.scope == "all" for edit in edits
+    )
     assert all(abs(float(edit.value.norm()) - 0.3) < 1e-6 for edit in edits)  # type: ignore[union-attr]
     assert hb.generate(TOY, "ab", edits=edits, max_new_tokens=2).edits and len(found.to_frame()) == 3 and found.plot() is not None
 
@@ -191,7 +199,9 @@ def test_steering_keeps_prompts_apart_beside_controls():
     assert one.score == float(found.scores[1, 1, 1]) and one.text == found.said[1][4]
     again = hb.steer(TOY, VECTOR, "cde", strengths=[2], tokens=(["a", "e"], ["b"]))
     assert abs(float(again.scores[0, 0, 0]) - float(found.scores[1, 1, 1])) < 1e-6
-    assert not torch.allclose(found.random, hb.steer(TOY, VECTOR, ["ab", "cde"], strengths=[1, 2], layers=[0, 1], tokens=(["a", "e"], ["b"]), seed=1).random)
+    assert not torch.allclose(
+        found.random, hb.steer(TOY, VECTOR, ["ab", "cde"], strengths=[1, 2], layers=[0, 1], tokens=(["a", "e"], ["b"]), seed=1).random
+    )
     assert found.plot() is not None and again.plot() is not None and "random" in found.view().html
 
 
@@ -271,8 +281,16 @@ BAD = {
     "two vectors at one site": (steer([VECTOR, VECTOR]), SiteError, "one place"),
     "no vectors": (steer([]), EditError, "0 vectors"),
     "a vector of another width": (steer(OTHER), EditError, "width"),
-    "ablation of heads": (lambda: hb.directional_ablation(hb.Vector.of(TOY, "head_z.1", torch.ones(16))), EditError, "no direction of the stream"),
-    "ablation of what an MLP takes": (lambda: hb.directional_ablation(hb.Vector.of(TOY, "mlp_in.1", torch.ones(16))), EditError, "no direction of the stream"),
+    "ablation of heads": (
+        lambda: hb.directional_ablation(hb.Vector.of(TOY, "head_z.1", torch.ones(16))),
+        EditError,
+        "no direction of the stream",
+    ),
+    "ablation of what an MLP takes": (
+        lambda: hb.directional_ablation(hb.Vector.of(TOY, "mlp_in.1", torch.ones(16))),
+        EditError,
+        "no direction of the stream",
+    ),
     "candidates of block outputs": (lambda: hb.select_direction(TOY, TWO, ["a"], ["b"], tokens=["c"], chat=False), DataError, "resid_pre"),
     "weights of the toy": (lambda: hb.orthogonalize(TOY, VECTOR, "/nonexistent/x"), Refused, "no Hugging Face model"),
     "weights where something is": (lambda: hb.orthogonalize(TOY, VECTOR, "/"), ModelError, "overwrite"),

@@ -36,7 +36,10 @@ def test_prompts_are_the_papers():
     assert QA.prompt(pairs, "Japan") == "Q: Italy\nA: Rome\n\nQ: Russia\nA: Moscow\n\nQ: Japan\nA:"
     assert ARROW.prompt(pairs[:1], "Japan") == "example:Italy->Rome\nexample:Japan->"
     question = Task(pairs, "capital").questions(shots=1, n=1)[0]
-    assert question.text in ("Q: Italy\nA: Rome\n\nQ: Russia\nA:", "Q: Russia\nA: Moscow\n\nQ: Italy\nA:") and question.answer in (" Moscow", " Rome")
+    assert question.text in ("Q: Italy\nA: Rome\n\nQ: Russia\nA:", "Q: Russia\nA: Moscow\n\nQ: Italy\nA:") and question.answer in (
+        " Moscow",
+        " Rome",
+    )
 
 
 def test_splits_are_the_same_whatever_the_order_and_share_nothing():
@@ -88,7 +91,12 @@ def test_files_and_frames(tmp_path):
 
 @pytest.mark.parametrize(
     ("pairs", "words"),
-    [((), "no pairs"), ((("a", "b"), ("a", "c")), "two outputs of 'a'"), ((("a", " "),), "input and output are texts"), ((("a", 3),), "are texts")],
+    [
+        ((), "no pairs"),
+        ((("a", "b"), ("a", "c")), "two outputs of 'a'"),
+        ((("a", " "),), "input and output are texts"),
+        ((("a", 3),), "are texts"),
+    ],
 )
 def test_bad_pairs_are_refused(pairs, words):
     with pytest.raises(DataError, match=words):

@@ -136,7 +136,8 @@ def test_several_messages_are_rendered_in_order():
 
 
 @pytest.mark.parametrize(
-    "messages", [[{"role": "user", "content": ""}], [{"role": "user"}], [{"role": "user", "content": "a"}, {"role": "user", "content": " "}]]
+    "messages",
+    [[{"role": "user", "content": ""}], [{"role": "user"}], [{"role": "user", "content": "a"}, {"role": "user", "content": " "}]],
 )
 def test_a_message_without_content_is_refused(messages):
     with pytest.raises(TokenError, match="empty"):

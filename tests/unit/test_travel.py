@@ -49,7 +49,14 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     found = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=1
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).eval().save_pretrained(found)
     toy_tokenizer().save_pretrained(found)
@@ -105,27 +112,53 @@ def arrives(remote, folder: Path, scratch: Path, ask) -> object:
 def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
     from nnsight import TransformersModel
 
-    remote = hb.wrap(TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9")
+    remote = hb.wrap(
+        TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9"
+    )
     remote.model.to_model_key = lambda: "a name, which only a server reads"
     local = hb.wrap(
         TransformersModel(
-            str(folder), task="text-generation", tokenizer=str(folder), dtype="float32", dispatch=True, device_map="cpu", attn_implementation="eager"
+            str(folder),
+            task="text-generation",
+            tokenizer=str(folder),
+            dtype="float32",
+            dispatch=True,
+            device_map="cpu",
+            attn_implementation="eager",
         )
     )
 
     def ask(model):
         prompts = [model.encode("abc"), model.encode("hello")]
         draw = torch.Generator().manual_seed(0)
-        sites = ["resid_pre.1", "resid_post.0", "attn_out.2", "mlp_in.1", "mlp_out.1", "head_z.1.2", "mlp_act.0", "mlp_act.2.5", "embed", "final_norm"]
-        edits = [hb.Edit(site, torch.randn(hb.Site.parse(site).width(model.card), generator=draw), scope="all", position=-1) for site in sites]
+        sites = [
+            "resid_pre.1",
+            "resid_post.0",
+            "attn_out.2",
+            "mlp_in.1",
+            "mlp_out.1",
+            "head_z.1.2",
+            "mlp_act.0",
+            "mlp_act.2.5",
+            "embed",
+            "final_norm",
+        ]
+        edits = [
+            hb.Edit(site, torch.randn(hb.Site.parse(site).width(model.card), generator=draw), scope="all", position=-1) for site in sites
+        ]
         edits += [hb.Edit("attn_pattern.1", op="knock_out", keys=0, scope="all"), hb.Edit("resid_post.1", 0.5, "scale")]
         rows = [Row(0), Row(1), *(Row(i % 2, (edit,)) for i, edit in enumerate(edits))]
         reads = [Read("resid_post.1"), Read("attn_pattern.2", slice(None)), Read("head_z.0.1"), Read("mlp_in.2", -2)]
         first = model.run(Request(prompts, rows, reads, Readout(k=3, logits=True), generate=4), progress=False)
         vector = first.readings[0].values[:2].mean(0)
-        drawn = model.run(Request(prompts, [Row(0, (hb.Edit("resid_pre.2", vector),)), Row(1)], generate=3, sampling=hb.Sampling(1, top_k=9)), progress=False)
+        drawn = model.run(
+            Request(prompts, [Row(0, (hb.Edit("resid_pre.2", vector),)), Row(1)], generate=3, sampling=hb.Sampling(1, top_k=9)),
+            progress=False,
+        )
         jacobian = hb.jacobian(model, prompts, Read("resid_post.2"), [Read("resid_post.0")], progress=False)
-        lens = hb.logit_lens(model, prompts, position=slice(None), layers=[0, "mlp_out.1", 1], tokens=[7, 9], languages={"a": ["dog", "cat"], "b": "maus"})
+        lens = hb.logit_lens(
+            model, prompts, position=slice(None), layers=[0, "mlp_out.1", 1], tokens=[7, 9], languages={"a": ["dog", "cat"], "b": "maus"}
+        )
         return first, drawn, jacobian, lens
 
     ours, theirs = arrives(remote, folder, tmp_path, ask), ask(local)
@@ -139,13 +172,20 @@ def test_every_step_runs_where_this_package_is_not(folder, tmp_path):
         assert (getattr(lens, name) - getattr(lens_here, name)).abs().max() < 1e-4, name
     for name in ("token_ids", "own_ids", "wanted_ranks", "language_ids"):
         assert torch.equal(getattr(lens, name), getattr(lens_here, name)), name
-    assert (lens.vocab, lens.own_tokens, lens.rows, lens.settings) == (lens_here.vocab, lens_here.own_tokens, lens_here.rows, lens_here.settings)
+    assert (lens.vocab, lens.own_tokens, lens.rows, lens.settings) == (
+        lens_here.vocab,
+        lens_here.own_tokens,
+        lens_here.rows,
+        lens_here.settings,
+    )
 
 
 def test_of_a_lens_on_a_server_only_what_was_asked_for_comes_back(folder):
     from nnsight import TransformersModel
 
-    remote = hb.wrap(TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9")
+    remote = hb.wrap(
+        TransformersModel(str(folder), task="text-generation", tokenizer=str(folder), dtype="float32"), remote="http://127.0.0.1:9"
+    )
     remote.model.to_model_key = lambda: "a name, which only a server reads"
     plan = hb.logit_lens.plan(remote, "a" * 30, position=slice(None), k=2, tokens=[7])
     asked = 31 * 3 * (2 * (8 + 4 + 4) + 2 * 4 + (8 + 4)) + 31 * 8  # of each state, and the model's own next token
@@ -162,7 +202,10 @@ def test_a_relation_is_found_and_used_where_this_package_is_not(tiny_folder, tmp
         return TransformersModel(name, task="text-generation", tokenizer=name, dtype="float32", **more)
 
     name = str(tiny_folder("llama"))
-    remote, local = hb.wrap(model(), remote="http://127.0.0.1:9"), hb.wrap(model(dispatch=True, device_map="cpu", attn_implementation="eager"))
+    remote, local = (
+        hb.wrap(model(), remote="http://127.0.0.1:9"),
+        hb.wrap(model(dispatch=True, device_map="cpu", attn_implementation="eager")),
+    )
     remote.model.to_model_key = lambda: "a name, which only a server reads"
     asked = planted(local)
     call = dict(layers=["resid_pre.0", 1, -1], betas=(0.5, 1, 2), n_train=2, seed=3)
@@ -177,7 +220,10 @@ def test_a_relation_is_found_and_used_where_this_package_is_not(tiny_folder, tmp
         lens = hb.attribute_lens(adapter, here, ["A longer one"], position=-3, tokens=["x"], progress=False)
         return changed, lens, hb.change_answer(adapter, here, "new", here.train[0][1], rank=5, max_new_tokens=3, progress=False)
 
-    for theirs, ours in ((arrives(remote, Path(name), tmp_path, found), here), *zip(arrives(remote, Path(name), tmp_path, used), used(local), strict=True)):
+    for theirs, ours in (
+        (arrives(remote, Path(name), tmp_path, found), here),
+        *zip(arrives(remote, Path(name), tmp_path, used), used(local), strict=True),
+    ):
         assert type(theirs) is type(ours)
         for key, value in vars(ours).items():
             mine = vars(theirs)[key]
@@ -185,7 +231,9 @@ def test_a_relation_is_found_and_used_where_this_package_is_not(tiny_folder, tmp
                 assert mine.keys() == value.keys() and all(torch.equal(mine[name], value[name]) for name in value)
             elif isinstance(value, torch.Tensor):
                 assert mine.shape == value.shape and mine.dtype == value.dtype
-                assert torch.equal(mine, value) if not value.is_floating_point() else ((mine - value).abs() <= 1e-4 * (1 + value.abs())).all(), key
+                assert (
+                    torch.equal(mine, value) if not value.is_floating_point() else ((mine - value).abs() <= 1e-4 * (1 + value.abs())).all()
+                ), key
             elif key == "logprobs":
                 assert torch.allclose(torch.tensor(mine), torch.tensor(value), atol=1e-4)
             elif key not in ("card", "settings", "control_logprobs", "source_card", "target_card"):
@@ -197,7 +245,13 @@ def test_earlier_tokens_run_again_give_the_same(folder):
     from nnsight import TransformersModel
 
     model = TransformersModel(
-        str(folder), task="text-generation", tokenizer=str(folder), dtype="float32", dispatch=True, device_map="cpu", attn_implementation="eager"
+        str(folder),
+        task="text-generation",
+        tokenizer=str(folder),
+        dtype="float32",
+        dispatch=True,
+        device_map="cpu",
+        attn_implementation="eager",
     )
     adapter = hb.wrap(model)
     prompts = [adapter.encode("abcd"), adapter.encode("hi, hello")]
@@ -270,7 +324,9 @@ def promise(*shape: int) -> Deferred:
 def test_arithmetic_is_noted_with_its_shape():
     x = promise(4, 3)
     y = torch.stack([x, 2 * x], 1).mean(0)[0, :2] @ torch.ones(2, 5)
-    assert isinstance(y, Deferred) and y.shape == (5,) and y.dtype == torch.float32 and y.device.type == "cpu" and x.dim() == 2 and len(x) == 4
+    assert (
+        isinstance(y, Deferred) and y.shape == (5,) and y.dtype == torch.float32 and y.device.type == "cpu" and x.dim() == 2 and len(x) == 4
+    )
     assert [step[1]["name"].split(".")[-1] for step in x.tape.steps] == ["mul", "stack", "mean", "__getitem__", "matmul"]
     values, ids = x.topk(2)
     assert values.shape == ids.shape == (4, 2) and ids.dtype == torch.long and x.topk(1).values.shape == (4, 1)
@@ -305,7 +361,11 @@ def test_later_waits_for_numbers_and_no_longer():
     waits = later(lambda a, b: (a.tolist(), b), x, 3)
     assert isinstance(waits, deferred.Later) and later(lambda b: b + 1, 3) == 4
     x.number = torch.tensor([1.0, 2.0])
-    assert deferred.known(waits) == ([1.0, 2.0], 3) and torch.equal(x + 1, torch.tensor([2.0, 3.0])) and deferred.known({"a": [x]})["a"][0] is x.number
+    assert (
+        deferred.known(waits) == ([1.0, 2.0], 3)
+        and torch.equal(x + 1, torch.tensor([2.0, 3.0]))
+        and deferred.known({"a": [x]})["a"][0] is x.number
+    )
 
 
 def test_what_waits_for_a_promise_inside_an_edit_is_filled_in():
@@ -358,7 +418,10 @@ def test_a_vector_that_many_rows_share_travels_once():
     one, each = torch.randn(16, generator=draw, dtype=torch.float64), torch.randn(4, 16, generator=draw, dtype=torch.float64)
     prompt = adapter.encode("abc")
     values = [one, one, each, each[:1], 0.5, 0.5, each]
-    items = [{"row": i, "cols": [0, 1, 2, 3], "site": ("resid_post", 0), "width": 16, "op": "add", "value": value, "to": 0.0} for i, value in enumerate(values)]
+    items = [
+        {"row": i, "cols": [0, 1, 2, 3], "site": ("resid_post", 0), "width": 16, "op": "add", "value": value, "to": 0.0}
+        for i, value in enumerate(values)
+    ]
     ((group,),) = group_edits(items).values()
     assert group["value"].shape == (1 + 4 + 1 + 1, 16) and group["of"].shape == (28,)
     rows = [Row(0, (hb.Edit("resid_post.0", value, "add", slice(None)),)) for value in values]

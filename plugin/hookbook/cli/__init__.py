@@ -31,7 +31,12 @@ def main() -> None:
 
 
 def _app() -> typer.Typer:
-    app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Published interpretability methods as one call each.")
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        help="Published interpretability methods as one call each.",
+    )
 
     @app.command()
     def demo(
@@ -61,7 +66,9 @@ def _app() -> typer.Typer:
     @app.command()
     def doctor(
         model: str = typer.Argument(
-            "", help="A model name or a folder: compare every adapter with plain transformers on it.", autocompletion=recipes.complete_models
+            "",
+            help="A model name or a folder: compare every adapter with plain transformers on it.",
+            autocompletion=recipes.complete_models,
         ),
         as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON, and nothing else."),
     ) -> None:

@@ -43,7 +43,9 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
     for layer, p in same.items():
         chances = [f"{float(result.logprobs[0, at, 0].exp()):.2f}" for result, at in ((grid, p), (lens, layer))]
         text = show(said.texts[0][layer].lstrip(": "))
-        table.add_row(*map(Text, (str(layer), show(grid.token(0, p))[:10], chances[0], show(lens.token(0, layer))[:10], chances[1], text[:room])))
+        table.add_row(
+            *map(Text, (str(layer), show(grid.token(0, p))[:10], chances[0], show(lens.token(0, layer))[:10], chances[1], text[:room]))
+        )
     console.print(table)
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers

@@ -88,7 +88,9 @@ def layers(text: str, *words: str) -> Any:
         elif "." in part:
             found.append(Site.parse(part.strip()))
         else:
-            raise SiteError(f"{part.strip()!r} as a layer", "", "write all, or layers, ranges and sites with commas between: 0,4-8,-1 or resid_pre.3")
+            raise SiteError(
+                f"{part.strip()!r} as a layer", "", "write all, or layers, ranges and sites with commas between: 0,4-8,-1 or resid_pre.3"
+            )
     return found
 
 
@@ -194,7 +196,9 @@ def patchscope(
     target_position: Annotated[str | None, Option(help="Likewise; otherwise the target's placeholder, or its last token.")] = None,
     generate: Annotated[int, Option(min=0, help="How many tokens to generate from each patch.")] = 0,
     k: Annotated[int, Option("-k", min=1, help="How many of the likeliest next tokens to keep.")] = 5,
-    token: Annotated[list[str], Option(callback=_no_empty, help="A token whose probability is wanted, with its leading space; may be given again.")] = [],
+    token: Annotated[
+        list[str], Option(callback=_no_empty, help="A token whose probability is wanted, with its leading space; may be given again.")
+    ] = [],
     chat: Chat = False,
 ) -> Call:
     reads, writes = layers(source_layers), layers(target_layers, "same")
@@ -220,7 +224,8 @@ def lens(
     position_: Annotated[str, Option("--position", help="An index, a text of the prompt (its last token), or all.")] = "-1",
     k: Annotated[int, Option("-k", min=1, help="How many of the likeliest tokens to keep.")] = 5,
     token: Annotated[
-        list[str], Option(callback=_no_empty, help="A token whose probability and rank are wanted, with its leading space; may be given again.")
+        list[str],
+        Option(callback=_no_empty, help="A token whose probability and rank are wanted, with its leading space; may be given again."),
     ] = [],
     chat: Chat = False,
 ) -> Call:
@@ -240,7 +245,9 @@ def task_vector(
     task: Annotated[str, Argument(help="The name of a task that ships, or a JSON or CSV file of pairs.", autocompletion=_begins(_tasks))],
     other: Annotated[str | None, Option(help="Another task, whose vector is a control.", autocompletion=_begins(_tasks))] = None,
     layers_: Layers = "all",
-    mode: Annotated[str, Option(help="replace (the query's state) or difference (which is added).", callback=_one_of("replace", "difference"))] = "replace",
+    mode: Annotated[
+        str, Option(help="replace (the query's state) or difference (which is added).", callback=_one_of("replace", "difference"))
+    ] = "replace",
     shots: Annotated[int, Option(min=1, help="Examples in a prompt.")] = 10,
     n_prompts: Annotated[int, Option(min=1, help="Prompts over which the mean is taken.")] = 64,
     queries: Annotated[int, Option(min=1, help="The most queries that choose the layer, and that judge it.")] = 100,
@@ -263,12 +270,19 @@ def task_vector(
 )
 def relation(
     relation_: Annotated[
-        str, Argument(metavar="RELATION", help="The name of a relation that ships, or a JSON or CSV file of pairs.", autocompletion=_begins(_relations))
+        str,
+        Argument(
+            metavar="RELATION",
+            help="The name of a relation that ships, or a JSON or CSV file of pairs.",
+            autocompletion=_begins(_relations),
+        ),
     ],
     template: Annotated[str, Option(help="A sentence with {} for the subject; otherwise the relation's own.")] = "",
     layers_: Layers = "all",
     n_train: Annotated[int, Option(min=1, help="Pairs to average over.")] = 5,
-    queries: Annotated[int | None, Option(min=1, help="The most pairs that choose the layer, and that judge it; otherwise all others.")] = None,
+    queries: Annotated[
+        int | None, Option(min=1, help="The most pairs that choose the layer, and that judge it; otherwise all others.")
+    ] = None,
     ridge: Annotated[float, Option(min=0.0, help="Of least squares, a control.")] = 0.01,
     seed: Seed = 0,
 ) -> Call:
@@ -287,13 +301,18 @@ def relation(
 )
 def backpatch(
     first: Annotated[
-        str | None, Argument(help="The first relation, such as city_country; otherwise all that make questions.", autocompletion=_begins(_relations))
+        str | None,
+        Argument(help="The first relation, such as city_country; otherwise all that make questions.", autocompletion=_begins(_relations)),
     ] = None,
     second: Annotated[str | None, Argument(help="The second, such as country_capital.", autocompletion=_begins(_relations))] = None,
     n: Annotated[int, Option("-n", min=1, help="At most so many questions of two relations, drawn.")] = 5,
     shots: Annotated[int, Option(min=0, help="Other questions with their answers before each.")] = 0,
-    position_: Annotated[str, Option("--position", help="The token that is patched: an index, a text, or bridge (the last of the first hop's phrase).")] = "-1",
-    generate: Annotated[int, Option(min=0, help="Look for the answer in so many generated tokens, as the paper does (10); 0: in the next token.")] = 0,
+    position_: Annotated[
+        str, Option("--position", help="The token that is patched: an index, a text, or bridge (the last of the first hop's phrase).")
+    ] = "-1",
+    generate: Annotated[
+        int, Option(min=0, help="Look for the answer in so many generated tokens, as the paper does (10); 0: in the next token.")
+    ] = 0,
     seed: Seed = 0,
 ) -> Call:
     if (first is None) != (second is None):
@@ -314,18 +333,26 @@ def backpatch(
 )
 def steer(
     contrast: Annotated[
-        str, Argument(help="The name of a contrast that ships, or a JSON file with lists positive and negative.", autocompletion=_begins(_contrasts))
+        str,
+        Argument(
+            help="The name of a contrast that ships, or a JSON file with lists positive and negative.", autocompletion=_begins(_contrasts)
+        ),
     ],
     prompt: Annotated[list[str], Option(help="What the model goes on from; may be given again.")],
     layers_: Layers = "all",
     strength: Annotated[list[float], Option(help="What the vector is multiplied by; may be given again.")] = [-2.0, -1.0, 1.0, 2.0],
-    toward: Annotated[list[str], Option(callback=_no_empty, help="A next token that should become likelier, with its leading space; may be given again.")] = [],
+    toward: Annotated[
+        list[str], Option(callback=_no_empty, help="A next token that should become likelier, with its leading space; may be given again.")
+    ] = [],
     against: Annotated[list[str], Option(callback=_no_empty, help="A next token that should become less likely; may be given again.")] = [],
     score: Annotated[
-        str | None, Option(help="Instead of these, what generated texts are scored by: french or refusal.", callback=_one_of("french", "refusal"))
+        str | None,
+        Option(help="Instead of these, what generated texts are scored by: french or refusal.", callback=_one_of("french", "refusal")),
     ] = None,
     generate: Annotated[int, Option(min=0, help="How many tokens to generate.")] = 0,
-    position_: Annotated[str, Option("--position", help="Of the contrast, the token that is read: an index, a text, or all (their mean).")] = "-1",
+    position_: Annotated[
+        str, Option("--position", help="Of the contrast, the token that is read: an index, a text, or all (their mean).")
+    ] = "-1",
     site: Annotated[str, Option(help="What a bare layer means: resid_post is a block's output, resid_pre its input.")] = "resid_post",
     held_out: Annotated[float, Option(min=0.0, max=0.99, help="The share of texts that the vector is not made of.")] = 0.25,
     seed: Seed = 0,
@@ -345,7 +372,9 @@ def steer(
     counts: Any = dict(tokens=(toward, against)) if score is None else dict(score=getattr(hb.scores, f"{score}_score"))
 
     def call(model: Any) -> Any:
-        found = hb.contrast_vector(model, *texts, layers=at, site=site, position=position(position_), held_out=held_out, seed=seed, chat=chat)
+        found = hb.contrast_vector(
+            model, *texts, layers=at, site=site, position=position(position_), held_out=held_out, seed=seed, chat=chat
+        )
         return hb.steer(model, found, prompt, strengths=strength, generate=generate, seed=seed, chat=chat, **counts)
 
     return call

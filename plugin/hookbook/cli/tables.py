@@ -30,7 +30,10 @@ CELL = 11
 def patchscope(result: Patchscope, width: int) -> Tables:
     """Of one prompt each layer's likeliest tokens and text; of every pair of layers, or of several prompts, a grid."""
     title = short(result.sources[0].text)
-    drawn = [f"Unpatched, the target goes on with {said(result, result.control_ids[n, 0], result.control_logprobs[n, 0])}" for n in range(len(result.sources))]
+    drawn = [
+        f"Unpatched, the target goes on with {said(result, result.control_ids[n, 0], result.control_logprobs[n, 0])}"
+        for n in range(len(result.sources))
+    ]
     if result.is_grid:
         return [
             part
@@ -43,7 +46,13 @@ def patchscope(result: Patchscope, width: int) -> Tables:
     texts: Sequence[str] = result.texts[0] if result.texts else ()
     for p, name in enumerate(result.cells()[1]):
         tops = [result.token(0, p, r) for r in range(result.token_ids.shape[-1])]
-        rows.append([name, *_likeliest(tops, result.logprobs[0, p, 0], texts[p] if texts else None), *map(number, result.wanted_logprobs[0, p].exp())])
+        rows.append(
+            [
+                name,
+                *_likeliest(tops, result.logprobs[0, p, 0], texts[p] if texts else None),
+                *map(number, result.wanted_logprobs[0, p].exp()),
+            ]
+        )
     tops = [result.vocab[int(i)] for i in result.control_ids[0]]
     control = _likeliest(tops, result.control_logprobs[0, 0], result.control_texts[0] if result.texts else None)
     rows.append(["unpatched", *control, *map(number, result.control_wanted_logprobs[0].exp())])
@@ -58,7 +67,11 @@ def lens(result: LogitLens, width: int) -> Tables:
         return _several(result, width)
     rows, own = [], f"The model itself goes on with {show(result.own_tokens[0])!r}"
     for s, name in enumerate(result.cells()[1]):
-        wanted = [x for m in range(len(result.wanted)) for x in (number(result.wanted_logprobs[0, s, m].exp()), str(int(result.wanted_ranks[0, s, m])))]
+        wanted = [
+            x
+            for m in range(len(result.wanted))
+            for x in (number(result.wanted_logprobs[0, s, m].exp()), str(int(result.wanted_ranks[0, s, m])))
+        ]
         tops = [result.token(0, s, r) for r in range(result.token_ids.shape[-1])]
         rows.append([name, *_likeliest(tops, result.logprobs[0, s, 0]), number(result.entropy[0, s]), number(result.kl[0, s]), *wanted])
     heads = ["layer", "says", "p", "then", "entropy", "KL", *(head for word in result.wanted for head in (f"p{word}", "rank"))]
@@ -93,7 +106,9 @@ def backpatch(result: Backpatch, width: int) -> Tables:
     found: Tables = [table(about, [str(name) for name in frame.columns], rows, mark=0)]
     if wrong > 1:
         best = result.best()
-        found.append(Text(f"best: layer {best.source} to layer {best.target}, chosen on one half of them and judged on the other {best.n}."))
+        found.append(
+            Text(f"best: layer {best.source} to layer {best.target}, chosen on one half of them and judged on the other {best.n}.")
+        )
     return found
 
 
@@ -119,7 +134,9 @@ def said(result: Patchscope, token: Any, logprob: Any) -> str:
     return f"{show(result.vocab[int(token)])!r} ({number(logprob.exp())})"
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], mark: int | None = None, fit: tuple[str, int] | None = None) -> Table:
+def table(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], mark: int | None = None, fit: tuple[str, int] | None = None
+) -> Table:
     """A table of texts; numbers to the right, one row marked.
 
     Args:

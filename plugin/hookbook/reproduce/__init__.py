@@ -15,7 +15,10 @@ SUITES = {
     "patchscopes": ("The next token out of middle layers, descriptions of entities, an attribute out of a sentence.", "identity"),
     "vectors": ("Task vectors, function vectors, their sums, and steering.", "french"),
     "knowledge": ("Linear relations, edits through them, two hops and backpatching, the language between two others.", "edits"),
-    "sae": ("Whether a sparse autoencoder fits, what vectors are made of, clamping the language feature, attribution to features.", "language"),
+    "sae": (
+        "Whether a sparse autoencoder fits, what vectors are made of, clamping the language feature, attribution to features.",
+        "language",
+    ),
 }
 """By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what it does at once."""
 

@@ -55,7 +55,12 @@ SETUPS = {
         knock_out=(9, 16),
         language_layer=13,
         counted=frozenset(
-            [("linear relation", "present_past"), ("linear relation", "adjective_comparative"), ("edit", "adjective_comparative"), ("backpatching", "region")]
+            [
+                ("linear relation", "present_past"),
+                ("linear relation", "adjective_comparative"),
+                ("edit", "adjective_comparative"),
+                ("backpatching", "region"),
+            ]
         ),
     ),
     "smollm2-135m-instruct": Setup(
@@ -82,15 +87,23 @@ def linear_line(found: LinearRelation, setup: Setup) -> Line:
     """A relation at the layer that is best on validation pairs."""
     at, layer = found.best_index, found.best.layer or 0
     measured, controls = float(found.faithfulness[at]), {name: float(values[at]) for name, values in found.controls.items()}
-    rule = [least("faithfulness", measured, setup.faithful), *most(controls, dict.fromkeys(("logit lens", "bias", "least squares"), 0.15) | {"random": 0.05})]
+    rule = [
+        least("faithfulness", measured, setup.faithful),
+        *most(controls, dict.fromkeys(("logit lens", "bias", "least squares"), 0.15) | {"random": 0.05}),
+    ]
     if setup.late is not None:
         controls[f"layers from {setup.late}"] = max(
-            [float(x) for site, x in zip(found.sites, found.faithfulness, strict=True) if (site.layer or 0) >= setup.late], default=float("nan")
+            [float(x) for site, x in zip(found.sites, found.faithfulness, strict=True) if (site.layer or 0) >= setup.late],
+            default=float("nan"),
         )
         rule += most(controls, {f"layers from {setup.late}": 0.1})
     works = [site.layer for site, x in zip(found.sites, found.faithfulness, strict=True) if x >= 0.5 * measured > 0]
     known, asked = int(found.test_known.sum()), len(found.test)
-    note = f"{found.relation}: the model knows {known} of {asked} test pairs; at least half of the best at layers {works[0]} to {works[-1]}." if works else ""
+    note = (
+        f"{found.relation}: the model knows {known} of {asked} test pairs; at least half of the best at layers {works[0]} to {works[-1]}."
+        if works
+        else ""
+    )
     what = f"{found.relation}, layer {layer}, beta {float(found.beta[at]):g}"
     return Line("linear relation", what, measured, controls, "linear", tuple(rule), setup.expects("linear relation", found.relation), note)
 
@@ -166,7 +179,16 @@ def cells_line(found: TwoHops) -> Line:
     rates = [float(right[some].mean()) for some in (alone, helped)]
     controls = {"with a shortcut": rates[1]}
     note = f"Both hops are known of {len(found.select())} of {len(found.answers)} questions; {len(alone)} of these have no shortcut."
-    return Line("two hops", "both known, no shortcut", rates[0], controls, "often not answered", (("answered <= 0.5", rates[0] <= 0.5),), False, note)
+    return Line(
+        "two hops",
+        "both known, no shortcut",
+        rates[0],
+        controls,
+        "often not answered",
+        (("answered <= 0.5", rates[0] <= 0.5),),
+        False,
+        note,
+    )
 
 
 def knock_out_line(found: HopKnockOut, setup: Setup) -> Line:
@@ -176,7 +198,11 @@ def knock_out_line(found: HopKnockOut, setup: Setup) -> Line:
     kept, other = found.kept()[0]
     before = float(kept[:begin].min()) if begin else float("nan")
     measured, controls = float(kept[begin:end].max()), {"other tokens": float(other[begin:end].min()), "windows before": before}
-    rule = (("still answered <= 0.3", measured <= 0.3), least("other tokens", controls["other tokens"], 0.7), least("windows before", before, 0.6))
+    rule = (
+        ("still answered <= 0.3", measured <= 0.3),
+        least("other tokens", controls["other tokens"], 0.7),
+        least("windows before", before, 0.6),
+    )
     what = f"last token to entity, windows around layers {begin} to {end - 1}"
     return Line("attention knock-out", what, measured, controls, "is needed", rule, False)
 
@@ -186,8 +212,15 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
     n = found.card.n_layers
     sources, targets = (range(*bounds) for bounds in setup.late_to_early or ((n * 2 // 3, n), (n // 5, n * 2 // 3)))
     region, every, best = found.region(sources, targets), found.region(), found.best()
-    measured, controls = region["patch"].mean, {name: rate.mean for name, rate in region.items() if name != "patch"} | {"any pair of it": region["patch"].any}
-    rule = (least("mean over pairs", measured, 0.04), ("mean >= 3 times shuffled", measured >= 3 * controls["shuffled"]), *most(controls, {"random": 0.02}))
+    measured, controls = (
+        region["patch"].mean,
+        {name: rate.mean for name, rate in region.items() if name != "patch"} | {"any pair of it": region["patch"].any},
+    )
+    rule = (
+        least("mean over pairs", measured, 0.04),
+        ("mean >= 3 times shuffled", measured >= 3 * controls["shuffled"]),
+        *most(controls, {"random": 0.02}),
+    )
     where = f"layers {sources[0]}-{sources[-1]} to {targets[0]}-{targets[-1]}, mean of {int((~found.clean).sum())} questions"
     explained = {row["control"]: row["explained"] for row in found.summary().to_dict("records")}
     note = f"Of the mean over all pairs, shuffled donors reach {explained['shuffled']:.0%}, swapped pairs {explained['swapped']:.0%}, random vectors {explained['random']:.0%}."
@@ -205,7 +238,15 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
             (least("any pair", every["patch"].any, 0.32),),
             False,
         ),
-        Line("backpatching, one pair", f"layer {best.source} to {best.target}, chosen on the other half", best.rates["patch"], chosen, "", single, False),
+        Line(
+            "backpatching, one pair",
+            f"layer {best.source} to {best.target}, chosen on the other half",
+            best.rates["patch"],
+            chosen,
+            "",
+            single,
+            False,
+        ),
     ]
 
 
@@ -231,8 +272,16 @@ def language_line(found: LogitLens, target: str, setup: Setup) -> Line:
     layer = setup.language_layer if setup.language_layer is not None else len(layers) * 2 // 3
     means = found.language_logprobs.exp().mean(0)
     answer, english, unrelated = means[layers.index(layer)].tolist()
-    controls = {target: answer, "unrelated English": unrelated, "English at the end": float(means[-1, 1]), f"{target} at the end": float(means[-1, 0])}
-    rule = (("English >= 10 times unrelated English", english >= 10 * unrelated), ("English falls to the end", float(means[-1, 1]) < english))
+    controls = {
+        target: answer,
+        "unrelated English": unrelated,
+        "English at the end": float(means[-1, 1]),
+        f"{target} at the end": float(means[-1, 0]),
+    }
+    rule = (
+        ("English >= 10 times unrelated English", english >= 10 * unrelated),
+        ("English falls to the end", float(means[-1, 1]) < english),
+    )
     return Line("language between", f"French to {target}, layer {layer}", english, controls, "English in the middle", rule, False)
 
 

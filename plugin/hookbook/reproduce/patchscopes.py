@@ -37,10 +37,18 @@ class Setup(Expected):
 
 SETUPS = {
     "gemma-3-270m": Setup(
-        identity=12, early=(2, 4), late=(14, 16), described=0.75, counted=frozenset([("token identity", ""), ("entity description", "person")])
+        identity=12,
+        early=(2, 4),
+        late=(14, 16),
+        described=0.75,
+        counted=frozenset([("token identity", ""), ("entity description", "person")]),
     ),
     "smollm2-135m-instruct": Setup(
-        identity=23, early=(5, 10), late=(20, 22), described=0.3, counted=frozenset([("token identity", ""), ("entity description", "person")])
+        identity=23,
+        early=(5, 10),
+        late=(20, 22),
+        described=0.3,
+        counted=frozenset([("token identity", ""), ("entity description", "person")]),
     ),
 }
 
@@ -67,7 +75,13 @@ def identity(model: Adapter, setup: Setup) -> Found:
         *most(controls, {"other sentences": 0.08, "unpatched": 0.08}),
     )
     line = Line(
-        "token identity", f"precision, layer {layer}", precision, controls, "above the logit lens from middle layers on", rule, setup.expects("token identity")
+        "token identity",
+        f"precision, layer {layer}",
+        precision,
+        controls,
+        "above the logit lens from middle layers on",
+        rule,
+        setup.expects("token identity"),
     )
     return {"token_identity": found, "logit_lens": lens}, [line]
 
@@ -127,11 +141,17 @@ def attributes(model: Adapter, setup: Setup) -> Found:
     capitals = [(capital,) for _, capital in pairs]
     right, wrong = said(found, capitals), said(found, capitals[7:] + capitals[:7])
     one, other = judged(right), judged(wrong)
-    controls = {"others' capitals": other, "any pair": float(right.amax(1).mean()), "any pair, others' capitals": float(wrong.amax(1).mean())}
+    controls = {
+        "others' capitals": other,
+        "any pair": float(right.amax(1).mean()),
+        "any pair, others' capitals": float(wrong.amax(1).mean()),
+    }
     controls["unpatched"] = sum(_has(text, some) for text, some in zip(found.control_texts, capitals, strict=True)) / len(pairs)
     rule = (least("named", one, 0.5), *most(controls, {"others' capitals": 0.1, "unpatched": 0.1}))
     what = f"capitals of {len(pairs)} countries, a pair of layers chosen on the other half"
-    return {"attribute_capital": found}, [Line("attribute", what, one, controls, "any pair, of most subjects", rule, setup.expects("attribute"))]
+    return {"attribute_capital": found}, [
+        Line("attribute", what, one, controls, "any pair, of most subjects", rule, setup.expects("attribute"))
+    ]
 
 
 def said(found: Patchscope, words: Sequence[Sequence[str]]) -> Tensor:

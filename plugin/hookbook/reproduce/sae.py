@@ -81,7 +81,9 @@ def fit(model: Adapter, setup: Setup) -> Found:
     found = sae_report(_attached(model, setup), french + english)
     controls = {"FVU": float(found.fvu), "L0": float(found.l0), "dead": float(found.dead)}
     rule = (least("loss recovered", float(found.loss_recovered), 0.5), *most(controls, {"FVU": 0.5}))
-    return {"sae_report": found}, [Line("the SAE fits", "loss recovered", float(found.loss_recovered), controls, "", rule, setup.expects("fit"))]
+    return {"sae_report": found}, [
+        Line("the SAE fits", "loss recovered", float(found.loss_recovered), controls, "", rule, setup.expects("fit"))
+    ]
 
 
 def decompositions(model: Adapter, setup: Setup) -> Found:
@@ -146,7 +148,9 @@ def language(model: Adapter, setup: Setup) -> Found:
     sae = replace(sae, maxima=torch.maximum(sides[0].largest(), sides[1].largest()))
     apart: Any = sides[0].contrast(sides[1]).query("auroc >= 0.6 and difference > 0")
     openings = tasks.openings("english")
-    sweep = feature_sweep(sae, openings[:8:2], features=apart.feature.tolist(), strengths=TIMES, change="times_max", position=sae.every, tokens=WORDS)
+    sweep = feature_sweep(
+        sae, openings[:8:2], features=apart.feature.tolist(), strengths=TIMES, change="times_max", position=sae.every, tokens=WORDS
+    )
     likely = (sweep.changes + sweep.wanted_logprobs[sweep.rows][:, None]).logsumexp(-1).unflatten(0, (4, -1)).mean(0)
     candidates = apart.feature.iloc[likely.amax(-1).topk(min(4, len(likely))).indices.tolist()].tolist()
 
@@ -165,7 +169,14 @@ def language(model: Adapter, setup: Setup) -> Found:
     example = f"{found[0].prompts[0].text!r} goes on {found[0].said[0][1]!r}; with a random feature {found[0].said[0][2]!r}"
     note = f"On the other half, each at its best multiple: {tries}. An example: {example}."
     line = Line(
-        "clamping the language feature", f"feature {feature}, {times:g} times its maximum", measured, controls, "steers", rule, setup.expects("language"), note
+        "clamping the language feature",
+        f"feature {feature}, {times:g} times its maximum",
+        measured,
+        controls,
+        "steers",
+        rule,
+        setup.expects("language"),
+        note,
     )
     results: dict[str, Result] = {"sweep": sweep, **{f"steer_{one}": run for one, run in tried.items()}}
     return results | {f"judged_{seed}": one for seed, one in zip(SEEDS, found, strict=True)}, [line]
@@ -197,4 +208,10 @@ EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
     "attribution": ("Attribution of an answer to features", attribution),
 }
 
-SUITE = Suite("SAE features", EFFECTS, SETUPS, Setup(), "The SAE is the demonstration SAE that ships with hookbook; layers count block outputs from 0.")
+SUITE = Suite(
+    "SAE features",
+    EFFECTS,
+    SETUPS,
+    Setup(),
+    "The SAE is the demonstration SAE that ships with hookbook; layers count block outputs from 0.",
+)

@@ -162,14 +162,19 @@ def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequenc
                 why = str(error) if isinstance(error, HookbookError) else f"{type(error).__name__}: {error}"
                 pictures, found = [], [Line(key, "not run", float("nan"), {}, "", (("it runs", False),), True, why)]
             seconds = time.perf_counter() - begun
-            words = f"{' '.join((inspect.getdoc(effect) or '').split())} {' '.join(line.note for line in found if line.note)} ({seconds:.0f} s)"
+            words = (
+                f"{' '.join((inspect.getdoc(effect) or '').split())} {' '.join(line.note for line in found if line.note)} ({seconds:.0f} s)"
+            )
             sections.append((title, words, "".join(pictures)))
             lines += found
         (scratch / "summary.csv").write_bytes(to_csv(frame(lines)).encode())
         seconds = time.perf_counter() - start
         page = report.page(
             f"{suite.title} in {name}",
-            [("Summary", f"{verdict(lines)} {RULE} {suite.numbers} {len(chosen)} effects took {seconds:.0f} s.", _summary(lines)), *sections],
+            [
+                ("Summary", f"{verdict(lines)} {RULE} {suite.numbers} {len(chosen)} effects took {seconds:.0f} s.", _summary(lines)),
+                *sections,
+            ],
             f"hookbook {hookbook.__version__}; {model.card.model_id} through {model.card.backend}, {model.card.dtype}; {seconds:.0f} s.",
         )
         report.write(scratch / "report.html", page)

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
 SIZES: dict[str, Any] = {"n_prompts": 24, "queries": 40}
-OTHERS = {"country_capital": "present_past", "singular_plural": "present_past", "present_past": "country_capital", "capitalize": "country_capital"}
+OTHERS = {
+    "country_capital": "present_past",
+    "singular_plural": "present_past",
+    "present_past": "country_capital",
+    "capitalize": "country_capital",
+}
 """Tasks, and the other task whose vector is the control."""
 TURNS = (0.02, 0.05, 0.1)
 """How far in-context vectors turn an output; the paper's is the last."""
@@ -72,7 +77,13 @@ SETUPS = {
         sentiment_layer=13,
         counted=frozenset(
             [(f"task vector, {mode}", task) for mode in ("replace", "difference") for task in ("country_capital", "singular_plural")]
-            + [("heads", ""), ("sum of vectors", "capitalize"), ("steering to French", ""), ("in-context vector", ""), ("steering sentiment", "")]
+            + [
+                ("heads", ""),
+                ("sum of vectors", "capitalize"),
+                ("steering to French", ""),
+                ("in-context vector", ""),
+                ("steering sentiment", ""),
+            ]
         ),
     ),
     "smollm2-135m-instruct": Setup(
@@ -105,7 +116,9 @@ def task_vectors(model: Adapter, setup: Setup) -> Found:
     for name, other in OTHERS.items():
         for mode in ("replace", "difference"):
             layers = "all" if mode == "replace" and name in ("country_capital", "singular_plural") else setup.near(model.card)
-            results[f"task_vector_{mode}_{name}"] = task_vector(model, tasks.load(name), layers=layers, mode=mode, other=tasks.load(other), **SIZES)
+            results[f"task_vector_{mode}_{name}"] = task_vector(
+                model, tasks.load(name), layers=layers, mode=mode, other=tasks.load(other), **SIZES
+            )
     return results, [task_line(found, setup) for found in results.values() if isinstance(found, TaskVectors)]
 
 
@@ -113,7 +126,10 @@ def task_line(found: TaskVectors, setup: Setup) -> Line:
     """A task's vector at the layer that is judged."""
     at, layer = _place(found, setup.layer)
     measured, controls = _numbers(found, at)
-    rule = [least("accuracy", measured, setup.task), *most(controls, {"zero-shot": setup.zero_shot, "random": setup.random, "other task": setup.other_task})]
+    rule = [
+        least("accuracy", measured, setup.task),
+        *most(controls, {"zero-shot": setup.zero_shot, "random": setup.random, "other task": setup.other_task}),
+    ]
     by_layer = [(site.layer or 0, float(x)) for site, x in zip(found.sites, found.accuracy, strict=True)]
     if found.mode == "replace" and setup.dead is not None:
         early, late = setup.dead
@@ -124,7 +140,16 @@ def task_line(found: TaskVectors, setup: Setup) -> Line:
     where = f"{found.task}, {found.mode}: at least half of the best at layers {', '.join(map(str, works)) or 'none'} of those tried"
     note = where + (f", and at most {max(after):.2f} after them." if after else ".")
     effect = f"task vector, {found.mode}"
-    return Line(effect, f"{found.task}, layer {layer}", measured, controls, "works in middle layers", tuple(rule), setup.expects(effect, found.task), note)
+    return Line(
+        effect,
+        f"{found.task}, layer {layer}",
+        measured,
+        controls,
+        "works in middle layers",
+        tuple(rule),
+        setup.expects(effect, found.task),
+        note,
+    )
 
 
 def function_vectors(model: Adapter, setup: Setup) -> Found:
@@ -164,7 +189,14 @@ def heads_line(found: HeadEffects, setup: Setup) -> Line:
         rule = [least("largest effect", sizes[0], 0.08), ("median of all <= 0.01", abs(controls["median of all"]) <= 0.01)]
     note = f"The largest mean indirect effects: {', '.join(f'{name} {size:+.2f}' for name, size in zip(names, sizes, strict=True))}."
     return Line(
-        "heads", f"largest, {names[0]}", sizes[0], {f"second, {names[1]}": sizes[1], **controls}, "few matter", tuple(rule), setup.expects("heads"), note
+        "heads",
+        f"largest, {names[0]}",
+        sizes[0],
+        {f"second, {names[1]}": sizes[1], **controls},
+        "few matter",
+        tuple(rule),
+        setup.expects("heads"),
+        note,
     )
 
 
@@ -228,7 +260,10 @@ def in_context(model: Adapter, setup: Setup) -> Found:
     found = in_context_vector(model, list(zip(plain[:32], wanted[:32], strict=True)))
     noise = replace(found, values=torch.randn(found.values.shape, generator=torch.Generator().manual_seed(0)))
     openings = tasks.openings("english")[:24]
-    said, random = ({strength: generate(model, openings, edits=vectors.edits(strength), max_new_tokens=12) for strength in TURNS} for vectors in (found, noise))
+    said, random = (
+        {strength: generate(model, openings, edits=vectors.edits(strength), max_new_tokens=12) for strength in TURNS}
+        for vectors in (found, noise)
+    )
     best, line = in_context_line(said, random, setup)
     return {"in_context_vector": found, "in_context": said[best], "in_context_random": random[best]}, [line]
 
@@ -238,11 +273,23 @@ def in_context_line(said: Mapping[float, Generation], random: Mapping[float, Gen
     shares = {strength: scores.french_score(one.texts) for strength, one in said.items()}
     best = max(shares, key=shares.__getitem__)
     chosen = said[best]
-    controls = {"no vector": scores.french_score(chosen.control_texts), "random": max(scores.french_score(one.texts) for one in random.values())}
+    controls = {
+        "no vector": scores.french_score(chosen.control_texts),
+        "random": max(scores.french_score(one.texts) for one in random.values()),
+    }
     rule = (least("share in French", shares[best], 0.5), *most(controls, {"no vector": 0.1, "random": 0.1}))
     by_strength = ", ".join(f"{share:.2f} at {strength:g}" for strength, share in shares.items())
     note = f"In-context vectors, share in French by strength: {by_strength}. An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
-    return best, Line("in-context vector", f"to French, strength {best:g}", shares[best], controls, "steers", rule, setup.expects("in-context vector"), note)
+    return best, Line(
+        "in-context vector",
+        f"to French, strength {best:g}",
+        shares[best],
+        controls,
+        "steers",
+        rule,
+        setup.expects("in-context vector"),
+        note,
+    )
 
 
 def sentiment(model: Adapter, setup: Setup) -> Found:
@@ -272,7 +319,16 @@ def refusal(model: Adapter, setup: Setup) -> Found:
     effect, paper = "refusal direction", "one direction decides"
     if not getattr(model.tokenizer, "chat_template", None):
         return {}, [
-            Line(effect, "needs a chat model", float("nan"), {}, paper, (), False, "This model has no chat template: it is no chat model, and refuses nothing.")
+            Line(
+                effect,
+                "needs a chat model",
+                float("nan"),
+                {},
+                paper,
+                (),
+                False,
+                "This model has no chat template: it is no chat model, and refuses nothing.",
+            )
         ]
     asked, ordinary = tasks.contrast("refusal")
     n, tail = model.card.n_layers, tokens.after_instruction(model.tokenizer)
@@ -298,7 +354,11 @@ EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
 }
 
 SUITE = Suite(
-    "Vectors", EFFECTS, SETUPS, Setup(), "Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0."
+    "Vectors",
+    EFFECTS,
+    SETUPS,
+    Setup(),
+    "Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0.",
 )
 
 

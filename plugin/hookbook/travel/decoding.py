@@ -50,7 +50,9 @@ def decode(model, kept, normed, todo, tick=None):
             break
         if tick is not None:
             tick(1)
-        acting = [(i, edit) for i in alive for edit in todo["late"][i] if edit["at"] is None or todo["lengths"][trunk_of[i]] + step in edit["at"]]
+        acting = [
+            (i, edit) for i in alive for edit in todo["late"][i] if edit["at"] is None or todo["lengths"][trunk_of[i]] + step in edit["at"]
+        ]
         for i, edit in acting:
             if edit["join"] is not None:
                 joins[i] = min(joins[i], edit["join"])

@@ -37,7 +37,9 @@ def group_edits(items):
         for cell, group in enumerate(grouped[site]):
             if group.get("seen") is not None:
                 group["cell"] = (*site, cell)
-                looks.setdefault(tuple(group["seen"]), []).append({"op": "look", "rows": group["rows"], "cols": group["cols"], "cell": group["cell"]})
+                looks.setdefault(tuple(group["seen"]), []).append(
+                    {"op": "look", "rows": group["rows"], "cols": group["cols"], "cell": group["cell"]}
+                )
     for site, groups in looks.items():  # what an encoder sees includes the edits there
         grouped[site] = grouped.get(site, []) + groups
     return grouped
@@ -90,7 +92,10 @@ def _features(values, counts):
     distinct = list({id(value): value for value in values}.values())
     code = first["code"]
     if not first["alike"]:
-        code = {key: torch.stack([value["code"][key] for value in distinct]) if key in OWN and part is not None else part for key, part in code.items()}
+        code = {
+            key: torch.stack([value["code"][key] for value in distinct]) if key in OWN and part is not None else part
+            for key, part in code.items()
+        }
     changes = {key: torch.stack([value[key] for value in distinct]) for key in ("scale", "shift")}
     return {**changes, "code": code, "each": not first["alike"], "drop": first["drop"], "seen": first["seen"], "of": torch.tensor(of)}
 

@@ -44,7 +44,9 @@ def step(passes, kind, data, held):
     if kind == "forward":
         climb = Climb(**data["climb"])
         if not passes.shares and any(name == "attn_pattern" for name, _ in climb.inside()):
-            raise ValueError(f"refused: attention patterns in a server's sandbox | attention there cannot be made to compute them | {INSTEAD}")
+            raise ValueError(
+                f"refused: attention patterns in a server's sandbox | attention there cannot be made to compute them | {INSTEAD}"
+            )
         kept = held.pop(data["kept"], None)
         kept = passes.forward(data["tokens"], data["mask"], climb, kept, data["room"])
         if climb.fired != data["fires"]:

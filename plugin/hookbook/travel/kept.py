@@ -28,7 +28,9 @@ class Kept:
     def take(self, rows):
         """Keep the own tokens of some rows, in this order."""
         if self.own and rows != list(range(len(self.own[0]))):
-            self.own = tuple(self._room(x.narrow(self.tokens, 0, self.n_own), x.shape[self.tokens] - self.n_own, torch.tensor(rows)) for x in self.own)
+            self.own = tuple(
+                self._room(x.narrow(self.tokens, 0, self.n_own), x.shape[self.tokens] - self.n_own, torch.tensor(rows)) for x in self.own
+            )
 
     def update(self, climb, new, keep):
         """Add the keys and values of new tokens, as a block computed them; returns what its attention is to see, for the batch as it is.

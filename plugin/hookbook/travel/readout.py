@@ -28,13 +28,17 @@ def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False):
         wanted = torch.empty(len(some), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
         some = some if normed else model.final_norm(some)
         if not logits and not torch.is_grad_enabled() and (width := model.splits()) // 2 > (part := part_of(len(some), width, k)):
-            for kept_in, found in zip((top_ids, top_logprobs, logprobs), in_parts(model, some, k, wanted.to(some.device), width, part), strict=True):
+            for kept_in, found in zip(
+                (top_ids, top_logprobs, logprobs), in_parts(model, some, k, wanted.to(some.device), width, part), strict=True
+            ):
                 kept_in.append(found.cpu())
             continue
         values = model.unembed(some)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         ranked = k or wanted.numel()
-        top, ids = topk(values, min(max(k, 1), values.shape[-1])) if ranked else (values[:, :0], torch.empty(len(values), 0, dtype=torch.long))
+        top, ids = (
+            topk(values, min(max(k, 1), values.shape[-1])) if ranked else (values[:, :0], torch.empty(len(values), 0, dtype=torch.long))
+        )
         total = logsumexp(values, top[:, :1].detach()) if ranked else values[:, :1]
         top_ids.append(ids[:, :k].cpu())
         top_logprobs.append((top[:, :k] - total).cpu())
@@ -71,7 +75,9 @@ def lens(model, states, rows, k, tokens=None, ranked=0):
             values = values.to(torch.promote_types(values.dtype, torch.float32)).log_softmax(-1)
             top, ids = topk(values, min(k, values.shape[-1]))
             ends = ends or [line[-1].clone() for line in values.split(part.shape[1])]
-            per_row = [judged(*each, ranked) for each in zip(values.split(part.shape[1]), ids.split(part.shape[1]), asked, ends, strict=True)]
+            per_row = [
+                judged(*each, ranked) for each in zip(values.split(part.shape[1]), ids.split(part.shape[1]), asked, ends, strict=True)
+            ]
             alike = (x.unflatten(0, (len(some), -1)) for x in (ids, top))
             parts.append([x.cpu() for x in (*alike, *(torch.stack(column) for column in zip(*per_row, strict=True)))])
         found.append([torch.cat(column[::-1], 1) for column in zip(*parts, strict=True)])
@@ -81,7 +87,9 @@ def lens(model, states, rows, k, tokens=None, ranked=0):
 def judged(logprobs, ids, wanted, end, ranked):
     """What `lens` returns after the likeliest tokens, of one row: log-probabilities `[site, d_vocab]`, likeliest `ids` `[site, k]`, and the end of the stream `[d_vocab]`."""
     said = logprobs[:, wanted]
-    likelier = torch.stack([(logprobs > said[:, at : at + 1]).sum(-1) for at in range(ranked)], -1) if ranked else torch.empty_like(ids[:, :0])
+    likelier = (
+        torch.stack([(logprobs > said[:, at : at + 1]).sum(-1) for at in range(ranked)], -1) if ranked else torch.empty_like(ids[:, :0])
+    )
     entropy, divergence = -(logprobs.exp() * logprobs).sum(-1), (end.exp() * (end - logprobs)).sum(-1)
     return end[ids], said, likelier, entropy, divergence.clamp(min=0)
 
