@@ -81,7 +81,8 @@ class Names:
         """The part of a block whose input `mlp_in` is: where no module holds the MLP (OPT), its first projection."""
 
     def path(self, name: str, layer: int | None) -> str | None:
-        """The module whose output `embed`, `attn_out` or `mlp_out` is, whose input `head_z`, `mlp_in` or `mlp_act` is, or which computes `attn_pattern`; None if there is none."""
+        """The module whose output `embed`, `attn_out` or `mlp_out` is, whose input `head_z`, `mlp_in` or `mlp_act` is, or which computes
+        `attn_pattern`; None if there is none."""
         inner = {"head_z": "attn.o", "mlp_in": self.mlp_in, "mlp_act": "mlp.out", "attn_pattern": "attn"} | self.outputs
         try:
             found = self.names.translate_transformer_lens_path(name if layer is None else f"blocks.{layer}.{inner[name]}")

@@ -30,9 +30,9 @@ def accepts(model: Any) -> bool:
 class HookedAdapter(Adapter):
     """HookedTransformer through its own hook points.
 
-    It has no dropout, so its mode does not matter. Weights are used as they are. A model loaded with weight processing has another residual stream than the checkpoint
-    (centred, with norms folded in): load with `HookedTransformer.from_pretrained_no_processing` to share vectors with
-    other backends.
+    It has no dropout, so its mode does not matter. Weights are used as they are. A model loaded with weight processing has another
+    residual stream than the checkpoint (centred, with norms folded in): load with `HookedTransformer.from_pretrained_no_processing` to
+    share vectors with other backends.
     """
 
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:

@@ -1,7 +1,7 @@
 """Every feature of an SAE set to one value at one prompt's last token: `hb.feature_sweep`, or SAELens' hooks, one run for each feature.
 
-The SAE is the one that ships, 4,096 features of Gemma 3 270M. Both keep what the SAE does not reconstruct, and end with the log-probability of
-the answer and the likeliest token; hookbook's also gives the divergence from the plain run.
+The SAE is the one that ships, 4,096 features of Gemma 3 270M. Both keep what the SAE does not reconstruct, and end with the
+log-probability of the answer and the likeliest token; hookbook's also gives the divergence from the plain run.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def one_climb(models: Models, values: Tensor, target: Tokens, items: object) -> 
 def bench(models: Models, repeats: int) -> list[Claim]:
     """A line for each size; nothing is claimed."""
     print(
-        f"\n{models.name}: all pairs, target of {LENGTH} tokens where nothing else is said; {torch.get_num_threads()} threads, median of {repeats}"
+        f"\n{models.name}: all pairs, target of {LENGTH} tokens where nothing else is said; {torch.get_num_threads()} threads, median "
+        f"of {repeats}"
     )
     print(f"{'size':16s} {'one climb, s':>13s} {'a batch per layer, s':>21s} {'ratio':>7s} {'GFLOP/s':>8s} {'of peak':>8s}")
     for label, some, values, target in cases(models):

@@ -167,7 +167,8 @@ def bench(models: Models, repeats: int) -> list[Claim]:
     """A line for each sweep and budget. Memory is measured once: it does not vary with the machine's load."""
     print(f"\n{models.name}: peak memory beside the model, in MiB")
     print(
-        f"{'sweep':36s} {'budget':>7s} {'planned':>8s} {'used':>7s} {'answer':>7s} {'climbs':>7s} {'used/budget':>12s} {'used/planned':>13s} {'by default':>11s}"
+        f"{'sweep':36s} {'budget':>7s} {'planned':>8s} {'used':>7s} {'answer':>7s} {'climbs':>7s} {'used/budget':>12s} "
+        f"{'used/planned':>13s} {'by default':>11s}"
     )
     claims = []
     for name, budget in itertools.product(SWEEPS, BUDGETS):
@@ -176,7 +177,8 @@ def bench(models: Models, repeats: int) -> list[Claim]:
         took, planned, answer = (found[key] / MIB for key in ("used", "planned", "answer"))
         share, wrong = took / budget, took / planned
         print(
-            f"{name:36s} {budget:7d} {planned:8.0f} {took:7.0f} {answer:7.0f} {found['climbs']:7.0f} {share:12.2f} {wrong:13.2f} {default:11.0f}",
+            f"{name:36s} {budget:7d} {planned:8.0f} {took:7.0f} {answer:7.0f} {found['climbs']:7.0f} {share:12.2f} {wrong:13.2f} "
+            f"{default:11.0f}",
             flush=True,
         )
         claims.append(Claim(f"{name}: memory / budget of {budget} MiB", share, ALLOWED, at_most=True))

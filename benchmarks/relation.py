@@ -2,8 +2,8 @@
 
 The other way is the authors' loop without its waste, on the plain Hugging Face model: for each layer `jacrev` at every training
 prompt, then every validation state through the map of every beta, the final norm and the unembedding. It stops at
-the choice of beta, so it does less. Its sample is the first, the middle and the last layer but one; states are read once, which is not counted.
-Answers are the shares of validation pairs that each map says, by layer and beta.
+the choice of beta, so it does less. Its sample is the first, the middle and the last layer but one; states are read once, which is not
+counted. Answers are the shares of validation pairs that each map says, by layer and beta.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How docstrings are shown: doctests as code, arguments that share a line one by one, where a method comes from and where ours differs in bold."""
+"""How docstrings are shown: doctests as code, arguments that share a line one by one, where a method comes from and where ours differs in
+bold."""
 
 from __future__ import annotations
 

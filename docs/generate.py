@@ -113,11 +113,14 @@ def sites() -> str:
     return "\n".join([
         "# Sites", "", "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron in it. Rows are in the order of the pass.", "",
         "| site | part | shape | TransformerLens | meaning |", "|---|---|---|---|---|", *rows, "",
-        "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the stream, after the norm. "
-        "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the norm itself. "
+        "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the "
+        "stream, after the norm. "
+        "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the "
+        "norm itself. "
         "Nor has it one of `mlp_in`, which it gets from the MLP; a TransformerBridge of OPT calls it `blocks.L.mlp.in.hook_in`.", "",
         "## Who has which", "",
-        "A model is asked when it is first used: what is written at a site must reach the stream as it should, and what a block adds must be the sum of its parts. Else the site is refused by name, before anything is edited. "
+        "A model is asked when it is first used: what is written at a site must reach the stream as it should, and what a block adds "
+        "must be the sum of its parts. Else the site is refused by name, before anything is edited. "
         "This is what tiny random models say:", "",
         f"| site | {' | '.join(BACKENDS)} |", "|---" * (1 + len(BACKENDS)) + "|", *having, "",
         *(f"- {backend}: {', '.join(asked[backend])}." for backend in BACKENDS if asked[backend] != [backend]), "",
@@ -172,12 +175,14 @@ def recipes() -> str:
     """The table of recipes, their papers, and where they depart from them."""
     page = {name: file for file, (_, names, _) in TOPICS.items() for name in names}
     rows = [
-        f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | {paragraph(getattr(hb, name), 'Differs')} |"
+        f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | "
+        f"{paragraph(getattr(hb, name), 'Differs')} |"
         for name in recipe_names()
     ]
     return "\n".join([
         "# Recipes and their papers", "",
-        "Every recipe follows the definition of a paper, section by section, or of the authors' code where the two disagree. Where ours is another, it says so here and in its docstring. "
+        "Every recipe follows the definition of a paper, section by section, or of the authors' code where the two disagree. Where ours "
+        "is another, it says so here and in its docstring. "
         "What each method measures, and what it does not: [what the methods measure](../explanation/what-the-methods-measure.md).", "",
         "| call | source | differs |", "|---|---|---|", *rows, "",
     ])  # fmt: skip

@@ -1,6 +1,7 @@
 """Runs the notebooks of docs/tutorials and writes them as they ran: `python docs/run_notebooks.py [NAMES]`.
 
-Without names: all but those that need a server. What differs from run to run is left out, so that a notebook which says the same is the same file.
+Without names: all but those that need a server. What differs from run to run is left out, so that a notebook which says the same is the
+same file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Questions that recipes ask, whether answers are right (their first token is the likeliest, or their text is in what is generated), and other questions as controls."""
+"""Questions that recipes ask, whether answers are right (their first token is the likeliest, or their text is in what is generated), and
+other questions as controls."""
 
 from __future__ import annotations
 

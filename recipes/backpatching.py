@@ -1,4 +1,5 @@
-"""Backpatching: give an early layer the state that a later layer of the same run computed at the same token, and see whether the model now answers.
+"""Backpatching: give an early layer the state that a later layer of the same run computed at the same token, and see whether the model now
+answers.
 
 Where it helps, the model has what it needs, but too late for the layers that would use it. That some pair of layers helps says
 little: states of other questions repair some prompts, too. So each pair stands beside three controls, and a pair that
@@ -103,14 +104,16 @@ class Backpatch(Result):
     settings: dict[str, Any]
 
     def shares(self, answered: bool = False) -> dict[str, Tensor]:
-        """For each pair `[pair]` the share of the questions that were not answered which it fixes; or of those that were, which stay right."""
+        """For each pair `[pair]` the share of the questions that were not answered which it fixes; or of those that were, which stay
+        right."""
         chosen = self.clean if answered else ~self.clean
         return {name: right[chosen].float().mean(0) for name, right in self.right.items()}
 
     def region(
         self, sources: Collection[int] | None = None, targets: Collection[int] | None = None, *, answered: bool = False
     ) -> dict[str, Rate]:
-        """Rates over the pairs of some source and target layers, such as `range(12, 18)` and `range(4, 12)`; of the swapped control, over the same pairs swapped.
+        """Rates over the pairs of some source and target layers, such as `range(12, 18)` and `range(4, 12)`; of the swapped control, over
+        the same pairs swapped.
 
         Args:
             sources, targets: None: all.
@@ -155,9 +158,10 @@ class Backpatch(Result):
         )
 
     def summary(self) -> pd.DataFrame:
-        """What to report. One row for the patch and each control: `any` and `mean` over pairs of the questions that were not answered, the `best` pair
-        (chosen on one half of them, judged on the other; NaN if there are fewer than two), `kept` (mean over pairs of those that were), and `explained`, the
-        row's mean as a share of the patch's: as much of the effect needs no state of the question's own at this place.
+        """What to report. One row for the patch and each control: `any` and `mean` over pairs of the questions that were not answered, the
+        `best` pair (chosen on one half of them, judged on the other; NaN if there are fewer than two), `kept` (mean over pairs of those
+        that were), and `explained`, the row's mean as a share of the patch's: as much of the effect needs no state of the question's own
+        at this place.
         """
         import pandas as pd
 
@@ -171,7 +175,8 @@ class Backpatch(Result):
         return pd.DataFrame(rows, columns=["control", "any", "mean", "best", "kept", "explained"])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each pair and control: `control`, `layer` (of the source), `target_layer`, `fixed` (of the questions that were not answered), `kept` (of those that were)."""
+        """One row for each pair and control: `control`, `layer` (of the source), `target_layer`, `fixed` (of the questions that were not
+        answered), `kept` (of those that were)."""
         import pandas as pd
 
         fixed, kept = self.shares(), self.shares(answered=True)
@@ -247,17 +252,18 @@ def backpatch(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Backpatch:
-    """Patch the output of a later block, from a question's own clean run, over the output of an earlier block at the same token, for every pair of blocks.
+    """Patch the output of a later block, from a question's own clean run, over the output of an earlier block at the same token, for every
+    pair of blocks.
 
     Args:
         model: Any model `hookbook.wrap` takes.
         questions: Of `hookbook.hops`, or a `Question`, or a (text, answer), of which the answer follows after a space.
-        position: The token: -1 the last, an index, a text (its last token), or "bridge": the last of the phrase that stands for the bridge, for questions in
-            two hops.
+        position: The token: -1 the last, an index, a text (its last token), or "bridge": the last of the phrase that stands for the
+            bridge, for questions in two hops.
         pairs: Source and target layer of each patch.
         controls: Which to run of `"shuffled"`, `"random"` and `"swapped"` (see `Backpatch`); each costs what the patches cost.
-        generate: 0: an answer is right if its first token is the likeliest; else, as in the paper, if it is in so many greedily generated tokens, in any
-            case (the paper: 10).
+        generate: 0: an answer is right if its first token is the likeliest; else, as in the paper, if it is in so many greedily generated
+            tokens, in any case (the paper: 10).
         seed: Of donors, of random vectors, and of the halves which choose and judge a pair.
         progress: Show a progress bar; None: for long work only.
 
@@ -265,15 +271,16 @@ def backpatch(
         A `Backpatch`. Questions that were answered already and those that were not are told apart in it.
 
     Raises:
-        DataError: No questions; one that is not in two hops, with `position="bridge"`; no other answer, for `"shuffled"`; an unknown control.
+        DataError: No questions; one that is not in two hops, with `position="bridge"`; no other answer, for `"shuffled"`; an unknown
+            control.
         SiteError: A pair of layers that are not in the model.
         TokenError: The position is not one token of every prompt; an answer's first token depends on how it is cut.
 
     Source: Biran et al. 2024, arXiv:2406.12775, section 5.
 
-    Differs: the paper counts a question as fixed if any pair fixes it, by text; here its first token counts, every pair and their mean are given, and a
-    pair is chosen on one half and judged on the other. The controls are ours: the donor of the shuffled one asks for another answer and, where there is
-    one, is of the same two relations.
+    Differs: the paper counts a question as fixed if any pair fixes it, by text; here its first token counts, every pair and their mean are
+    given, and a pair is chosen on one half and judged on the other. The controls are ours: the donor of the shuffled one asks for another
+    answer and, where there is one, is of the same two relations.
 
     Example:
         >>> from hookbook.testing import toy

@@ -78,7 +78,8 @@ class ContrastVectors(Result):
         raise TokenError(f"no vector at the position {position!r}", f"there are vectors at {', '.join(self.positions)}", "name one of them")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each position and site: `position`, `site`, `layer`, `norm`, `positive_norm`, `negative_norm`, `auroc`, `shuffled`."""
+        """One row for each position and site: `position`, `site`, `layer`, `norm`, `positive_norm`, `negative_norm`, `auroc`,
+        `shuffled`."""
         import pandas as pd
 
         numbers = torch.stack([self.values.norm(dim=-1), *self.norms, self.auroc, self.shuffled], -1)
@@ -145,8 +146,9 @@ def contrast_vector(
         DataError: A class is empty or too small, or the classes share a prompt.
         SiteError, TokenError: A layer or position that is not there.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717 (`site="resid_pre"`, a chat template's last tokens). Contrastive activation addition (Rimsky et al. 2023,
-    arXiv:2312.06681) is the same over one question answered in two ways: texts that end in `(A)` and `(B)`, `position=-2`.
+    Source: Arditi et al. 2024, arXiv:2406.11717 (`site="resid_pre"`, a chat template's last tokens). Contrastive activation addition
+    (Rimsky et al. 2023, arXiv:2312.06681) is the same over one question answered in two ways: texts that end in `(A)` and `(B)`,
+    `position=-2`.
 
     Differs: neither holds texts out in making its vectors; `held_out=0` is theirs.
 

@@ -1,7 +1,9 @@
-"""How much each feature of a sparse autoencoder, at each token, adds to an answer: by gradients for all features at once, and by taking features out one at a time.
+"""How much each feature of a sparse autoencoder, at each token, adds to an answer: by gradients for all features at once, and by taking
+features out one at a time.
 
-An attribution is a feature's activation times the derivative of the answer's log-probability by it: what taking it out would cost if the model above were
-linear. It costs one backward pass for all features; how far it can be believed is seen beside the exact effects of the largest.
+An attribution is a feature's activation times the derivative of the answer's log-probability by it: what taking it out would cost if the
+model above were linear. It costs one backward pass for all features; how far it can be believed is seen beside the exact effects of the
+largest.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FeatureAttribution(Result):
-    """What `m` active features, each at one token of one of `n` prompts, add to the metric: the answer's log-probability, or by how much its logit is above another answer's."""
+    """What `m` active features, each at one token of one of `n` prompts, add to the metric: the answer's log-probability, or by how much
+    its logit is above another answer's."""
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
@@ -84,7 +87,8 @@ class FeatureAttribution(Result):
         return float(torch.corrcoef(torch.stack([self.attributions[known], self.effects[known]]).double())[0, 1])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each prompt, token and active feature: `prompt`, `position`, `token`, `feature`, `activation`, `gradient`, `attribution`, `effect`, `label`, `link`."""
+        """One row for each prompt, token and active feature: `prompt`, `position`, `token`, `feature`, `activation`, `gradient`,
+        `attribution`, `effect`, `label`, `link`."""
         import pandas as pd
 
         features, at = self.features.tolist(), list(zip(self.rows.tolist(), self.positions.tolist(), strict=True))
@@ -124,7 +128,8 @@ class FeatureAttribution(Result):
         return ax
 
     def view(self, *, prompt: int = 0, k: int = 20) -> View:
-        """An interactive picture (circuitsvis): choose one of the `k` features that matter most in a prompt, see its attributions to the tokens. Below, `top(50)`."""
+        """An interactive picture (circuitsvis): choose one of the `k` features that matter most in a prompt, see its attributions to the
+        tokens. Below, `top(50)`."""
         if not -len(self.prompts) <= prompt < len(self.prompts):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
         mine = self.rows == prompt % len(self.prompts)
@@ -163,18 +168,18 @@ def feature_attribution(
         progress: Show a progress bar; None: for long work only.
 
     Returns:
-        A `FeatureAttribution`. At each token the attributions, the error's, and the gradient times the decoder's bias add up to the gradient times
-        the state (for an SAE that does not normalise its input).
+        A `FeatureAttribution`. At each token the attributions, the error's, and the gradient times the decoder's bias add up to the
+        gradient times the state (for an SAE that does not normalise its input).
 
     Raises:
         ModelError: `sae` is not attached to a model.
         DataError: Numbers of answers or lists that are not the prompts'; no feature is active.
         TokenError: An answer is not one token; no token is left.
-        Refused: Exact effects of the largest in a remote model, which is not known before its job is done: list features, or leave `exact` out;
-            no gradients; an SAE whose features cannot be changed inside the model.
+        Refused: Exact effects of the largest in a remote model, which is not known before its job is done: list features, or leave `exact`
+            out; no gradients; an SAE whose features cannot be changed inside the model.
 
-    Source: Marks et al. 2024, arXiv:2403.19647, section 3.1, attribution patching with a baseline of zero; the SAE's error is held fixed and has an
-    attribution of its own, as there.
+    Source: Marks et al. 2024, arXiv:2403.19647, section 3.1, attribution patching with a baseline of zero; the SAE's error is held fixed
+    and has an attribution of its own, as there.
 
     Differs: one site is looked at, not a circuit of several, and the exact effect of the largest features is measured beside.
 
@@ -260,7 +265,8 @@ def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[
 def _gradients(
     sae: AttachedSAE, prompts: Sequence[Tokens], where: Sequence[Sequence[int]], wanted: Tensor, progress: bool | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
-    """The metric `[n]`; and at every token what the encoder reads, what features write to, and the metric's gradient with respect to this, `[t, width]`."""
+    """The metric `[n]`; and at every token what the encoder reads, what features write to, and the metric's gradient with respect to
+    this, `[t, width]`."""
     adapter, width = sae.model, sae.out.width(sae.model.card)
 
     def request(numbers: Sequence[int], values: Sequence[Tensor]) -> Request:

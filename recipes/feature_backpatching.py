@@ -1,7 +1,7 @@
 """Backpatching of features: of the state that a later layer computed, an earlier layer gets only the activations of chosen features.
 
-Backpatching a whole state says that something in it helps; here is asked what. The chosen features of the earlier state take the activations that the later
-state gives them, and the rest of the earlier state stays.
+Backpatching a whole state says that something in it helps; here is asked what. The chosen features of the earlier state take the
+activations that the later state gives them, and the rest of the earlier state stays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ CONTROLS = ("shuffled", "random")
 
 @dataclass(frozen=True, eq=False)
 class FeatureBackpatch(Backpatch):
-    """What the chosen features of each source layer do at the SAE's layer to each of `n` questions, beside controls, which are keys of `right`:
+    """What the chosen features of each source layer do at the SAE's layer to each of `n` questions, beside controls, which are keys of
+    `right`:
 
     - `patch`: the activations of the question's own state of the source layer;
     - `shuffled`: those of another question, with another answer;
@@ -54,11 +55,12 @@ def backpatch_features(
     seed: int = 0,
     progress: bool | None = None,
 ) -> FeatureBackpatch:
-    """Give chosen features, at the SAE's layer, the activations that they have in the same token's state of a later layer, from a question's own clean run.
+    """Give chosen features, at the SAE's layer, the activations that they have in the same token's state of a later layer, from a
+    question's own clean run.
 
     With `x` the state at the SAE's site, `y` that of the source layer, `f` the SAE's activations and `d` its decoder's rows, `x` becomes
-    `x + sum over the chosen i of (f_i(y) - f_i(x)) d_i`. One SAE reads both, so it should be one that makes sense of either: neighbouring layers share
-    much of their directions, distant ones less.
+    `x + sum over the chosen i of (f_i(y) - f_i(x)) d_i`. One SAE reads both, so it should be one that makes sense of either: neighbouring
+    layers share much of their directions, distant ones less.
 
     Args:
         sae: An SAE of `resid_post` or `resid_pre`; its layer is the target.
@@ -72,7 +74,8 @@ def backpatch_features(
 
     Raises:
         ModelError: `sae` is not attached to a model.
-        Refused: A transcoder or an SAE of another site, which no other layer's state can be given to; one whose features cannot be changed inside the model.
+        Refused: A transcoder or an SAE of another site, which no other layer's state can be given to; one whose features cannot be changed
+            inside the model.
         EditError: An unknown feature.
         DataError, SiteError, TokenError: As `hookbook.backpatch`; too few other features for `"random"`; the SAE's own layer as a source.
 

@@ -83,7 +83,8 @@ class FeatureVector(Result):
 
     @property
     def shares(self) -> Tensor:
-        """`[m]`: each feature's `value * (row . vector) / |vector|^2`. Of a pursuit they sum to `explained`, as its residual is orthogonal to its fit."""
+        """`[m]`: each feature's `value * (row . vector) / |vector|^2`. Of a pursuit they sum to `explained`, as its residual is
+        orthogonal to its fit."""
         return self.values * (self.rows @ self.vector) / self.vector.norm() ** 2
 
     @property
@@ -214,7 +215,8 @@ def decompose(
         summed, said = values @ _wide(every, chosen) + offset, reconstruct(bare, state)[0].double().cpu()
         if (summed - said).norm() > 1e-3 * (1 + said.norm()):
             raise Refused(
-                f"activations of a {bare.cfg.architecture()} SAE with normalize_activations={bare.cfg.normalize_activations!r} in place of a vector",
+                f"activations of a {bare.cfg.architecture()} SAE with normalize_activations={bare.cfg.normalize_activations!r} in place "
+                f"of a vector",
                 "its reconstruction is not the sum of activations times decoder rows, so they cannot be added up",
                 "use pursuit, or sae.encode and sae.reconstruct",
             )
@@ -270,7 +272,8 @@ def feature_names(features: list[int], labels: Mapping[int, str]) -> list[str]:
 
 
 def pursue(rows: Tensor, target: Tensor, k: int, nonnegative: bool) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit in float64: at most `k` of `rows` `[n, width]`, and their coefficients, all of them refitted at each step.
+    """Orthogonal matching pursuit in float64: at most `k` of `rows` `[n, width]`, and their coefficients, all of them refitted at each
+    step.
 
     Args:
         rows: The dictionary, of any lengths.
@@ -295,7 +298,8 @@ def pursue(rows: Tensor, target: Tensor, k: int, nonnegative: bool) -> tuple[Ten
 
 
 def nnls(rows: Tensor, target: Tensor) -> Tensor:
-    """Coefficients `[n]`, none below 0, of the sum of `rows` `[n, width]` nearest to `target` `[width]`; by the active sets of Lawson and Hanson (1974)."""
+    """Coefficients `[n]`, none below 0, of the sum of `rows` `[n, width]` nearest to `target` `[width]`; by the active sets of Lawson and
+    Hanson (1974)."""
     values, free = torch.zeros(len(rows), dtype=rows.dtype), torch.zeros(len(rows), dtype=torch.bool)
     least = 1e-12 * rows.norm(dim=-1) * target.norm()
     for _ in range(3 * len(rows)):

@@ -1,7 +1,8 @@
 """What each feature of a sparse autoencoder does to the next token: every feature at every strength, as forks of one pass for each prompt.
 
-Whether a feature is active says what the model sees; what happens when it is changed says what the model does with it. The two differ: features that are
-strongly active can be without effect, and the label of a feature, made from the texts on which it is active, need not say what it makes likelier.
+Whether a feature is active says what the model sees; what happens when it is changed says what the model does with it. The two differ:
+features that are strongly active can be without effect, and the label of a feature, made from the texts on which it is active, need not
+say what it makes likelier.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class FeatureSweep(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt, feature and strength.
 
-        Columns: `prompt`, `feature`, `strength`, `activation` (before), `kl`, for each wanted token `t` `change t`, `plain_token` and `token` (the likeliest next one
-        before and after), `logprob` (of the latter), `label`, `link`.
+        Columns: `prompt`, `feature`, `strength`, `activation` (before), `kl`, for each wanted token `t` `change t`, `plain_token` and
+        `token` (the likeliest next one before and after), `logprob` (of the latter), `label`, `link`.
         """
         import pandas as pd
 
@@ -195,9 +196,11 @@ def feature_sweep(
         DataError: No strength; no feature is active; lists of features that are not one for each prompt.
         EditError: An unknown feature or change; `times_max` without maxima.
         TokenError: A token or position cannot be used.
-        Refused: `"active"` of a remote model, which is not known before its job is done; an SAE whose features cannot be changed inside the model.
+        Refused: `"active"` of a remote model, which is not known before its job is done; an SAE whose features cannot be changed inside
+            the model.
 
-    Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity", with the SAE's error kept. A plan with `"active"` counts all features.
+    Source: clamping as in Templeton et al. 2024, "Scaling Monosemanticity", with the SAE's error kept. A plan with `"active"` counts all
+        features.
 
     Differs: one prompt's next token under every feature, where they write texts under few.
 
@@ -284,7 +287,8 @@ def features_of(sae: AttachedSAE, features: Any, n: int) -> list[tuple[int, ...]
             raise Refused(
                 "features that are active, or matter most, in a remote model",
                 "which they are is known when the job is done",
-                "list them: features=[...], for each prompt if you like; feature_sweep also takes 'all', and feature_attribution exact=False says which",
+                "list them: features=[...], for each prompt if you like; feature_sweep also takes 'all', and feature_attribution "
+                "exact=False says which",
             )
         return None
     if (
@@ -324,7 +328,8 @@ def _active(sae: AttachedSAE, seen: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _beside_plain(adapter: Adapter, changed: Sequence[Tensor], plain: Tensor, wanted: Tensor, k: int) -> tuple[list[Tensor], ...]:
-    """Of each prompt the divergence, likeliest tokens, their log-probabilities and those of wanted tokens, of its changed states `[rows, d_model]` and, last, of the plain one."""
+    """Of each prompt the divergence, likeliest tokens, their log-probabilities and those of wanted tokens, of its changed states `[rows,
+    d_model]` and, last, of the plain one."""
     alike: dict[int, list[int]] = defaultdict(list)
     for i, states in enumerate(changed):
         alike[len(states)].append(i)

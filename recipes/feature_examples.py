@@ -1,4 +1,5 @@
-"""What a sparse autoencoder's features are active on: the tokens of many texts on which each is most active, and how often and how strongly it is."""
+"""What a sparse autoencoder's features are active on: the tokens of many texts on which each is most active, and how often and how
+strongly it is."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ ZERO = 1 << 15
 
 @dataclass(frozen=True, eq=False)
 class FeatureExamples(Result):
-    """Examples of features, `m` in all: of each feature those with the largest activations, at most one of each text. Active means above 0."""
+    """Examples of features, `m` in all: of each feature those with the largest activations, at most one of each text. Active means above
+    0."""
 
     card: ModelCard
     sae: str
@@ -90,7 +92,8 @@ class FeatureExamples(Result):
     def to_frame(self, features: Sequence[int] | None = None) -> pd.DataFrame:
         """One row for each example, of some features or of all.
 
-        Columns: `feature`, `rank`, `activation`, `text` (with the token marked), `prompt` (which text), `position`, `density`, `label`, `link`.
+        Columns: `feature`, `rank`, `activation`, `text` (with the token marked), `prompt` (which text), `position`, `density`, `label`,
+            `link`.
         """
         import pandas as pd
 
@@ -122,7 +125,8 @@ class FeatureExamples(Result):
         return ax
 
     def view(self, feature: int | None = None) -> View:
-        """The examples of a feature, or the best one of each of the first hundred, their tokens coloured; a token's activation shows under the pointer."""
+        """The examples of a feature, or the best one of each of the first hundred, their tokens coloured; a token's activation shows
+        under the pointer."""
         chosen = (place(self.features) == 0).nonzero()[:100, 0].tolist() if feature is None else self._of(feature)
         return View("".join(self._shown(at) for at in chosen) or "<p>no examples</p>")
 
@@ -155,12 +159,13 @@ def feature_examples(
 ) -> FeatureExamples:
     """The texts' tokens on which each feature is most active, in one pass over the texts.
 
-    Memory does not grow with the texts: a batch at a time is run and encoded, and of each feature only its examples and its histogram are kept.
+    Memory does not grow with the texts: a batch at a time is run and encoded, and of each feature only its examples and its histogram are
+        kept.
 
     Args:
         sae: What `hb.sae.attach` gives.
-        texts: A list of prompts, or anything that gives one after the other, which is read once. Of a remote model all are sent as one job, and the
-            states at the site come back.
+        texts: A list of prompts, or anything that gives one after the other, which is read once. Of a remote model all are sent as one
+            job, and the states at the site come back.
         features: Of which examples are kept; None: of all. What is counted is counted of all.
         k: Examples of a feature.
         context: How many tokens before and after are kept beside each.
@@ -169,8 +174,8 @@ def feature_examples(
         progress: Show a progress bar; None: for long work only.
 
     Returns:
-        `FeatureExamples`. Special tokens are not read. Quantiles are read off a histogram of 16 bins to the doubling, so that they are within 2.2 %
-        of the smallest activation which at least this share does not exceed; everything else is exact.
+        `FeatureExamples`. Special tokens are not read. Quantiles are read off a histogram of 16 bins to the doubling, so that they are
+        within 2.2 % of the smallest activation which at least this share does not exceed; everything else is exact.
 
     Raises:
         ModelError: No attached SAE.

@@ -89,8 +89,10 @@ class FeaturePatchscope(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each feature, site, strength and rank.
 
-        Columns: `feature`, `label`, `site`, `layer`, `strength`, `rank`, `token`, `logprob`, `random_token`, `random_logprob`, `control_token`,
-        `control_logprob`; with generation `text`, `random_text`, `control_text`; for each wanted token `t`, `logprob t`, `random_logprob t` and `control_logprob t`.
+        Columns: `feature`, `label`, `site`, `layer`, `strength`, `rank`, `token`, `logprob`, `random_token`, `random_logprob`,
+            `control_token`,
+        `control_logprob`; with generation `text`, `random_text`, `control_text`; for each wanted token `t`, `logprob t`, `random_logprob
+        t` and `control_logprob t`.
         """
         import pandas as pd
 
@@ -165,7 +167,8 @@ class FeaturePatchscope(Result):
         )
 
     def view(self) -> View:
-        """An interactive picture (circuitsvis): choose a feature and a strength, see the likeliest tokens by probability, and what was generated."""
+        """An interactive picture (circuitsvis): choose a feature and a strength, see the likeliest tokens by probability, and what was
+        generated."""
         texts = (*self.texts, self.random_texts) if self.texts else ()
         return samples(self.cells(), self.token, torch.cat([self.logprobs, self.random_logprobs[None]]), texts)
 
@@ -189,8 +192,9 @@ def feature_patchscope(
 ) -> FeaturePatchscope:
     """Patch features' directions into a target prompt, and let the model say what they are; all as forks of one run.
 
-    A direction has no length of its own: it is made `strength` times as long as the state that it replaces, the target prompt's own at that site
-    and token. Later blocks add to what is written, and add less beside something long. The default lengths begin with the usual one, 1, and end where longer ones
+    A direction has no length of its own: it is made `strength` times as long as the state that it replaces, the target prompt's own at
+    that site and token. Later blocks add to what is written, and add less beside something long. The default lengths begin with the usual
+    one, 1, and end where longer ones
     hardly say anything else: of directions in `resid_post.5` of gemma-3-270m, descriptions at 4 and 8 were mostly the same.
 
     Args:
@@ -198,7 +202,8 @@ def feature_patchscope(
         features: An index, or a list of indices.
         target: A `hookbook.prompts.Target`, or a prompt.
         strengths: Lengths to try, as multiples; a negative one is the opposite direction.
-        target_layers: Where to write: `"same"`, the site where the decoder writes; or layers or sites of the same width, see `hookbook.patchscope`.
+        target_layers: Where to write: `"same"`, the site where the decoder writes; or layers or sites of the same width, see
+            `hookbook.patchscope`.
         target_position: The token; None: the target's placeholder, or the last token.
         op: `set` replaces the state, `add` adds to it.
         generate: How many tokens to decode greedily after the target prompt; the patch acts in the prompt only.
@@ -215,8 +220,8 @@ def feature_patchscope(
         EditError: No such feature, or no strengths.
         SiteError, TokenError: Something asked for is not in the model or the prompt, or a site has another width.
 
-    Source: patchscopes, Ghandeharioun et al. 2024, arXiv:2401.06102, of features as in Kharlapenko et al. 2024, "Self-explaining SAE features" (Alignment
-    Forum).
+    Source: patchscopes, Ghandeharioun et al. 2024, arXiv:2401.06102, of features as in Kharlapenko et al. 2024, "Self-explaining SAE
+    features" (Alignment Forum).
 
     Differs: the latter give scales as lengths and not as multiples, and ask what a word means.
     """

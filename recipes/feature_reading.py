@@ -1,7 +1,7 @@
 """Which features of a sparse autoencoder are active on which tokens, and where two sets of texts differ.
 
-Features are SAELens' activations of the model's own states. Tokens such as the beginning of a sequence are left out: no SAE was trained on them,
-and their activations are huge.
+Features are SAELens' activations of the model's own states. Tokens such as the beginning of a sequence are left out: no SAE was trained on
+them, and their activations are huge.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class FeatureActivations(Result):
         return sum(map(len, self.read))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each active feature of each token: `prompt`, `position`, `token`, `rank` (0 the most active), `feature`, `activation`, `label`, `link`."""
+        """One row for each active feature of each token: `prompt`, `position`, `token`, `rank` (0 the most active), `feature`,
+        `activation`, `label`, `link`."""
         return self._frame(slice(None))
 
     def top(self, k: int = 5) -> pd.DataFrame:
@@ -146,8 +147,9 @@ class FeatureActivations(Result):
     def contrast(self, other: FeatureActivations) -> pd.DataFrame:
         """The features that are active here or in other texts, by how much more they are here, the largest difference first.
 
-        Columns: `feature`, `difference` (of mean activations), `mean`, `other_mean`, `share`, `other_share` (of tokens where it is active), `auroc` (how often
-        its mean activation in a text from here is above that in a text from there; 0.5: it tells nothing), `label`, `link`.
+        Columns: `feature`, `difference` (of mean activations), `mean`, `other_mean`, `share`, `other_share` (of tokens where it is
+        active), `auroc` (how often its mean activation in a text from here is above that in a text from there; 0.5: it tells nothing),
+        `label`, `link`.
 
         Raises:
             DataError: The other activations are of another SAE.
@@ -201,7 +203,8 @@ class FeatureActivations(Result):
         )
 
     def view(self, *, prompt: int = 0, k: int = 30) -> View:
-        """An interactive picture (circuitsvis): choose one of the `k` features with the largest activations, see it on the prompt's tokens."""
+        """An interactive picture (circuitsvis): choose one of the `k` features with the largest activations, see it on the prompt's
+        tokens."""
         values, chosen = self._largest(prompt, k)
         return token_values(self.prompts[prompt].strings, values, [f"{i} {self.labels.get(i, '')}".strip() for i in chosen])
 

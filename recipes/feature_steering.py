@@ -46,8 +46,8 @@ def steer_feature(
         keep_error: Whether what the SAE does not reconstruct stays.
         position: Of the prompt's tokens; None: every one but a beginning-of-sequence token.
         scope: See `hookbook.request.Edit`; the default is the prompt and what is generated.
-        seed: Of the random feature: one of those with an activation on the texts that `maxima` are of, or of all. It is clamped to the value whose
-            decoder row has the same length.
+        seed: Of the random feature: one of those with an activation on the texts that `maxima` are of, or of all. It is clamped to the
+            value whose decoder row has the same length.
         progress, checkpoint: See `hookbook.generate`.
 
     Returns:
@@ -58,8 +58,8 @@ def steer_feature(
         EditError: Neither or both of `to` and `times_max`, or no such feature.
         DataError, TokenError: As `hookbook.steer`.
 
-    Source: clamping with the error term kept as in Templeton et al. 2024 (Scaling Monosemanticity, "Influence on behavior"), who clamp to multiples of
-    the maximum.
+    Source: clamping with the error term kept as in Templeton et al. 2024 (Scaling Monosemanticity, "Influence on behavior"), who clamp to
+    multiples of the maximum.
 
     Differs: the random feature that is pushed as far is ours.
     """

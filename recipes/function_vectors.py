@@ -84,7 +84,8 @@ class HeadEffects(Result):
 
 @dataclass(frozen=True, eq=False)
 class FunctionVectors(TaskSweep):
-    """A task's function vector, added at every layer, beside its controls. `values` are the same vector for each site, in the site's place."""
+    """A task's function vector, added at every layer, beside its controls. `values` are the same vector for each site, in the site's
+    place."""
 
     heads: tuple[tuple[int, int], ...]
     """(layer, head) of which it is the sum."""
@@ -120,7 +121,8 @@ def head_effects(
     seed: int = 0,
     progress: bool | None = None,
 ) -> HeadEffects:
-    """The average indirect effect (AIE) of every head: behind examples with wrong answers, give one head at the last token its mean output behind right ones.
+    """The average indirect effect (AIE) of every head: behind examples with wrong answers, give one head at the last token its mean output
+    behind right ones.
 
     Args:
         model: Any model `hookbook.wrap` takes.
@@ -142,8 +144,8 @@ def head_effects(
 
     Source: Todd et al. 2023, arXiv:2310.15213, section 2.3.
 
-    Differs: answers are rotated among the examples, where the authors permute them at random and some stay right; and queries are training pairs, where
-    theirs are a validation part.
+    Differs: answers are rotated among the examples, where the authors permute them at random and some stay right; and queries are training
+    pairs, where theirs are a validation part.
     """
     adapter = wrap(model)
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -188,7 +190,8 @@ def function_vector(
     Args:
         heads: How many heads, by their effect on this task; or which, as (layer, head).
         effects: Choose `heads` by these instead, such as those of several tasks.
-        strength: What the vector is multiplied by. The paper adds it as it is; in small models, whose stream is much longer than a few heads' sum, more is needed.
+        strength: What the vector is multiplied by. The paper adds it as it is; in small models, whose stream is much longer than a few
+            heads' sum, more is needed.
         layers: Where it is added: `"all"`, a layer, a site, or a list; a bare layer is a block's output.
         queries: The most queries of validation, and of test.
         model, task, shots, n_prompts, n_trials, known, seed, progress: See `head_effects`.
@@ -202,8 +205,8 @@ def function_vector(
 
     Source: Todd et al. 2023, arXiv:2310.15213, sections 2.3 and 3.1.
 
-    Differs: biases of the output projection are left out (the authors' code adds them once for each head). In Gemma 2 and 3, where a norm follows the
-    projection, a head's output is what the norm makes of its part with its scale frozen (`Adapter.head_contributions`).
+    Differs: biases of the output projection are left out (the authors' code adds them once for each head). In Gemma 2 and 3, where a norm
+    follows the projection, a head's output is what the norm makes of its part with its scale frozen (`Adapter.head_contributions`).
     """
     adapter = wrap(model)
     card = adapter.card

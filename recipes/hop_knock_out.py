@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 EDGES = (("last", "entity"), ("last", "bridge"), ("last", "second"), ("bridge", "first"))
 """Who attends, and to what, as they are chosen by default."""
 SEEN = ("entity", "bridge", "first", "second")
-"""What can be attended to: the entity's tokens; the last token of the phrase that stands for the bridge; the words of that phrase beside the entity; and the other words of the question."""
+"""What can be attended to: the entity's tokens; the last token of the phrase that stands for the bridge; the words of that phrase beside
+the entity; and the other words of the question."""
 
 
 @dataclass(frozen=True, eq=False)
 class HopKnockOut(Result):
-    """What `n` questions lose without an edge of attention in each window of layers. Numbers are NaN where a question has no such tokens."""
+    """What `n` questions lose without an edge of attention in each window of layers. Numbers are NaN where a question has no such
+    tokens."""
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
@@ -68,7 +70,8 @@ class HopKnockOut(Result):
         return self.right[self.clean].nanmean(0)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each edge, window and control: `edge`, `control`, `layer` (the centre), `first_layer`, `last_layer`, `n` (questions that were answered and have such tokens),
+        """One row for each edge, window and control: `edge`, `control`, `layer` (the centre), `first_layer`, `last_layer`, `n` (questions
+        that were answered and have such tokens),
         `kept` (the share of them that still is), `probability` (mean of the answer's first token) and `clean_probability`."""
         import pandas as pd
 
@@ -101,7 +104,8 @@ class HopKnockOut(Result):
         return ax
 
     def view(self, *, prompt: int = 0) -> View:
-        """An interactive picture (circuitsvis): choose an edge, see which tokens of a prompt are not seen (1), and which are not in the control (-1). Below, the table."""
+        """An interactive picture (circuitsvis): choose an edge, see which tokens of a prompt are not seen (1), and which are not in the
+        control (-1). Below, the table."""
         if not -len(self.prompts) <= prompt < len(self.prompts):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
         values = torch.zeros(len(self.prompts[prompt].strings), len(self.edges), dtype=torch.float64)
@@ -128,10 +132,12 @@ def hop_knock_out(
     Args:
         model: Any model `hookbook.wrap` takes.
         questions: Of `hookbook.hops`.
-        edges: Who attends ("last" or "bridge") and to what ("entity", "bridge", "first" or "second": see `SEEN`). A token always sees itself, and nothing after itself.
+        edges: Who attends ("last" or "bridge") and to what ("entity", "bridge", "first" or "second": see `SEEN`). A token always sees
+            itself, and nothing after itself.
         k: Layers on either side; windows are clipped at the first and the last layer.
         generate: See `hookbook.two_hops`. The edge is cut in the prompt only.
-        seed: Of the tokens that are the control: others that the same token sees, in the sentence that asks, and not the first token of the prompt.
+        seed: Of the tokens that are the control: others that the same token sees, in the sentence that asks, and not the first token of
+            the prompt.
         progress: Show a progress bar; None: for long work only.
 
     Returns:
@@ -142,8 +148,8 @@ def hop_knock_out(
         EditError: A negative `k`.
         Refused: The model's attention patterns cannot be edited.
 
-    Source: Biran et al. 2024, arXiv:2406.12775, section 4, where the window is 7 layers (`k=3`). Attention that is knocked out is shared among the other
-    tokens, as by a mask before the softmax.
+    Source: Biran et al. 2024, arXiv:2406.12775, section 4, where the window is 7 layers (`k=3`). Attention that is knocked out is shared
+    among the other tokens, as by a mask before the softmax.
 
     Differs: the control, as many other tokens of the same sentence, is ours.
     """

@@ -1,7 +1,8 @@
-"""At which layers the bridge of a question in two hops, and its answer, can be read from a state: by the logit lens, and by letting the model describe the state.
+"""At which layers the bridge of a question in two hops, and its answer, can be read from a state: by the logit lens, and by letting the
+model describe the state.
 
-What can be read need not be used. And some names can be read from any state of such prompts; so the bridge of another question is looked for in the same
-states.
+What can be read need not be used. And some names can be read from any state of such prompts; so the bridge of another question is looked
+for in the same states.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class HopReadability(Result):
     settings: dict[str, Any]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each place, site and name: `place`, `site`, `layer`, `name`, `probability` (mean), `lens` and `described` (shares of questions)."""
+        """One row for each place, site and name: `place`, `site`, `layer`, `name`, `probability` (mean), `lens` and `described` (shares
+        of questions)."""
         import pandas as pd
 
         rows = []
@@ -133,8 +135,8 @@ def hop_readability(
 
     Source: Biran et al. 2024, arXiv:2406.12775, section 4.
 
-    Differs: the paper tries every target layer for each source layer, and three drawn continuations; here are one layer, the likeliest continuation, and
-    a control.
+    Differs: the paper tries every target layer for each source layer, and three drawn continuations; here are one layer, the likeliest
+    continuation, and a control.
     """
     adapter = wrap(model)
     check_hops(questions)

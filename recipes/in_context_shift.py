@@ -46,7 +46,8 @@ class InContextVectors(Result):
         return Vector(self.card, site, self.values[self.sites.index(site)], "-1", "", "in_context_vector", dict(self.settings))
 
     def edits(self, strength: float = 0.1) -> list[Edit]:
-        """The published way to use it: `mlp_out` of every layer is turned towards the layer's vector, its length kept, at all tokens, read and generated.
+        """The published way to use it: `mlp_out` of every layer is turned towards the layer's vector, its length kept, at all tokens, read
+        and generated.
 
         Args:
             strength: The paper's lambda; it differs for each model and task.
@@ -96,12 +97,13 @@ def in_context_vector(
     Raises:
         DataError: Fewer than two pairs, or a pair of the same text.
 
-    Source: Liu et al. 2023, arXiv:2311.06668, as the authors' code has it: states of the last token, of the embedding and of all layers end to end; the
-    first principal component of the centred differences, of length 1 over all layers and signed so that the largest of the pairs' scores is positive,
-    **plus the mean difference** (the paper's text names the component alone; `to_frame()` says how near the mean it is).
+    Source: Liu et al. 2023, arXiv:2311.06668, as the authors' code has it: states of the last token, of the embedding and of all layers
+    end to end; the first principal component of the centred differences, of length 1 over all layers and signed so that the largest of the
+    pairs' scores is positive, **plus the mean difference** (the paper's text names the component alone; `to_frame()` says how near the
+    mean it is).
 
-    Differs: the stream entering the first block is read for the embedding (with learned positions, they are in it), and, where a norm follows the MLP
-    (Gemma 2 and 3), what is turned is after that norm.
+    Differs: the stream entering the first block is read for the embedding (with learned positions, they are in it), and, where a norm
+    follows the MLP (Gemma 2 and 3), what is turned is after that norm.
 
     Example:
         >>> from hookbook.testing import toy

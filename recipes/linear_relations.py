@@ -122,7 +122,8 @@ class LinearRelation(Result):
     def factors(self, rank: int, layer: Any = None) -> tuple[Tensor, Tensor]:
         """The same as a product of two: `S^-1 U^T` `[rank, d_model]`, and `V` `[d_model, rank]` which comes after it.
 
-        Singular values that are only rounding have no inverse: 0 stands for it. At the last layer that is all of them, unless the subject ends the prompt.
+        Singular values that are only rounding have no inverse: 0 stands for it. At the last layer that is all of them, unless the subject
+            ends the prompt.
         """
         u, s, v = torch.linalg.svd(self.weight[self.place(layer)])
         keep = self.check_rank(rank)
@@ -148,7 +149,8 @@ class LinearRelation(Result):
         return self.affine(layer, rank=rank)(states, site, site)
 
     def edit(self, model: Any, subject: str, answer: str, **settings: Any) -> Generation:
-        """Make the model answer something else about a subject; see `hookbook.change_answer`, which also has a plan and can be submitted."""
+        """Make the model answer something else about a subject; see `hookbook.change_answer`, which also has a plan and can be
+        submitted."""
         from hookbook.recipes.relation_edits import change_answer
 
         relation: Any = self
@@ -221,19 +223,22 @@ def linear_relation(
 ) -> LinearRelation:
     """A relation as one affine map: the mean first-order expansion of the model around a few subjects.
 
-    With `s` the subject's state at its last token and `F(s)` the last block's output at the last token of the prompt, before the final norm:
-    `W` = mean of `dF/ds`, `b` = mean of `F(s) - dF/ds s`, and the map is `beta W s + b`. All layers come from the same backward passes. Every
-    prompt states the other training pairs first; `layers` and `beta` are chosen on one half of the other pairs, and reported on the other half.
+    With `s` the subject's state at its last token and `F(s)` the last block's output at the last token of the prompt, before the final
+    norm:
+    `W` = mean of `dF/ds`, `b` = mean of `F(s) - dF/ds s`, and the map is `beta W s + b`. All layers come from the same backward passes.
+    Every prompt states the other training pairs first; `layers` and `beta` are chosen on one half of the other pairs, and reported on the
+    other half.
 
-    Other maps, as controls: `beta = 1`; `logit lens`, the subject's state itself; `shift`, that state and the mean of `F(s) - s`; `bias`, `b` alone;
-    `least squares`, fitted by ridge regression to the training pairs; `least squares, validation`, to the many validation pairs; and `random`, noise
-    of the norm of `W`.
+    Other maps, as controls: `beta = 1`; `logit lens`, the subject's state itself; `shift`, that state and the mean of `F(s) - s`; `bias`,
+        `b` alone;
+    `least squares`, fitted by ridge regression to the training pairs; `least squares, validation`, to the many validation pairs; and
+    `random`, noise of the norm of `W`.
 
     Args:
         model: Any model `hookbook.wrap` takes whose backend keeps gradients.
         relation: What is asked; see `hookbook.relations`. The authors keep pairs which the model answers: `hb.known(model, relation)`.
-        layers: Where the subject is read: `"all"`, a layer, a site of the stream, or a list; a bare layer is a block's output. The result holds a matrix
-            of `d_model` squared for each.
+        layers: Where the subject is read: `"all"`, a layer, a site of the stream, or a list; a bare layer is a block's output. The result
+            holds a matrix of `d_model` squared for each.
         betas: Those to choose from; the default is the authors', 0 to 5.
         n_train: Pairs to average over, which are drawn.
         queries: The most validation pairs, and test pairs; None: all, half of them each.
@@ -249,11 +254,12 @@ def linear_relation(
         TokenError: An answer's first token depends on how it is cut.
         Refused: The backend keeps no gradients.
 
-    Source: Hernandez et al. 2023, arXiv:2308.09124, sections 3 and 4. For what the map says of other prompts see `hookbook.attribute_lens`, for edits
+    Source: Hernandez et al. 2023, arXiv:2308.09124, sections 3 and 4. For what the map says of other prompts see
+        `hookbook.attribute_lens`, for edits
     `hookbook.edit_relation`.
 
-    Differs: an answer is right if it is the first token of the object, also of one of several tokens (the authors take any prefix, in lower case);
-    training pairs are not required to be known; and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
+    Differs: an answer is right if it is the first token of the object, also of one of several tokens (the authors take any prefix, in
+    lower case); training pairs are not required to be known; and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
     """
     adapter = wrap(model)
     card = adapter.card
@@ -339,7 +345,8 @@ def _others(
 
 
 def least_squares(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
-    """Ridge regression with a bias from `x` `[n, d_in]` to `y` `[n, d_out]`, at `new` `[m, d_in]`; the penalty is `ridge` times the mean squared norm of centred `x`."""
+    """Ridge regression with a bias from `x` `[n, d_in]` to `y` `[n, d_out]`, at `new` `[m, d_in]`; the penalty is `ridge` times the mean
+    squared norm of centred `x`."""
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, y, new = x.to(wide), y.to(wide), new.to(wide)
     centre, middle = x.mean(0), y.mean(0)
@@ -428,7 +435,8 @@ def attribute_lens(
         progress: Show a progress bar; None: for long work only.
 
     Returns:
-        A `Patchscope` whose map is `beta W s + b` and whose target is the last layer of the prompt itself. `hookbook.logit_lens` is its control.
+        A `Patchscope` whose map is `beta W s + b` and whose target is the last layer of the prompt itself. `hookbook.logit_lens` is its
+        control.
 
     Raises:
         EditError: The relation is of another model.

@@ -92,8 +92,10 @@ class LogitLens(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt, position, site and rank.
 
-        Columns: `prompt`, `position`, `after` (the token there), `own_token` (the model's next), `site`, `layer`, `rank`, `token`, `logprob`,
-        `own_logprob` (what the model gives the token), `entropy`, `kl`; for each wanted token `t`, `logprob t` and `rank t`; for each language `l`, `language l` (its log-probability).
+        Columns: `prompt`, `position`, `after` (the token there), `own_token` (the model's next), `site`, `layer`, `rank`, `token`,
+            `logprob`,
+        `own_logprob` (what the model gives the token), `entropy`, `kl`; for each wanted token `t`, `logprob t` and `rank t`; for each
+        language `l`, `language l` (its log-probability).
         """
         import pandas as pd
 
@@ -115,7 +117,8 @@ class LogitLens(Result):
         return frame.assign(**{name: x.flatten().tolist() for name, x in values.items()})
 
     def cells(self, prompt: int = 0) -> Cells:
-        """What a picture has where: a row for each prompt if one token of each was read, and for each token of one prompt otherwise; a column for each site."""
+        """What a picture has where: a row for each prompt if one token of each was read, and for each token of one prompt otherwise; a
+        column for each site."""
         if not -len(self.prompts) <= prompt < len(self.prompts):
             raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
         single = len(self.rows) == len(self.prompts)
@@ -245,11 +248,11 @@ def logit_lens(
         DataError: Languages share a token, so that it would count twice, or their number is not that of the prompts.
         Refused: The model cannot read a site.
 
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens", with the final norm; the divergence as in Belrose et al. 2023, arXiv:2303.08112;
-    languages as in Wendler et al. 2024, arXiv:2402.10588.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens", with the final norm; the divergence as in Belrose et al. 2023,
+    arXiv:2303.08112; languages as in Wendler et al. 2024, arXiv:2402.10588.
 
-    Differs: Wendler et al. count entropy in bits, here it is in nats; and, of byte-level BPE, a first byte alone, where here all tokens of the first
-    character's first bytes count.
+    Differs: Wendler et al. count entropy in bits, here it is in nats; and, of byte-level BPE, a first byte alone, where here all tokens of
+    the first character's first bytes count.
 
     Example:
         >>> from hookbook.testing import toy

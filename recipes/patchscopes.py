@@ -177,7 +177,8 @@ class Patchscope(Result):
         raise TokenError(f"no value {value!r} in this result", "", f"use one of {', '.join(['probability', 'surprisal', *self.wanted])}")
 
     def view(self, *, prompt: int = 0) -> View:
-        """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability, and what was generated."""
+        """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability,
+        and what was generated."""
         return samples(self.cells(prompt), self.token, self.logprobs, self.texts)
 
     def sections(self) -> list[tuple[str, str, str]]:
@@ -244,8 +245,9 @@ def patchscope(
 
     Source: Ghandeharioun et al. 2024, arXiv:2401.06102, sections 3 and 4. Layers count block outputs from 0.
 
-    Differs: states are what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same as the authors'
-    patch of the normed state after it. It is not where only `l` is the last layer: there the authors' code writes the normed state into the stream.
+    Differs: states are what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same
+    as the authors' patch of the normed state after it. It is not where only `l` is the last layer: there the authors' code writes the
+    normed state into the stream.
 
     Example:
         >>> from hookbook.testing import toy

@@ -32,7 +32,8 @@ TOP = 0.8
 
 
 def directional_ablation(vector: Vector) -> list[Edit]:
-    """Edits that take a direction out of all that a model writes: from the stream entering every block, and from what every attention and MLP adds.
+    """Edits that take a direction out of all that a model writes: from the stream entering every block, and from what every attention and
+    MLP adds.
 
     At all tokens, read and generated, whatever layer the vector is of; for `hookbook.generate` and requests. All share one value.
 
@@ -162,10 +163,12 @@ def select_direction(
     Raises:
         DataError: The candidates are not of the stream entering blocks, or tokens or prompts that cannot be used.
 
-    Source: Arditi et al. 2024, arXiv:2406.11717, as the authors' code has it: discarded are layers from 0.8 of the model on, a divergence above `max_kl`,
-    and candidates whose addition (at their own layer, all tokens) leaves mean log-odds below 0; of the rest the lowest mean log-odds under ablation.
+    Source: Arditi et al. 2024, arXiv:2406.11717, as the authors' code has it: discarded are layers from 0.8 of the model on, a divergence
+    above `max_kl`, and candidates whose addition (at their own layer, all tokens) leaves mean log-odds below 0; of the rest the lowest
+    mean log-odds under ablation.
 
-    Differs: `tokens` are yours to name, and no prompts ship with the authors' numbers; `filter=False` keeps prompts that the paper leaves out.
+    Differs: `tokens` are yours to name, and no prompts ship with the authors' numbers; `filter=False` keeps prompts that the paper leaves
+        out.
     """
     adapter = wrap(model)
     if not isinstance(candidates, ContrastVectors) or any(site.name != "resid_pre" for site in candidates.sites):

@@ -61,7 +61,8 @@ class RelationEdits(Result):
     substituted: Tensor
     """`[site]`: how often they succeed if the whole state is the other subject's."""
     divergence: Tensor
-    """`[site, rank]`: KL divergence in nats of the next token after unrelated sentences about the subject, from the clean run to the edited one; the mean over sentences."""
+    """`[site, rank]`: KL divergence in nats of the next token after unrelated sentences about the subject, from the clean run to the
+    edited one; the mean over sentences."""
     random_divergence: Tensor
     """`[site, rank]`: the same of noise."""
     settings: dict[str, Any]
@@ -178,13 +179,16 @@ def edit_relation(
 ) -> RelationEdits:
     """Make the model say another subject's object, by the low-rank inverse of the relation's map, and count how often it does.
 
-    With `o` and `o'` the last block's outputs for the subject and for another one, `W+ (o' - o)` is added to the subject's state at its last token;
-    `W+` is the pseudo-inverse of the largest singular values of `W`. All sites and ranks of all changes are one request. Controls: noise of the same length, and
-    the other subject's whole state; and how far the next token after sentences which do not ask for the relation moves.
+    With `o` and `o'` the last block's outputs for the subject and for another one, `W+ (o' - o)` is added to the subject's state at its
+    last token;
+    `W+` is the pseudo-inverse of the largest singular values of `W`. All sites and ranks of all changes are one request. Controls: noise
+    of the same length, and the other subject's whole state; and how far the next token after sentences which do not ask for the relation
+    moves.
 
     Args:
         model: The model that the relation is of.
-        relation: What `hookbook.linear_relation` returned. Subjects are its known validation pairs, by which the best site and rank are chosen, and its known test pairs.
+        relation: What `hookbook.linear_relation` returned. Subjects are its known validation pairs, by which the best site and rank are
+            chosen, and its known test pairs.
         layers: Those of the relation's layers to edit; None: all.
         ranks: None: some from 10 to 300, and all of `d_model`.
         changes: The most changes of validation pairs, and of test pairs.
@@ -202,8 +206,8 @@ def edit_relation(
 
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 5. As in the authors' code, `W` is inverted without `beta`.
 
-    Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are measured
-    beside it.
+    Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are
+    measured beside it.
     """
     adapter = wrap(model)
     check_model(adapter, relation)

@@ -1,7 +1,7 @@
 """Which features of a subject's state a linear relation turns into its answer.
 
-A map `o = beta W s + b` is linear, and so is a sparse autoencoder's account of the state, `s = sum_i f_i d_i + b_dec + error`: what the map says is
-the sum of what it says of each feature. This is about the map, which need not be what the model does.
+A map `o = beta W s + b` is linear, and so is a sparse autoencoder's account of the state, `s = sum_i f_i d_i + b_dec + error`: what the
+map says is the sum of what it says of each feature. This is about the map, which need not be what the model does.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 class RelationFeatures(Result):
     """A map's answer as a sum over the `m` features that are active in the subject's state.
 
-    With `F` the difference of the logits that an output means, the answer's less the mean of the others', all numbers below are parts of `F(o)` and sum to
-    it. `F` is `u . o / sigma(o)` and a constant: `u` is the difference of unembedding rows behind the final norm's weight (and its centring, if it is a
-    LayerNorm), and `sigma(o)` is the norm's scale, which depends on the whole output and is held at what it is for `o`. A model's cap on logits is not
-    applied.
+    With `F` the difference of the logits that an output means, the answer's less the mean of the others', all numbers below are parts of
+    `F(o)` and sum to it. `F` is `u . o / sigma(o)` and a constant: `u` is the difference of unembedding rows behind the final norm's
+    weight (and its centring, if it is a LayerNorm), and `sigma(o)` is the norm's scale, which depends on the whole output and is held at
+    what it is for
+    `o`. A model's cap on logits is not applied.
     """
 
     card: ModelCard
@@ -84,7 +85,8 @@ class RelationFeatures(Result):
     settings: dict[str, Any]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each feature, and then one for each other part: `part`, `feature`, `activation`, `contribution`, `says` (the likeliest tokens), `label`, `link`."""
+        """One row for each feature, and then one for each other part: `part`, `feature`, `activation`, `contribution`, `says` (the
+        likeliest tokens), `label`, `link`."""
         import pandas as pd
 
         chosen = self.features.tolist()
@@ -254,9 +256,11 @@ def _dtype(adapter: Adapter) -> torch.dtype:
 
 
 def _reading(adapter: Adapter, output: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What says the first of some tokens over the mean of the others: a direction `[d_model]` with the final norm's scale held at an output's, and a constant.
+    """What says the first of some tokens over the mean of the others: a direction `[d_model]` with the final norm's scale held at an
+    output's, and a constant.
 
-    At zero the final norm is linear but for its own constants (its scale does not change there), and no cap bends the logits; only the scale is another one.
+    At zero the final norm is linear but for its own constants (its scale does not change there), and no cap bends the logits; only the
+    scale is another one.
     """
     zero = torch.zeros(1, len(output), dtype=_dtype(adapter), device=adapter.card.device, requires_grad=True)
     with torch.enable_grad():

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SAEReport(Result):
-    """How well an SAE reconstructs a model's states, and how well the model predicts with the reconstruction in their place. Losses are in nats."""
+    """How well an SAE reconstructs a model's states, and how well the model predicts with the reconstruction in their place. Losses are
+    in nats."""
 
     card: ModelCard
     sae: str
@@ -60,7 +61,8 @@ class SAEReport(Result):
 
     @property
     def loss_recovered(self) -> float:
-        """`(loss_zero - loss_sae) / (loss_zero - loss)`: 1 if the reconstruction does no harm, 0 if as much as zeros. NaN if these do none."""
+        """`(loss_zero - loss_sae) / (loss_zero - loss)`: 1 if the reconstruction does no harm, 0 if as much as zeros. NaN if these do
+        none."""
         return (self.loss_zero - self.loss_sae) / (self.loss_zero - self.loss) if self.loss_zero != self.loss else float("nan")
 
     @property
@@ -131,8 +133,8 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
         DataError: No text has a token to predict.
         Refused: The model cannot read or edit the site, the SAE cannot be computed inside the model, or the site is after the stream.
 
-    Source: the loss recovered as in Rajamanoharan et al. 2024, arXiv:2404.16014, with zeros as the worst; the other numbers as in Bricken et al. 2023,
-    "Towards Monosemanticity", and SAELens' `run_evals` with special tokens ignored, whose `explained_variance` is `1 - fvu`.
+    Source: the loss recovered as in Rajamanoharan et al. 2024, arXiv:2404.16014, with zeros as the worst; the other numbers as in Bricken
+    et al. 2023, "Towards Monosemanticity", and SAELens' `run_evals` with special tokens ignored, whose `explained_variance` is `1 - fvu`.
 
     Differs: SAELens' zeros replace the states of special tokens, too.
     """
@@ -189,7 +191,8 @@ class _Sums:
         self.losses, self.n_targets = torch.zeros(3, dtype=torch.float64), 0
 
     def add(self, states: Tensor, wanted: Tensor, logprobs: Tensor) -> None:
-        """A batch's states at `site` and at `out`, `[n, width]`, and log-probabilities of targets `[3 * m, 1]`: plain, with the SAE, with zeros."""
+        """A batch's states at `site` and at `out`, `[n, width]`, and log-probabilities of targets `[3 * m, 1]`: plain, with the SAE, with
+        zeros."""
         for start, some in chunks(self.sae, states):
             found, x_hat = self.sae.both(some)
             x, x_hat = wanted[start : start + len(some)].cpu().double(), x_hat.cpu().double()

@@ -67,7 +67,8 @@ class Steering(Result):
         return self.numbers[:, 1:].unflatten(1, (2, len(self.sites), len(self.strengths)))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each prompt, vector (`none`, `vector` or `random`), site and strength: those, `layer`, `score`, and `text` if one was generated."""
+        """One row for each prompt, vector (`none`, `vector` or `random`), site and strength: those, `layer`, `score`, and `text` if one
+        was generated."""
         import pandas as pd
 
         places = [
@@ -139,8 +140,10 @@ def steer(
         prompts: A prompt, or a list of `n` prompts.
         strengths: What vectors are multiplied by. They are not normalised.
         layers: Of `ContrastVectors` those to try, None: all; where to put a single `Vector`, None: where it was read.
-        tokens: Two lists of words (texts as they follow a prompt, or ids): the score is `log P(first) - log P(second)` of the next token, in nats.
-        score: A function of a list of texts, such as those of `hookbook.scores`: the score is what it gives for the list of one continuation.
+        tokens: Two lists of words (texts as they follow a prompt, or ids): the score is `log P(first) - log P(second)` of the next token,
+            in nats.
+        score: A function of a list of texts, such as those of `hookbook.scores`: the score is what it gives for the list of one
+            continuation.
         generate: How many tokens to decode greedily after each prompt.
         position, scope: Where vectors are added, see `Edit`; the default is all tokens, read and generated.
         seed: Of the random vectors: one for each site, of the vector's length.
@@ -156,7 +159,8 @@ def steer(
 
     Source: activation addition at all tokens as in Arditi et al. 2024, arXiv:2406.11717 (`resid_pre`, strength 1 and -1).
 
-    Differs: Rimsky et al. 2023, arXiv:2312.06681, add after the instruction only: give their tokens as `position`. The random vector beside it is ours.
+    Differs: Rimsky et al. 2023, arXiv:2312.06681, add after the instruction only: give their tokens as `position`. The random vector
+        beside it is ours.
 
     Example:
         >>> from hookbook.testing import toy

@@ -66,7 +66,8 @@ class TaskSweep(Result):
         return Vector(self.card, self.sites[index], self.values[index].clone(), "-1", self.template, made, dict(self.settings))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each site: `site`, `layer`, `norm`, `validation`, `accuracy`, one column for each control, `zero_shot`, `few_shot`."""
+        """One row for each site: `site`, `layer`, `norm`, `validation`, `accuracy`, one column for each control, `zero_shot`,
+        `few_shot`."""
         import pandas as pd
 
         columns: dict[str, Any] = {

@@ -42,14 +42,15 @@ def task_vector(
 ) -> TaskVectors:
     """A task's vector at every layer: the mean state at the last token of prompts with examples.
 
-    Controls: the vector of examples whose answers are rotated, of another task, and noise of the same length. Rotated answers are no null: the
-    vector still holds what kind of answer is wanted.
+    Controls: the vector of examples whose answers are rotated, of another task, and noise of the same length. Rotated answers are no null:
+    the vector still holds what kind of answer is wanted.
 
     Args:
         model: Any model `hookbook.wrap` takes.
         task: What to find the vector of; see `hookbook.tasks`.
         layers: `"all"`, a layer, a site, or a list; a bare layer is a block's output.
-        mode: `replace` sets the query's state to the mean, as Hendel et al. do; `difference` adds the mean less the mean state without examples.
+        mode: `replace` sets the query's state to the mean, as Hendel et al. do; `difference` adds the mean less the mean state without
+            examples.
         shots: Examples in a prompt.
         n_prompts: Prompts over which the mean is taken; their queries are training pairs, never tested ones.
         other: The task whose vector is a control; None: there is none.
@@ -120,10 +121,12 @@ def compose(
     """Vector algebra over lists: first answer + last copy - first copy, which should answer for the last item.
 
     With `v(item, operation)` the task vector of lists of which an item is copied or answered, the vector is
-    `v(first, answer) + v(last, copy) - v(first, copy)`. Controls are its three parts, `direct` = `v(last, answer)` itself, and noise of the same length.
+    `v(first, answer) + v(last, copy) - v(first, copy)`. Controls are its three parts, `direct` = `v(last, answer)` itself, and noise of
+    the same length.
 
     Args:
-        task: What is answered of an item, such as its capital. Its pairs are split before lists are made, so no tested item is in a list that is shown.
+        task: What is answered of an item, such as its capital. Its pairs are split before lists are made, so no tested item is in a list
+            that is shown.
         length: Items in a list; all four kinds have the same lists.
         model, layers, mode, shots, n_prompts, queries, seed, progress: See `hookbook.task_vector`.
 
@@ -135,7 +138,8 @@ def compose(
 
     Source: Todd et al. 2023, arXiv:2310.15213, section 3.3.
 
-    Differs: the paper sums function vectors, here they are mean states. For function vectors, add what `hookbook.function_vector` gives for each list
+    Differs: the paper sums function vectors, here they are mean states. For function vectors, add what `hookbook.function_vector` gives
+        for each list
     task with the same heads: `Vector` has `+` and `-`.
     """
     adapter = wrap(model)
@@ -190,7 +194,8 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
         DataError: It answers none, or there are too few pairs to show.
         TokenError: An answer's first token depends on how it is cut.
 
-    Source: as papers on tasks and relations choose their items, such as Todd et al. 2023, arXiv:2310.15213, and Hernandez et al. 2023, arXiv:2308.09124.
+    Source: as papers on tasks and relations choose their items, such as Todd et al. 2023, arXiv:2310.15213, and Hernandez et al. 2023,
+        arXiv:2308.09124.
 
     Differs: each pair is asked once, behind one draw of examples.
     """

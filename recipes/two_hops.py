@@ -1,7 +1,7 @@
 """Two hops: does a model that knows both facts also answer the question that needs both?
 
-A composed answer counts for little where a shortcut gives it too: the second relation asked of the entity itself, or the question without its
-entity. So every question is asked in five ways, and the four cells (first hop known or not, second hop known or not) are
+A composed answer counts for little where a shortcut gives it too: the second relation asked of the entity itself, or the question without
+its entity. So every question is asked in five ways, and the four cells (first hop known or not, second hop known or not) are
 told apart.
 """
 
@@ -61,7 +61,8 @@ class TwoHops(Result):
     def select(
         self, *, first: bool | None = True, second: bool | None = True, composed: bool | None = None, shortcut: bool | None = None
     ) -> list[int]:
-        """The numbers of the questions whose parts are answered or not, such as `select(composed=False)`: both hops are known, and the question is not
+        """The numbers of the questions whose parts are answered or not, such as `select(composed=False)`: both hops are known, and the
+        question is not
         answered. None: either way. The paper's sets leave out those with a shortcut (`shortcut=False`)."""
         asked = (
             (first, self.right["first"]),
@@ -75,7 +76,8 @@ class TwoHops(Result):
         return chosen.nonzero()[:, 0].tolist()
 
     def cells(self, by_chain: bool = False) -> pd.DataFrame:
-        """The four cells: `first`, `second`, `n` (questions), `composed` (how many of them are answered), `rate`, and of those without a shortcut `n_clean`,
+        """The four cells: `first`, `second`, `n` (questions), `composed` (how many of them are answered), `rate`, and of those without a
+        shortcut `n_clean`,
         `composed_clean`, `rate_clean`.
 
         Args:
@@ -101,7 +103,8 @@ class TwoHops(Result):
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each question: `chain`, `prompt`, `entity`, `bridge`, `answer`, and for each of `WAYS` whether it is answered and, as `said NAME`, the likeliest token."""
+        """One row for each question: `chain`, `prompt`, `entity`, `bridge`, `answer`, and for each of `WAYS` whether it is answered and,
+        as `said NAME`, the likeliest token."""
         import pandas as pd
 
         facts = {"chain": self.chains, "prompt": [prompt.text for prompt in self.prompts], "entity": self.entities, "bridge": self.bridges}
@@ -133,8 +136,8 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
     Args:
         model: Any model `hookbook.wrap` takes.
         questions: Of `hookbook.hops`.
-        generate: 0: an answer is right if its first token is the likeliest; else, as in the paper, if it is in so many greedily generated tokens, in any
-            case (the paper: 10).
+        generate: 0: an answer is right if its first token is the likeliest; else, as in the paper, if it is in so many greedily generated
+            tokens, in any case (the paper: 10).
         progress: Show a progress bar; None: for long work only.
 
     Returns:
@@ -144,7 +147,8 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         DataError: No questions, or one that is not in two hops.
         TokenError: An answer's first token depends on how it is cut.
 
-    Source: Biran et al. 2024, arXiv:2406.12775, sections 3 and 4. The relation shortcut is the prompt with the entity's text removed, as theirs.
+    Source: Biran et al. 2024, arXiv:2406.12775, sections 3 and 4. The relation shortcut is the prompt with the entity's text removed, as
+        theirs.
 
     Differs: answers have no aliases here.
 

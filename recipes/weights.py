@@ -19,7 +19,8 @@ from hookbook.vectors import Vector
 def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) -> Path:
     """Write a model that cannot write a direction: `W - r r^T W` for every matrix and bias that writes to the stream.
 
-    These are the embedding (and learned positions), attention's and the MLP's output projections. A tied unembedding is untied and stays as it was.
+    These are the embedding (and learned positions), attention's and the MLP's output projections. A tied unembedding is untied and stays
+    as it was.
 
     Args:
         model: A TransformerBridge or an nnsight model on this machine, its adapter, or a name or folder for `hookbook.load`.
@@ -33,14 +34,16 @@ def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) ->
         Refused: The model has no Hugging Face weights here, or a part that is not a plain matrix.
         ModelError: The folder exists, or the vector is of another width.
 
-    Where nothing follows the projections (Llama, GPT-2), the new model is the old one under `hookbook.directional_ablation`. **Where a norm follows them
-    (Gemma 2 and 3)** a matrix is made orthogonal to `g * r`, with `g` the norm's weight: what comes out of the norm then has no component along `r`, so nothing writes
-    the direction; but the norm no longer counts the component in its scale, so the new model is not exactly the ablated one.
+    Where nothing follows the projections (Llama, GPT-2), the new model is the old one under `hookbook.directional_ablation`. **Where a
+    norm follows them (Gemma 2 and 3)** a matrix is made orthogonal to `g * r`, with `g` the norm's weight: what comes out of the norm then
+    has no component along `r`, so nothing writes the direction; but the norm no longer counts the component in its scale, so the new model
+    is not exactly the ablated one.
 
     Source: Arditi et al. 2024, arXiv:2406.11717.
 
-    Differs: the paper has `r` itself for every matrix and says that weights and ablation are the same; where a norm follows, they are not, and matrices
-    are made orthogonal to what the norm turns into `r`. A bias for activation addition is not written: most families have none to write to.
+    Differs: the paper has `r` itself for every matrix and says that weights and ablation are the same; where a norm follows, they are not,
+    and matrices are made orthogonal to what the norm turns into `r`. A bias for activation addition is not written: most families have
+    none to write to.
     """
     path = Path(folder)
     if path.exists():

@@ -72,7 +72,8 @@ def pytest_report_header() -> list[str]:
     if HOOKED:
         return []
     return [
-        f"transformer-lens {lens_version()} has no HookedTransformer: deselected is what needs it (-m hooked), ignored are {', '.join(CANNOT_BE_IMPORTED)}"
+        f"transformer-lens {lens_version()} has no HookedTransformer: deselected is what needs it (-m hooked), ignored are "
+        f"{', '.join(CANNOT_BE_IMPORTED)}"
     ]
 
 

@@ -18,7 +18,8 @@ from tests.conftest import marked
 
 
 def kinds() -> list[Any]:
-    """The names of all results that hookbook has, as parameters of a test; those that need SAELens, which needs HookedTransformer, are marked."""
+    """The names of all results that hookbook has, as parameters of a test; those that need SAELens, which needs HookedTransformer, are
+    marked."""
     import hookbook.recipes
 
     for module in pkgutil.iter_modules(hookbook.recipes.__path__, "hookbook.recipes."):

@@ -1,7 +1,8 @@
 """Train the demonstration SAE that ships with hookbook: `python training/demo_sae.py` (about an hour on two cores that do nothing else).
 
 Every text is the model's own: it goes on from the short beginnings below and from few-shot prompts of hookbook's tasks. The trainer is
-SAELens' own (`SAETrainer`, BatchTopK, saved as the JumpReLU SAE it is at inference). Steps that are done are kept in a folder and not repeated.
+SAELens' own (`SAETrainer`, BatchTopK, saved as the JumpReLU SAE it is at inference). Steps that are done are kept in a folder and not
+repeated.
 """
 
 from __future__ import annotations

@@ -45,8 +45,10 @@ class Adapter(ABC):
             tokens: `[prompt, pos]` the new tokens.
             mask: `[prompt, kept + pos]`, 0 where a token is left padding; None if nothing is padded.
             climb: What to do on the way.
-            kept: Keys and values of the tokens before, as `keep` returned them: for each layer a `hookbook.travel.kept.Kept`, which is consumed.
-            keep: Return keys and values of all tokens, for each layer below `climb.last`, with room for so many tokens more, less one; 0: do not.
+            kept: Keys and values of the tokens before, as `keep` returned them: for each layer a `hookbook.travel.kept.Kept`, which is
+                consumed.
+            keep: Return keys and values of all tokens, for each layer below `climb.last`, with room for so many tokens more, less one; 0:
+                do not.
         """
 
     @abstractmethod

@@ -238,7 +238,8 @@ def recording(dry: bool = False) -> Iterator[Recording]:
 
 
 def settle(value: Any, record: Recording) -> Any:
-    """`value` with its numbers: every tape is sent, its promises are filled in and what waited is computed. Data classes are filled in place."""
+    """`value` with its numbers: every tape is sent, its promises are filled in and what waited is computed. Data classes are filled in
+    place."""
     for one in list(record.tapes.values()):
         wanted = {x.slot: x for x in _deferred(value, waiting=True) if x.tape is one and x.number is None}
         if wanted or one.conditions:

@@ -29,7 +29,8 @@ TRIED = {
 """The versions the tests ran with."""
 
 TOLERANCE = 1e-3
-"""The largest difference that counts as none, over the token's largest value: float32, other implementations of attention, rounding that grows along the layers."""
+"""The largest difference that counts as none, over the token's largest value: float32, other implementations of attention, rounding that
+grows along the layers."""
 
 N_TOLD = 8
 """How many tokens are generated."""
@@ -96,9 +97,9 @@ def check(name: str, device: str = "cpu") -> Iterator[Finding]:
         device: Where to run.
 
     Yields:
-        A finding for each adapter and quantity. Sites and logits are the same if at every token of a few prompts their largest difference is below `TOLERANCE`
-        of that token's largest value; else the first site that differs, in the order of the forward pass, is named. Sites that an adapter refuses are named
-        with its reason; what raises is a finding that says so.
+        A finding for each adapter and quantity. Sites and logits are the same if at every token of a few prompts their largest difference
+        is below `TOLERANCE` of that token's largest value; else the first site that differs, in the order of the forward pass, is named.
+        Sites that an adapter refuses are named with its reason; what raises is a finding that says so.
 
     Raises:
         ModelError: The model cannot be found or loaded.
@@ -276,7 +277,8 @@ def _compare(backend: str, adapter: Adapter, plain: list[Plain]) -> Iterator[Fin
 
 
 def _difference(ours: Any, plain: list[Any]) -> float:
-    """The largest difference of any token over its own largest value, or a hundredth of what most tokens have; keys that no shorter prompt has are 0 there."""
+    """The largest difference of any token over its own largest value, or a hundredth of what most tokens have; keys that no shorter
+    prompt has are 0 there."""
     import torch
 
     width = ours.shape[-1]

@@ -1,7 +1,7 @@
 """Text of any script in pictures: with whatever installed fonts have its letters, and spelt out where none has.
 
-matplotlib brings one font, DejaVu Sans, without Chinese, Japanese, Korean, Devanagari and most emoji. Any other font that is installed, such as those of
-Debian's fonts-noto-cjk and fonts-noto-core, or was given to matplotlib's `fontManager.addfont`, is found by itself.
+matplotlib brings one font, DejaVu Sans, without Chinese, Japanese, Korean, Devanagari and most emoji. Any other font that is installed,
+such as those of Debian's fonts-noto-cjk and fonts-noto-core, or was given to matplotlib's `fontManager.addfont`, is found by itself.
 """
 
 from __future__ import annotations

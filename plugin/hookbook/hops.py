@@ -22,9 +22,11 @@ CHAINS = tuple(
 
 @dataclass(frozen=True)
 class TwoHop(Statement):
-    """A question such as "The capital of the country of Lyon is": from an entity over a bridge, which the text does not name, to the answer.
+    """A question such as "The capital of the country of Lyon is": from an entity over a bridge, which the text does not name, to the
+    answer.
 
-    `start` and `end` are the phrase of the first hop ("the country of Lyon"), so that `subject_at` is the token at which the bridge can be known.
+    `start` and `end` are the phrase of the first hop ("the country of Lyon"), so that `subject_at` is the token at which the bridge can be
+    known.
     """
 
     entity: str
@@ -50,14 +52,15 @@ class TwoHop(Statement):
 def chain(first: str | Relation, second: str | Relation, n: int | None = None, *, shots: int = 0, seed: int = 0) -> list[TwoHop]:
     """Questions of two relations, of which the first leads to subjects of the second.
 
-    Prompts are the second relation's first template with the first one's phrase as its subject. A question is left out if its text holds the
-    answer or the bridge, or if one of these holds the other.
+    Prompts are the second relation's first template with the first one's phrase as its subject. A question is left out if its text holds
+    the answer or the bridge, or if one of these holds the other.
 
     Args:
         first: Of entities and bridges, with a `phrase`: a relation, or the name of one that ships.
         second: Of bridges and answers.
         n: At most so many, drawn; None: all, in the order of the first relation.
-        shots: Other questions with their answers before each, and likewise before its hops and shortcuts; their bridges and answers are others.
+        shots: Other questions with their answers before each, and likewise before its hops and shortcuts; their bridges and answers are
+            others.
         seed: Of the drawing.
 
     Raises:
@@ -86,7 +89,8 @@ def chain(first: str | Relation, second: str | Relation, n: int | None = None, *
     if not triples:
         raise DataError(
             f"no questions of {first.name!r} and {second.name!r}",
-            f"no object of the first, such as {first.pairs[0][1]!r}, is a subject of the second, such as {second.pairs[0][0]!r}, whose answer is not told",
+            f"no object of the first, such as {first.pairs[0][1]!r}, is a subject of the second, such as {second.pairs[0][0]!r}, whose "
+            f"answer is not told",
             "choose relations that follow each other",
         )
     draw = random.Random(f"{seed} {first.name} {second.name}")
@@ -103,7 +107,8 @@ Triple = tuple[str, str, str]
 
 
 def _given(entity: str, bridge: str, answer: str, text: str) -> bool:
-    """Whether a question's text tells its answer or its bridge, or one of these tells the other, as Germany does German, and Mexico City Mexico."""
+    """Whether a question's text tells its answer or its bridge, or one of these tells the other, as Germany does German, and Mexico City
+    Mexico."""
     text, bridge, answer = text.lower(), bridge.lower(), answer.lower()
     return answer in text or bridge in text or answer in bridge or bridge in answer
 

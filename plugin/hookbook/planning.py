@@ -47,7 +47,8 @@ Place = tuple[int, int]
 
 
 def join_place(site: Site) -> Place:
-    """Where a site is in the pass, and so where a row that is first edited there leaves: boundary, and 0 or 1 for before or after it is crossed."""
+    """Where a site is in the pass, and so where a row that is first edited there leaves: boundary, and 0 or 1 for before or after it is
+    crossed."""
     if site.layer is None:
         return (-1, 0)
     return (site.layer + 1, 0) if site.name == "resid_post" else (site.layer, 1)
@@ -204,7 +205,8 @@ class Part:
         return split if saved > PASS_TOKENS * self.last or self.request.grad else 0  # no graph is kept of a prefix
 
     def _packs(self) -> tuple[int, int]:
-        """How many rows of one token share a row of the batch, in the prompt and in decoding: many save copies of the prefix, few leave fewer slots empty."""
+        """How many rows of one token share a row of the batch, in the prompt and in decoding: many save copies of the prefix, few leave
+        fewer slots empty."""
         sites = [read.site for read in self.request.reads] + [edit.site for row in self.rows for edit, _ in row.edits]
         if not self.split or self.request.grad or any(site.name == "attn_pattern" for site in sites):
             return 1, 1

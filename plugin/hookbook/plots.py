@@ -48,7 +48,8 @@ STYLE = {
 def drawing(ax: Axes | None, size: tuple[float, float], title: str = "") -> Iterator[Axes]:
     """Axes to draw on in hookbook's style: those given, or of a new figure of this size in inches. A title that is there stays."""
     plt = need("matplotlib.pyplot", "plot()")
-    # made before the context: the first figure loads the backend, and what a notebook's sets then would be undone, so that no later picture were shown
+    # made before the context: the first figure loads the backend, and what a notebook's sets then would be undone, so that no later
+    # picture were shown
     figure = plt.figure(figsize=size, layout="constrained") if ax is None else None
     try:
         with plt.rc_context(STYLE):
@@ -301,7 +302,8 @@ def _width(text: str, size: float = SIZE) -> float:
 
 
 def _fitting(word: str, width: float, size: float) -> tuple[str, float]:
-    """What of a word is written in a cell, and how large: smaller letters if it is long, its beginning if it is longer, nothing if there is no room for that."""
+    """What of a word is written in a cell, and how large: smaller letters if it is long, its beginning if it is longer, nothing if there
+    is no room for that."""
     whole = show(word.strip() or word)
     text = spelt(whole)
     wide = _width(text, size)

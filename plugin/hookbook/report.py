@@ -1,4 +1,5 @@
-"""Pages that open offline: one HTML file that asks for no other, readable on paper-white and on black, on a telephone, and without a mouse."""
+"""Pages that open offline: one HTML file that asks for no other, readable on paper-white and on black, on a telephone, and without a
+mouse."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ def picture(png: bytes, alt: str) -> str:
 
 
 def page(title: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    """A page of sections, each a heading, a sentence or two, and HTML. Only the views' own scripts may run in it, and nothing may be loaded."""
+    """A page of sections, each a heading, a sentence or two, and HTML. Only the views' own scripts may run in it, and nothing may be
+    loaded."""
     parts = []
     for head, words, content in sections:
         parts.append(f"<section>{f'<h2>{prose(head)}</h2>' if head else ''}{f'<p>{prose(words)}</p>' if words else ''}{content}</section>")
@@ -155,7 +157,8 @@ def page(title: str, sections: Sequence[tuple[str, str, str]], footer: str) -> s
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{policy(body)}">'
-        f"<meta name=viewport content='width=device-width, initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<meta name=viewport content='width=device-width, "
+        f"initial-scale=1'><title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body><main><h1>{html.escape(title)}</h1>{body}</main><footer>{html.escape(footer)}</footer></body></html>"
     )
 

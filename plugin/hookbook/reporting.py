@@ -34,7 +34,8 @@ _SHOWN_ELSEWHERE = {"vocab", "labels", "links", "settings"}
 
 
 def of(result: Result) -> str:
-    """The whole page; of a result that is too large for one, without the view, then with fewer rows, then without the result's own sections. It says what is left out.
+    """The whole page; of a result that is too large for one, without the view, then with fewer rows, then without the result's own
+    sections. It says what is left out.
 
     Raises:
         ResultError: It is too large all the same.

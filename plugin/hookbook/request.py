@@ -34,7 +34,8 @@ Scope = Literal["prompt", "generated", "all"] | tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class FeatureChange:
-    """What becomes of features of a sparse autoencoder: `scale` times the activation, plus `shift`. `hookbook.sae.AttachedSAE.edit` makes them."""
+    """What becomes of features of a sparse autoencoder: `scale` times the activation, plus `shift`. `hookbook.sae.AttachedSAE.edit` makes
+    them."""
 
     code: dict[str, Any]
     """The SAE's weights, of these features or of all; see `hookbook.travel.features`."""
@@ -86,15 +87,16 @@ class Edit:
     | `scale` | `x * value` | a number |
     | `project_out` | `x - (x . u) u` | `[width]`, any length but 0 |
     | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[width]`, any length but 0 |
-    | `rotate` | `x` turned towards `value`, its length kept: along `x / |x| + (1 + max(0, -cos(x, u))) value` | `[width]`, its length says how far |
+    | `rotate` | `x` turned towards `value`, its length kept: along `x / |x| + (1 + max(0, -cos(x, u))) value` | `[width]`, its length says
+    how far |
     | `features` | the site under changed activations of an SAE | what `hookbook.sae.AttachedSAE.edit` gives |
     | `knock_out` | of `attn_pattern` alone: `keys` get no attention, the others share it as the softmax would without them | none |
 
     `width` is that of the site (`Site.width`): `d_model`, or the width of one head for `head_z.9.3`. A row's edits at the
     same site apply in the order given.
 
-    `attn_pattern` takes numbers, at the tokens that attend (`position`) and, among those they see, the tokens attended to (`keys`; None: all), in every
-    head or in one (`attn_pattern.9.3`): `set` and `scale` do not renormalise, `knock_out` equals a score of minus
+    `attn_pattern` takes numbers, at the tokens that attend (`position`) and, among those they see, the tokens attended to (`keys`; None:
+    all), in every head or in one (`attn_pattern.9.3`): `set` and `scale` do not renormalise, `knock_out` equals a score of minus
     infinity before the softmax. Where nothing else is attended to, `knock_out` leaves zeros.
 
     `scope` says when an edit acts while tokens are decoded: on the `prompt`'s tokens at `position`, as if nothing came

@@ -29,7 +29,8 @@ class Result:
         """Draw, and return the axes."""
 
     def view(self) -> View:
-        """What a browser shows, without a network: of a result whose tokens matter something to click on, of others the table of `to_frame()`."""
+        """What a browser shows, without a network: of a result whose tokens matter something to click on, of others the table of
+        `to_frame()`."""
         return View.table(self.to_frame(), type(self).__name__)
 
     def report(self, path: str | os.PathLike[str]) -> Path:
@@ -120,6 +121,7 @@ def ending(text: str, n: int) -> str:
 
 
 def show(token: str) -> str:
-    """A token for display: white space and line breaks are made visible, control characters and half letters are marked; joiners of letters and signs stay."""
+    """A token for display: white space and line breaks are made visible, control characters and half letters are marked; joiners of
+    letters and signs stay."""
     text = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else "·" for c in text) if text.strip() else "␣" * max(1, len(text))

@@ -113,7 +113,8 @@ class AttachedSAE:
         return encode(self.sae, states)
 
     def reconstruct(self, states: Tensor) -> Tensor:
-        """What SAELens' SAE makes of states: `[n, width]` at `out`. Inputs are encoded and decoded together, as normalising SAEs need it."""
+        """What SAELens' SAE makes of states: `[n, width]` at `out`. Inputs are encoded and decoded together, as normalising SAEs need
+        it."""
         return reconstruct(self.sae, states)
 
     def both(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,8 +147,8 @@ class AttachedSAE:
     ) -> Edit:
         """An edit of features, all at once: what SAELens does with a hook on `hook_sae_acts_post`.
 
-        With `f` the activations of `x`, `f'` what they become and `W` the decoder's rows, the result is `x + (f' - f) W`: what the SAE does not
-        reconstruct stays. Without `keep_error` it is the decoded `f'`.
+        With `f` the activations of `x`, `f'` what they become and `W` the decoder's rows, the result is `x + (f' - f) W`: what the SAE
+        does not reconstruct stays. Without `keep_error` it is the decoded `f'`.
 
         Args:
             features: Which.
@@ -156,7 +157,8 @@ class AttachedSAE:
             scale: What they are multiplied by.
             times_max: They become this many times their largest activation (`maxima`, see `attach`).
             keep_error: Whether what the SAE does not reconstruct stays.
-            position: Of the prompt's tokens; None: every one but a beginning-of-sequence token; with the scopes `generated` and a tuple it is not used.
+            position: Of the prompt's tokens; None: every one but a beginning-of-sequence token; with the scopes `generated` and a tuple it
+                is not used.
             scope: See `hookbook.request.Edit`.
 
         Raises:
@@ -294,7 +296,8 @@ def attach(
 
     Raises:
         ModelError: sae-lens is not installed, or what was given is no SAE; the SAE is of another model, or of weights that TransformerLens
-            processed where these are not, or the other way round; or it was trained on scaled activations and the scale was never folded in.
+            processed where these are not, or the other way round; or it was trained on scaled activations and the scale was never folded
+            in.
         SiteError: Its hook name is no site of this model, or its width is another one.
         TokenError, DataError: `bos` differs from what the SAE says; labels or maxima that are none.
     """
@@ -336,7 +339,8 @@ def checked(sae: Any) -> AttachedSAE:
 
 
 def demo() -> SAE:
-    """The small SAE that ships, of `resid_post.9` of `gemma-3-270m`: for tests and first steps, not for science. Its report card is in `hookbook/data/sae`.
+    """The small SAE that ships, of `resid_post.9` of `gemma-3-270m`: for tests and first steps, not for science. Its report card is in
+    `hookbook/data/sae`.
 
     For research load a published one: `SAE.from_pretrained("gemma-scope-2-270m-pt-res", "layer_9_width_16k_l0_medium")`.
     """

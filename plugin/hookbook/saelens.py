@@ -1,4 +1,5 @@
-"""SAEs as SAELens has them, before they meet a model: whose they are, what they compute, and their weights as the forked pass takes them."""
+"""SAEs as SAELens has them, before they meet a model: whose they are, what they compute, and their weights as the forked pass takes
+them."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def name_of(sae: SAE, card: ModelCard, site: Site) -> str:
 
 
 def directions(sae: SAE) -> Tensor:
-    """What an activation of 1 of each feature adds to the reconstruction, `[d_sae, d_out]`: the decoder's rows, of unit length if the decoder makes them so."""
+    """What an activation of 1 of each feature adds to the reconstruction, `[d_sae, d_out]`: the decoder's rows, of unit length if the
+    decoder makes them so."""
     rows = sae.W_dec.detach()
     return rows / rows.norm(dim=-1, keepdim=True) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else rows
 

@@ -243,7 +243,8 @@ _INSTEAD = "use a causal language model whose blocks keep keys and values of eve
 
 
 def _close(itemsize: int, a: Tensor, b: Tensor) -> Any:
-    """Whether two say the same of every token, whose own largest number is what a difference is measured by: a first token's may be 1000 times the others'."""
+    """Whether two say the same of every token, whose own largest number is what a difference is measured by: a first token's may be 1000
+    times the others'."""
     a, b = a.float().cpu(), b.float().cpu()
     if a.shape != b.shape:
         return torch.tensor(False)

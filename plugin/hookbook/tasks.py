@@ -1,4 +1,5 @@
-"""Tasks: pairs of an input and an output, the prompts that show them, and splits that leak nothing. Contrasts: texts with and without something.
+"""Tasks: pairs of an input and an output, the prompts that show them, and splits that leak nothing. Contrasts: texts with and without
+something.
 
 The data that ships is our own: facts and words as JSON in `data/pairs`, texts in `data/contrasts`.
 """
@@ -209,8 +210,8 @@ class Contrast(NamedTuple):
 
 
 def contrast(source: str | Path) -> Contrast:
-    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or `sentiment`; or the path of
-    a JSON file, an object with two lists of texts, `positive` and `negative`.
+    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or
+    `sentiment`; or the path of a JSON file, an object with two lists of texts, `positive` and `negative`.
 
     Raises:
         DataError: There is no such contrast, or the file is none.
@@ -245,7 +246,8 @@ def openings(name: str) -> tuple[str, ...]:
 
 
 def entities(kind: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Names of a kind that ship (`person`, `company` or `country`), each with words of which any one in a short text shows that it is known.
+    """Names of a kind that ship (`person`, `company` or `country`), each with words of which any one in a short text shows that it is
+    known.
 
     Raises:
         DataError: No such kind.

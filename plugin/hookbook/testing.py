@@ -67,7 +67,8 @@ class ToyModel(nn.Module):
         self.norm, self.unembed = nn.LayerNorm(d_model), nn.Linear(d_model, d_vocab)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, kept: list | None = None, before: int = 0) -> Tensor:
-        """Logits `[batch, pos, d_vocab]`; `mask` `[batch, kept + pos]`; `kept`, of each block, takes new keys and values and returns all, `before` of them earlier."""
+        """Logits `[batch, pos, d_vocab]`; `mask` `[batch, kept + pos]`; `kept`, of each block, takes new keys and values and returns all,
+        `before` of them earlier."""
         n = tokens.shape[1]
         mask = torch.ones(len(tokens), before + n, dtype=torch.long) if mask is None else mask
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]

@@ -279,7 +279,8 @@ def beginnings(word: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def after_instruction(tokenizer: Any) -> list[int]:
-    """The tokens of a chat template that follow the instruction, as negative positions in order; for models that answer, where they decide what to say.
+    """The tokens of a chat template that follow the instruction, as negative positions in order; for models that answer, where they decide
+    what to say.
 
     Raises:
         TokenError: The tokenizer has no chat template, or nothing follows.

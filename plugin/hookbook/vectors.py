@@ -119,15 +119,17 @@ class Vector(Result):
     ) -> FeatureVector:
         """This vector as features of a sparse autoencoder of its site.
 
-        A state, such as a mean of states or a task vector by `replace`, is what an SAE was trained on: with `encode`, `v = decode(encode(v)) + error`, and
-        the values are SAELens' activations. A difference of states, such as a steering vector, is not: the encoder's bias and thresholds are those of
-        states, and negative parts mean something. With `pursuit` it is fitted by decoder rows alone, greedily, with all coefficients refitted at each step.
+        A state, such as a mean of states or a task vector by `replace`, is what an SAE was trained on: with `encode`, `v =
+        decode(encode(v)) + error`, and the values are SAELens' activations. A difference of states, such as a steering vector, is not: the
+        encoder's bias and thresholds are those of states, and negative parts mean something. With `pursuit` it is fitted by decoder rows
+        alone, greedily, with all coefficients refitted at each step.
 
         Args:
-            sae: What `hookbook.sae.attach` gave, or an SAE of SAELens whose hook name is this vector's site. A transcoder's rows are of its output.
+            sae: What `hookbook.sae.attach` gave, or an SAE of SAELens whose hook name is this vector's site. A transcoder's rows are of
+                its output.
             method: `pursuit` or `encode`.
-            k: The most features of a pursuit, which stops earlier where its residual has less than a millionth of the squared length; `encode` keeps all
-                that are active.
+            k: The most features of a pursuit, which stops earlier where its residual has less than a millionth of the squared length;
+                `encode` keeps all that are active.
             nonnegative: Whether a pursuit's coefficients are 0 or more, as activations are.
 
         Raises:
@@ -136,7 +138,8 @@ class Vector(Result):
             EditError: The vector is zero.
             Refused: `encode` with a transcoder, or with an SAE that brings states to one size.
 
-        Source: Pati et al. 1993, orthogonal matching pursuit; Bruckstein et al. 2008, the same with coefficients of 0 or more. On what encoding misses in
+        Source: Pati et al. 1993, orthogonal matching pursuit; Bruckstein et al. 2008, the same with coefficients of 0 or more. On what
+            encoding misses in
         steering vectors: Mayne et al. 2024, arXiv:2411.08790.
         """
         from hookbook.recipes.feature_decomposition import decompose

@@ -28,7 +28,8 @@ def opened(chromium):
         if views:
             until(
                 page,
-                f"[...document.querySelectorAll('[data-hookbook-view]')].filter(e => e.offsetHeight > 40 && e.querySelectorAll('*').length > 5).length == {views}",
+                f"[...document.querySelectorAll('[data-hookbook-view]')].filter(e => e.offsetHeight > 40 && "
+                f"e.querySelectorAll('*').length > 5).length == {views}",
             )
         pages.append(page)
         return page
@@ -62,13 +63,15 @@ def test_a_report_is_shown_whole_and_alone(opened, kind, tmp_path):
         pictures = page.evaluate("[...document.images].map(i => [i.alt.length, i.naturalWidth, i.offsetWidth])")
         assert pictures and all(alt > 20 and natural > 300 and shown > 300 for alt, natural, shown in pictures)
         drawn = page.evaluate(
-            "[...document.querySelectorAll('[data-hookbook-view]')].map(e => [e.offsetWidth, e.offsetHeight, e.querySelectorAll('*').length])"
+            "[...document.querySelectorAll('[data-hookbook-view]')].map(e => [e.offsetWidth, e.offsetHeight, "
+            "e.querySelectorAll('*').length])"
         )
         assert len(drawn) == views and all(wide > 100 and high > 40 and parts > 5 for wide, high, parts in drawn)
         text, ground = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
         assert (sum(map(int, text[4:-1].split(","))) > sum(map(int, ground[4:-1].split(",")))) == (scheme == "dark")
         wide = page.evaluate(
-            "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX == 'auto').map(e => e.tabIndex)"
+            "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX == "
+            "'auto').map(e => e.tabIndex)"
         )
         assert all(index == 0 for index in wide), "what scrolls can be reached by keyboard"
 

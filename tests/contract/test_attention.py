@@ -63,7 +63,8 @@ def test_heads_add_up_to_attention(case, tiny_folder, monkeypatch):
 
 
 def test_a_head_adds_what_is_missing_without_it(case):
-    """The control through the model itself. With a norm after attention, the others are scaled anew, so the difference is not this head's alone."""
+    """The control through the model itself. With a norm after attention, the others are scaled anew, so the difference is not this head's
+    alone."""
     adapter, card = case.adapter, case.adapter.card
     tokens = adapter.encode(TEXTS[0])
     rows = [Row(0)] + [Row(0, (hb.Edit(hb.Site("head_z", 1, head), 0.0, "set", slice(None)),)) for head in range(card.n_heads)]

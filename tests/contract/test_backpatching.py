@@ -143,7 +143,8 @@ def test_answers_in_generated_text_are_those_of_plain_decoding(case):
 
 
 def planted() -> hb.Backpatch:
-    """Six questions; 4 and 5 are answered. Pair (2, 1) fixes all the others; (2, 0) some, as the shuffled control does; (1, 0) breaks what is known."""
+    """Six questions; 4 and 5 are answered. Pair (2, 1) fixes all the others; (2, 0) some, as the shuffled control does; (1, 0) breaks
+    what is known."""
     from hookbook.testing import toy
 
     found = hb.backpatch(toy(), [(text, f"answer {text}") for text in "abcdef"], controls=["shuffled", "swapped"])

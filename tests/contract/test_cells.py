@@ -61,7 +61,8 @@ def edit_of(what: str, op: str, place: str, card: hb.ModelCard, n_tokens: int) -
 
 
 def allowed(what: str, op: str) -> bool:
-    """Whether the interface has an operation at a site: a pattern takes numbers, only a pattern has attention to knock out, one number has no directions."""
+    """Whether the interface has an operation at a site: a pattern takes numbers, only a pattern has attention to knock out, one number
+    has no directions."""
     if what == "mlp_act.unit" and op == "rotate":
         return False
     return op in PATTERN_OPS if what.startswith("attn_pattern") else op != "knock_out"

@@ -1,4 +1,5 @@
-"""Every `yes` of docs/reference/sites.md, on the models of which it says so: what is read there and written there does what the page says."""
+"""Every `yes` of docs/reference/sites.md, on the models of which it says so: what is read there and written there does what the page
+says."""
 
 from __future__ import annotations
 

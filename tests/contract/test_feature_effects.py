@@ -1,4 +1,5 @@
-"""What features do, on every adapter: sweeps, attributions and backpatched features against naive loops through SAELens, closed forms and finite differences."""
+"""What features do, on every adapter: sweeps, attributions and backpatched features against naive loops through SAELens, closed forms and
+finite differences."""
 
 from __future__ import annotations
 
@@ -176,7 +177,8 @@ def test_the_largest_attributions_are_those_measured_and_lists_are_measured_whol
 
 
 def test_a_linear_readout_makes_attributions_exact(case):
-    """At the last block's output only the norm stands before the logits: a planted feature along a direction in which a logit difference hardly bends."""
+    """At the last block's output only the norm stands before the logits: a planted feature along a direction in which a logit difference
+    hardly bends."""
     card = case.adapter.card
     sae = attached(case, "standard", layer=card.n_layers - 1)
     sae.sae.W_dec.data *= 1e-4

@@ -1,4 +1,5 @@
-"""Vectors as features, patchscopes of features, and features in a relation's map, on every adapter against plain runs and SAELens' own decoder."""
+"""Vectors as features, patchscopes of features, and features in a relation's map, on every adapter against plain runs and SAELens' own
+decoder."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ LETTERS = Task(tuple((letter, letter.upper()) for letter in ascii_lowercase), "l
 
 
 def own_task(case: Case, n: int = 24) -> Task:
-    """A task of what the model says anyway, so that answers are right, and under a vector often no more. It says letters after few characters."""
+    """A task of what the model says anyway, so that answers are right, and under a vector often no more. It says letters after few
+    characters."""
     best: dict[int, Task] = {}
     for mark in (*punctuation.replace("{", "").replace("}", ""), *digits, *ascii_uppercase):
         draw, pairs, template = random.Random(3), {}, Template("{}" + mark, "{}", ";")

@@ -1,4 +1,5 @@
-"""SAEs of SAELens on every adapter: encoding, reconstruction and edits of features against SAELens' own encode and decode in plain hooks."""
+"""SAEs of SAELens on every adapter: encoding, reconstruction and edits of features against SAELens' own encode and decode in plain
+hooks."""
 
 from __future__ import annotations
 

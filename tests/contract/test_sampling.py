@@ -35,7 +35,8 @@ def drawn(
 
 @pytest.fixture
 def endless(monkeypatch):
-    """The toy, of which no token ends a row. Drawing is the same code for all adapters; that they give it the same logits is tested on each."""
+    """The toy, of which no token ends a row. Drawing is the same code for all adapters; that they give it the same logits is tested on
+    each."""
     monkeypatch.setattr(type(TOY), "eos_ids", frozenset())
     return TOY
 

@@ -84,7 +84,8 @@ TARGET = hb.prompts.Target("ab: c, x", "x")
 
 
 def test_what_states_say_is_what_plain_runs_say(case):
-    """The lens of a state: the model's own logits where its last block gives this state. The description: plain decoding behind the patched target."""
+    """The lens of a state: the model's own logits where its last block gives this state. The description: plain decoding behind the
+    patched target."""
     adapter, asked = case.adapter, hb.hops.chain(*relations(3))
     layers, steps = adapter.card.n_layers, 2
     found = hb.hop_readability(adapter, asked, target=TARGET, generate=steps)

@@ -1,6 +1,7 @@
 """The notebooks of docs/tutorials run from top to bottom on the real model, and are committed as they ran.
 
-Their cells assert what must hold on every machine: an effect beside its control. The committed numbers are not compared, for they differ in the last digits.
+Their cells assert what must hold on every machine: an effect beside its control. The committed numbers are not compared, for they differ
+in the last digits.
 """
 
 from __future__ import annotations

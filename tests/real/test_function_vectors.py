@@ -1,4 +1,5 @@
-"""Function vectors and sums of task vectors on real models: the published effects against their controls, and a scan against plain hooks."""
+"""Function vectors and sums of task vectors on real models: the published effects against their controls, and a scan against plain
+hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def tasks(*names: str) -> list[hb.Task]:
 
 
 def test_effects_equal_plain_hooks_on_transformers():
-    """The whole scan on few prompts, and some heads again on plain transformers, prompt by prompt, the hook on the output projection's input."""
+    """The whole scan on few prompts, and some heads again on plain transformers, prompt by prompt, the hook on the output projection's
+    input."""
     adapter, (task,) = real("smollm2-135m-instruct", "nnsight"), tasks("singular_plural")
     shots, seed = 3, 2
     found = hb.head_effects(adapter, task, shots=shots, n_prompts=6, n_trials=3, known=False, seed=seed)

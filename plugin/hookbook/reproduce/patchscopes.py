@@ -56,8 +56,9 @@ SETUPS = {
 def identity(model: Adapter, setup: Setup) -> Found:
     """The next token, read from a middle layer's state of a sentence's last token (Ghandeharioun et al. 2024, section 4.1).
 
-    The state goes into `cat -> cat; 1135 -> 1135; hello -> hello; ?`, at the same layer. Precision is the share of 100 beginnings of news sentences whose likeliest next token
-    is the one that the whole model gives. Controls: the logit lens at that layer, the states of other sentences, and the prompt without a patch.
+    The state goes into `cat -> cat; 1135 -> 1135; hello -> hello; ?`, at the same layer. Precision is the share of 100 beginnings of news
+    sentences whose likeliest next token is the one that the whole model gives. Controls: the logit lens at that layer, the states of other
+    sentences, and the prompt without a patch.
     """
     texts, n = tasks.openings("news"), model.card.n_layers
     layer = setup.identity if setup.identity is not None else 2 * n // 3
@@ -87,10 +88,12 @@ def identity(model: Adapter, setup: Setup) -> Found:
 
 
 def entities(model: Adapter, setup: Setup) -> Found:
-    """An entity, described from the state of its name's last token (section 4.3): early layers say who or what it is, late ones hold the next word instead.
+    """An entity, described from the state of its name's last token (section 4.3): early layers say who or what it is, late ones hold the
+    next word instead.
 
-    The state goes into `Syria: Country in the Middle East, Leonardo DiCaprio: American actor, ..., x`, at the same layer, and 20 tokens are generated. A text describes if it
-    has one of the words that are known of the entity. Controls: the words of another entity of that kind in the same texts, and the prompt without a patch.
+    The state goes into `Syria: Country in the Middle East, Leonardo DiCaprio: American actor, ..., x`, at the same layer, and 20 tokens
+    are generated. A text describes if it has one of the words that are known of the entity. Controls: the words of another entity of that
+    kind in the same texts, and the prompt without a patch.
     """
     n, results, lines = model.card.n_layers, {}, []
     early = setup.early or tuple(dict.fromkeys((n // 9, 2 * n // 9)))
@@ -123,9 +126,10 @@ def entities(model: Adapter, setup: Setup) -> Found:
 def attributes(model: Adapter, setup: Setup) -> Found:
     """A country's capital, out of the middle of a sentence which does not ask for it (section 4.2, one template).
 
-    The state of the country's name in `She spent a summer in ...` goes into `The capital city of x`, at every third layer on both sides, and six tokens are generated. The paper
-    counts a country if any pair of layers names it, which flatters. So the pair that does best on one half of the countries is judged on the other. Controls: the capital of
-    another country in the same texts, and the prompt without a patch.
+    The state of the country's name in `She spent a summer in ...` goes into `The capital city of x`, at every third layer on both sides,
+    and six tokens are generated. The paper counts a country if any pair of layers names it, which flatters. So the pair that does best on
+    one half of the countries is judged on the other. Controls: the capital of another country in the same texts, and the prompt without a
+    patch.
     """
     pairs = relations.load("country_capital").pairs[:COUNTRIES]
     layers = list(range(0, model.card.n_layers, 3))

@@ -73,7 +73,8 @@ def _attached(model: Adapter, setup: Setup) -> saes.AttachedSAE:
 
 
 def fit(model: Adapter, setup: Setup) -> Found:
-    """Whether the SAE fits this model: how sparse it is, what it does not reconstruct, and what the model loses when it goes on from reconstructions.
+    """Whether the SAE fits this model: how sparse it is, what it does not reconstruct, and what the model loses when it goes on from
+    reconstructions.
 
     The texts are hookbook's own French and English ones, on which the SAE was not trained.
     """
@@ -89,9 +90,11 @@ def fit(model: Adapter, setup: Setup) -> Found:
 def decompositions(model: Adapter, setup: Setup) -> Found:
     """Vectors as features: the French-steering vector, and the task vector of countries and capitals less that of other tasks.
 
-    A feature fits if it tells texts apart that it was not chosen on: by its mean activation on French texts against English ones, and at the last token of prompts
-    about capitals against those of other tasks; as the area under the curve (AUROC). Of the five largest features of a vector the best counts: the others are
-    often active on every kind of text. The control is the best of five random features that are ever active on these texts, the mean of a thousand draws.
+    A feature fits if it tells texts apart that it was not chosen on: by its mean activation on French texts against English ones, and at
+    the last token of prompts about capitals against those of other tasks; as the area under the curve (AUROC). Of the five largest
+    features of a vector the best
+    counts: the others are often active on every kind of text. The control is the best of five random features that are ever active on
+    these texts, the mean of a thousand draws.
     """
     sae = _attached(model, setup)
     french, english = _texts()
@@ -137,10 +140,10 @@ def _told_apart(what: str, found: FeatureVector, here: FeatureActivations, there
 def language(model: Adapter, setup: Setup) -> Found:
     """A feature clamped to a multiple of its largest activation at every token, against random features pushed as far.
 
-    Of the features that are more active in French texts than in English ones (AUROC of at least 0.6), the four that make French words likeliest after four openings are
-    tried on half of the openings; the best is judged on the others. The score is the share of continuations with more French words than English ones, where
-    words that may as well be Spanish, Italian or Portuguese do not count. Features that are large in the French-steering vector are active on English, too, and bring
-    little French alone.
+    Of the features that are more active in French texts than in English ones (AUROC of at least 0.6), the four that make French words
+    likeliest after four openings are tried on half of the openings; the best is judged on the others. The score is the share of
+    continuations with more French words than English ones, where words that may as well be Spanish, Italian or Portuguese do not count.
+    Features that are large in the French-steering vector are active on English, too, and bring little French alone.
     """
     sae = _attached(model, setup)
     french, english = _texts()

@@ -1,6 +1,7 @@
 """What suites of effects share: lines and their rules, running the effects, and the folder of tables, pictures and a page.
 
-An effect is a function of a model and the suite's setup for it that gives results, and lines of the summary. Its docstring stands in the report.
+An effect is a function of a model and the suite's setup for it that gives results, and lines of the summary. Its docstring stands in the
+report.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 Check = tuple[str, bool]
 RULE = (
-    "Holds here: yes, if the whole rule holds; partly, if the effect is there and a control or a layer is not as the rule has it; no, if the effect is not there. "
+    "Holds here: yes, if the whole rule holds; partly, if the effect is there and a control or a layer is not as the rule has it; no, "
+    "if the effect is not there. "
     "Rules were fixed before these runs."
 )
 
@@ -50,7 +52,8 @@ class Line:
 
     @property
     def holds(self) -> str:
-        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not there;
+        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not
+        there;
         `not run`: there is no rule."""
         if not self.rule:
             return "not run"

@@ -109,8 +109,8 @@ SETUPS = {
 def task_vectors(model: Adapter, setup: Setup) -> Found:
     """The mean state behind examples, set or added at the last token of a query without examples (Hendel et al. 2023; Todd et al. 2023).
 
-    Shuffled labels are no null: their vector still holds what kind of answer is wanted. Look at another task, at random and at late layers. Setting the state
-    works in a window of middle layers and not after them; adding the difference fades slowly.
+    Shuffled labels are no null: their vector still holds what kind of answer is wanted. Look at another task, at random and at late
+    layers. Setting the state works in a window of middle layers and not after them; adding the difference fades slowly.
     """
     results: dict[str, Result] = {}
     for name, other in OTHERS.items():
@@ -153,10 +153,11 @@ def task_line(found: TaskVectors, setup: Setup) -> Line:
 
 
 def function_vectors(model: Adapter, setup: Setup) -> Found:
-    """A few heads carry a task from examples to the last token; the sum of their mean outputs, added, makes the model do it (Todd et al. 2023).
+    """A few heads carry a task from examples to the last token; the sum of their mean outputs, added, makes the model do it (Todd et al.
+    2023).
 
-    The paper adds ten heads as they are, at a layer about a third deep, in models of six billion parameters and more. Lines named "as published" do that here.
-    The layer is the best on validation pairs, of a few around the middle.
+    The paper adds ten heads as they are, at a layer about a third deep, in models of six billion parameters and more. Lines named "as
+    published" do that here. The layer is the best on validation pairs, of a few around the middle.
     """
     three = [tasks.load(name) for name in ("country_capital", "singular_plural", "present_past")]
     effects = head_effects(model, three, n_prompts=SIZES["n_prompts"], n_trials=12)
@@ -211,7 +212,8 @@ def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
 
 
 def sums(model: Adapter, setup: Setup) -> Found:
-    """Vectors of lists of three: last copy + first answer - first copy should answer for the last item (Todd et al. 2023, section 3.3; here mean states are set).
+    """Vectors of lists of three: last copy + first answer - first copy should answer for the last item (Todd et al. 2023, section 3.3;
+    here mean states are set).
 
     Each of the three parts alone is a control. `direct` is the vector of last answers itself.
     """
@@ -232,7 +234,8 @@ def sum_line(task: str, found: Composition, setup: Setup) -> Line:
 def french(model: Adapter, setup: Setup) -> Found:
     """The mean state of French texts less that of English ones, added at all tokens, makes English openings go on in French.
 
-    The score is the share of continuations with more French function words than English ones. Read the texts: in a small model they may say nothing.
+    The score is the share of continuations with more French function words than English ones. Read the texts: in a small model they may
+    say nothing.
     """
     layer = setup.french_layer if setup.french_layer is not None else model.card.n_layers // 3
     found = contrast_vector(model, *tasks.contrast("language_french"), position=slice(1, None))
@@ -251,10 +254,12 @@ def french_line(said: Steering, layer: int, setup: Setup) -> Line:
 
 
 def in_context(model: Adapter, setup: Setup) -> Found:
-    """What leads from the last state of an English sentence to that of its French translation, at all layers together, makes English openings go on in French (Liu et al. 2023).
+    """What leads from the last state of an English sentence to that of its French translation, at all layers together, makes English
+    openings go on in French (Liu et al. 2023).
 
-    Outputs of all MLPs are turned towards it, at all tokens. The paper changes how texts sound, in models of seven billion parameters, with a strength of 0.1; here the
-    language is changed, and lower strengths are tried too. Random directions, turned towards as far, are the control. Read the texts: the higher strengths break them.
+    Outputs of all MLPs are turned towards it, at all tokens. The paper changes how texts sound, in models of seven billion parameters,
+    with a strength of 0.1; here the language is changed, and lower strengths are tried too. Random directions, turned towards as far, are
+    the control. Read the texts: the higher strengths break them.
     """
     wanted, plain = tasks.contrast("language_french")
     found = in_context_vector(model, list(zip(plain[:32], wanted[:32], strict=True)))
@@ -293,7 +298,8 @@ def in_context_line(said: Mapping[float, Generation], random: Mapping[float, Gen
 
 
 def sentiment(model: Adapter, setup: Setup) -> Found:
-    """The mean state of favourable reviews less that of unfavourable ones, added with strength 2 and -2, moves the log-odds of good against bad words both ways."""
+    """The mean state of favourable reviews less that of unfavourable ones, added with strength 2 and -2, moves the log-odds of good
+    against bad words both ways."""
     layer = setup.sentiment_layer if setup.sentiment_layer is not None else model.card.n_layers * 2 // 3
     found = contrast_vector(model, *tasks.contrast("sentiment"))
     odds = steer(model, found, tasks.openings("neutral"), layers=[layer], strengths=[-2, -1, 1, 2], tokens=(GOOD, BAD))
@@ -311,10 +317,11 @@ def sentiment_line(odds: Steering, layer: int, setup: Setup) -> Line:
 
 
 def refusal(model: Adapter, setup: Setup) -> Found:
-    """One direction decides whether a chat model refuses (Arditi et al. 2024, models of 1.8 billion parameters and more): is there one to choose?
+    """One direction decides whether a chat model refuses (Arditi et al. 2024, models of 1.8 billion parameters and more): is there one to
+    choose?
 
-    No threshold is set: neither of the two small models refuses by its first token, so there is nothing a direction could be of. That it tells the two kinds of
-    requests apart shows nothing about what the model does.
+    No threshold is set: neither of the two small models refuses by its first token, so there is nothing a direction could be of. That it
+    tells the two kinds of requests apart shows nothing about what the model does.
     """
     effect, paper = "refusal direction", "one direction decides"
     if not getattr(model.tokenizer, "chat_template", None):

@@ -165,7 +165,8 @@ def inputs(tokens, mask, cache, positions, device=None):
 
 
 def cache_of(climb, kept, keep):
-    """A cache for a pass, and what it keeps; None if nothing was kept and nothing is to be. Every layer keeps all tokens, sliding windows are in the masks."""
+    """A cache for a pass, and what it keeps; None if nothing was kept and nothing is to be. Every layer keeps all tokens, sliding windows
+    are in the masks."""
     if kept is None and not keep:
         return None, None
     cache, kept = DynamicCache(), begin(climb, kept, climb.last)

@@ -85,7 +85,8 @@ def lens(model, states, rows, k, tokens=None, ranked=0):
 
 
 def judged(logprobs, ids, wanted, end, ranked):
-    """What `lens` returns after the likeliest tokens, of one row: log-probabilities `[site, d_vocab]`, likeliest `ids` `[site, k]`, and the end of the stream `[d_vocab]`."""
+    """What `lens` returns after the likeliest tokens, of one row: log-probabilities `[site, d_vocab]`, likeliest `ids` `[site, k]`, and
+    the end of the stream `[d_vocab]`."""
     said = logprobs[:, wanted]
     likelier = (
         torch.stack([(logprobs > said[:, at : at + 1]).sum(-1) for at in range(ranked)], -1) if ranked else torch.empty_like(ids[:, :0])

@@ -1,4 +1,5 @@
-"""A sandbox builds its models without weights, for which nnsight 0.8.1 looks up a pipeline class that transformers 5.23 names by a string."""
+"""A sandbox builds its models without weights, for which nnsight 0.8.1 looks up a pipeline class that transformers 5.23 names by a
+string."""
 
 import importlib.abc
 import importlib.machinery
