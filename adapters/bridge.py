@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from hookbook.adapter import Adapter, ModelCard, check_eval, versions
 from hookbook.adapters import hf
+from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
-from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop

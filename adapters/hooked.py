@@ -14,8 +14,8 @@ from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPr
 from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.adapters import hf
 from hookbook.adapters.bridge import Hooked, check_saes
+from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
-from hookbook.route import routed
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop

@@ -15,7 +15,7 @@ from torch import Tensor
 from hookbook import deferred
 from hookbook.adapters.tracing import TracingAdapter
 from hookbook.deferred import Deferred, Tape
-from hookbook.jobs import Handle, Service
+from hookbook.remote.service import Handle, Service
 from hookbook.request import LensReadout, TokenReadout
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb

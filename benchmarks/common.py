@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.loading import load_module
-from hookbook.packages import PACKAGES
+from hookbook.models.loading import load_module
+from hookbook.models.packages import PACKAGES
 from hookbook.request import Read, Reply, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens

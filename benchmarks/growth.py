@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import hookbook as hb
-from hookbook.loading import load_module
+from hookbook.models.loading import load_module
 from hookbook.tokens import Tokens
 
 LENGTH, LENGTHS = 16, (8, 16, 32, 64, 128)

@@ -31,7 +31,7 @@ from jacobian import SUBJECTS, TEMPLATE
 from layers import sentences
 
 import hookbook as hb
-from hookbook import planning
+from hookbook.engine import planning
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import At, Tokens, resolve

@@ -18,8 +18,8 @@ from jacobian import one_layer
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.recipes.linear_relations import BETAS
-from hookbook.recipes.task_sweep import coded
+from hookbook.recipes.relations.linear_relations import BETAS
+from hookbook.recipes.vectors.task_sweep import coded
 
 RELATION = "country_capital"
 

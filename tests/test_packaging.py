@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import hookbook as hb
-from hookbook import loading
+from hookbook.models import loading
 from hookbook.testing import ToyAdapter, ToyModel
 from tests.conftest import HOOKED, marked, require
 
@@ -26,11 +26,12 @@ def modules() -> list[str]:
 
 
 def test_the_declared_packages_are_the_folders_on_disk():
+    places = ((ROOT / "plugin/hookbook", "hookbook"), (ROOT / "adapters", "hookbook.adapters"), (ROOT / "recipes", "hookbook.recipes"))
     folders = {
-        "hookbook." + p.parent.name if p.parent.name != "hookbook" else "hookbook"
-        for p in (ROOT / "plugin/hookbook").glob("**/__init__.py")
+        ".".join([name, *p.parent.relative_to(place).parts])
+        for place, name in places
+        for p in place.rglob("__init__.py")  # which does not follow the links
     }
-    folders |= {f"hookbook.{name}" for name in ("adapters", "recipes") if (ROOT / "plugin/hookbook" / name / "__init__.py").exists()}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
     for name in ("adapters", "recipes"):
         link = ROOT / "plugin/hookbook" / name
@@ -72,9 +73,11 @@ def test_neither_a_module_nor_the_doctor_imports_sae_lens():
 
 
 def test_recipes_do_not_import_adapters_and_plugin_only_where_it_wraps():
-    for path in (ROOT / "recipes").glob("*.py"):
+    recipes = list((ROOT / "recipes").rglob("*.py"))
+    assert len(recipes) > 30
+    for path in recipes:
         assert "hookbook.adapters" not in path.read_text()
-    assert [p.name for p in (ROOT / "plugin/hookbook").glob("*.py") if "hookbook.adapters" in p.read_text()] == ["loading.py"]
+    assert [p.name for p in (ROOT / "plugin/hookbook").rglob("*.py") if "hookbook.adapters" in p.read_text()] == ["loading.py"]
 
 
 def test_a_third_party_adapter_is_found(monkeypatch):

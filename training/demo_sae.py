@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import hookbook as hb
-from hookbook.packages import cache_folder
+from hookbook.models.packages import cache_folder
 from hookbook.request import Read, Request, Row, Sampling
 
 MODEL, SITE = "gemma-3-270m", hb.Site("resid_post", 9)

@@ -1,7 +1,7 @@
 """The seam between recipes and backends.
 
 A backend says what its model is, takes a `Climb` through one forward pass, and maps the stream to logits. Everything
-else (requests, forks, readouts, decoding) is written once, here and in `hookbook.engine`.
+else (requests, forks, readouts, decoding) is written once, here and in `hookbook.engine.runs`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookbook import engine, planning, selfcheck
 from hookbook.card import ModelCard as ModelCard
 from hookbook.card import versions as versions
 from hookbook.deferred import Tape, here, hold
+from hookbook.engine import planning, selfcheck
+from hookbook.engine import runs as engine
 from hookbook.errors import ModelError, Refused
 from hookbook.request import LensReadout, Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
@@ -148,7 +149,7 @@ class Adapter(ABC):
         return encode(prompt, self.tokenizer, bos=bos, chat=chat, n_ctx=self.card.n_ctx)
 
     def run(self, request: Request, *, progress: bool | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Reply:
-        """Run a request; see `hookbook.engine.run`."""
+        """Run a request; see `hookbook.engine.runs.run`."""
         return engine.run(self, request, progress=progress, checkpoint=checkpoint)
 
     def readout(

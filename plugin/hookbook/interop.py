@@ -16,7 +16,7 @@ from typing import Any
 from hookbook.adapter import Adapter
 from hookbook.card import ModelCard
 from hookbook.errors import EditError, Refused, ResultError, SiteError
-from hookbook.loading import wrap
+from hookbook.models.loading import wrap
 from hookbook.results import need
 from hookbook.sites import Site, layers_to_sites
 from hookbook.storage import whole

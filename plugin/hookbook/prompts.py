@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from hookbook.errors import DataError, TokenError
-from hookbook.loading import wrap
+from hookbook.models.loading import wrap
 from hookbook.tokens import At, Tokens, beginnings, resolve
 
 

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from hookbook import deferred
-from hookbook.planning import Plan, accounting
+from hookbook.engine.planning import Plan, accounting
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -25,7 +25,7 @@ class Recipe(Protocol[P, R]):
         ...
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Send the same call to a remote model as one job without waiting for it; a `hookbook.jobs.Handle`."""
+        """Send the same call to a remote model as one job without waiting for it; a `hookbook.remote.service.Handle`."""
         ...
 
 
@@ -56,7 +56,7 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
         return account.plan
 
     def submit(*args: P.args, **kwargs: P.kwargs) -> Any:
-        from hookbook import jobs
+        from hookbook.remote import service as jobs
 
         with deferred.recording() as record:
             return jobs.submit(run(*args, **kwargs), record.tapes)

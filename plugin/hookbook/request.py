@@ -1,7 +1,7 @@
 """What is asked of a model, and what comes back.
 
 A `Request` is prompts, rows, reads and readouts. A row is one run of one prompt under edits; rows that share a prompt
-are forks of one trunk, and `hookbook.engine` computes what they share only once.
+are forks of one trunk, and `hookbook.engine.runs` computes what they share only once.
 """
 
 from __future__ import annotations

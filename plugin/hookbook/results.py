@@ -45,7 +45,8 @@ class Result:
             Refused: matplotlib is not installed.
             ResultError: It would be larger all the same.
         """
-        from hookbook import report, reporting
+        from hookbook.show import html as report
+        from hookbook.show import page as reporting
 
         return report.write(path, reporting.of(self))
 
@@ -80,14 +81,14 @@ class View:
     @classmethod
     def of(cls, picture: Any) -> View:
         """A circuitsvis picture, without its own display, which asks the network first."""
-        from hookbook.views import drawn
+        from hookbook.show.circuitsvis import drawn
 
         return cls(drawn(picture.local_src))
 
     @classmethod
     def table(cls, frame: pd.DataFrame, caption: str, *, limit: int = 200) -> View:
         """A table with its index if that has a name; longer ones are cut, which the caption says."""
-        from hookbook.report import frame_table
+        from hookbook.show.html import frame_table
 
         return cls(frame_table(frame, caption, limit=limit))
 
@@ -100,7 +101,7 @@ class View:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a page that opens in any browser."""
-        from hookbook import report
+        from hookbook.show import html as report
 
         return report.write(path, report.page("hookbook", [("", "", self.html)], ""))
 

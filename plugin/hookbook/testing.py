@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hookbook.adapter import Adapter, ModelCard, versions
-from hookbook.route import routed
+from hookbook.engine.route import routed
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop
 from hookbook.travel.kept import begin

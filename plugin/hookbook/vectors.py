@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from sae_lens import SAE
 
-    from hookbook.recipes.feature_decomposition import FeatureVector
+    from hookbook.recipes.features.decomposition import FeatureVector
     from hookbook.sae import AttachedSAE
 
 
@@ -62,7 +62,7 @@ class Vector(Result):
     @classmethod
     def of(cls, model: Any, site: Site | str, values: Tensor, **more: Any) -> Vector:
         """A bare tensor as a vector of a model."""
-        from hookbook.loading import wrap
+        from hookbook.models.loading import wrap
 
         card = wrap(model).card
         return cls(card, Site.parse(site).check(card), torch.as_tensor(values).detach().cpu().float(), **more)
@@ -142,7 +142,7 @@ class Vector(Result):
             encoding misses in
         steering vectors: Mayne et al. 2024, arXiv:2411.08790.
         """
-        from hookbook.recipes.feature_decomposition import decompose
+        from hookbook.recipes.features.decomposition import decompose
 
         return decompose(self, sae, method=method, k=k, nonnegative=nonnegative)
 
@@ -178,7 +178,7 @@ class Vector(Result):
         """
         if self.site.name not in ("resid_pre", "resid_post"):
             raise EditError(f"{self.site} inside a trace", "only the stream's sites are named there", "use edit()")
-        from hookbook.loading import nnsight_blocks
+        from hookbook.models.loading import nnsight_blocks
 
         block = nnsight_blocks(model)[self.site.layer or 0]
         if self.site.name == "resid_pre":
@@ -196,7 +196,7 @@ class Vector(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Its numbers, sorted by size."""
-        from hookbook.plots import lines
+        from hookbook.show.plots import lines
 
         curves, names = {"size": self.values.abs().sort(descending=True).values}, ("dimension, largest first", "absolute value")
         return lines(ax, curves, names, title=f"{self.recipe or 'vector'} at {self.site}, {self.card.model_id}")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.doctor import check
+from hookbook.models import packages
+from hookbook.models.doctor import check
 from hookbook.request import Read, Readout, Request, Row
 from tests.conftest import HOOKED, real, real_hooked, require
 
@@ -23,7 +24,7 @@ def adapters(name: str) -> list[hb.Adapter]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_doctor_finds_every_adapter_equal_to_plain_transformers(name):
-    from hookbook.packages import PACKAGES
+    from hookbook.models.packages import PACKAGES
 
     require(PACKAGES[name].module)
     findings = list(check(name))
@@ -85,7 +86,7 @@ def test_a_prompt_is_cut_alike_on_every_backend():
         from transformer_lens.model_bridge import TransformerBridge
 
         nnsight = real(name, "nnsight")
-        module, folder = nnsight.module, hb.packages.find(name)  # type: ignore[attr-defined]
+        module, folder = nnsight.module, packages.find(name)  # type: ignore[attr-defined]
         raw = TransformerBridge.boot_transformers(str(folder), device="cpu")  # as a user boots it
         ids = hb.wrap(raw).encode("Paris is").ids
         assert ids == nnsight.encode("Paris is").ids

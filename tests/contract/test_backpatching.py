@@ -12,8 +12,8 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, SiteError, TokenError
-from hookbook.recipes.backpatching import BestPair, Rate
-from hookbook.recipes.task_sweep import random_like
+from hookbook.recipes.hops.backpatching import BestPair, Rate
+from hookbook.recipes.vectors.task_sweep import random_like
 from hookbook.relations import Relation
 from hookbook.tasks import Question
 from tests.conftest import Case

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook import planning, selfcheck
+from hookbook.engine import planning, selfcheck
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.testing import toy
 from tests.conftest import assert_plain
@@ -98,7 +98,7 @@ def test_a_span_that_is_not_ascending_comes_back_in_one_order_whatever_the_plan(
         Readout(logits=True),
     )
     (whole,) = adapter.run(request).readings
-    monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)
+    monkeypatch.setattr("hookbook.engine.planning.PASS_TOKENS", 0)
     (split,) = adapter.run(request).readings
     assert torch.equal(split.positions, whole.positions) and (split.values - whole.values).abs().max() < 1e-10
 
@@ -133,7 +133,7 @@ def test_ragged_prompts_are_packed_each_into_its_own_rows(case):
 def test_forks_of_a_prefix_decode_past_a_window(case, monkeypatch):
     """The prefix is longer than the window of four of the Gemma of these tests; keys and values are kept of all of it."""
     adapter, pick = case.adapter, random.Random(5)
-    monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)
+    monkeypatch.setattr("hookbook.engine.planning.PASS_TOKENS", 0)
     monkeypatch.setattr(type(adapter), "eos_ids", frozenset())
     prompts = [adapter.encode(TEXT), adapter.encode("A hat, on a mat.")]
     n = [len(tokens) for tokens in prompts]

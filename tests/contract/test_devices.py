@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.gradients import jacobian
+from hookbook.recipes.reading.jacobians import jacobian
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy_tokenizer
 

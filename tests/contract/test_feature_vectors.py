@@ -78,7 +78,7 @@ def test_patchscopes_of_features_are_a_loop_of_plain_runs(case, op):
 @pytest.fixture(scope="module")
 def relation(case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hookbook.recipes.linear_relations.plain", lambda x: x.detach())
+        patch.setattr("hookbook.recipes.relations.linear_relations.plain", lambda x: x.detach())
         return hb.linear_relation(case.adapter, planted(case.adapter), layers=LAYERS, betas=BETAS, n_train=TRAIN, seed=SEED)
 
 

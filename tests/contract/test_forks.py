@@ -7,7 +7,7 @@ import random
 import torch
 
 import hookbook as hb
-from hookbook import planning, selfcheck
+from hookbook.engine import planning, selfcheck
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.tokens import resolve
 from tests.conftest import assert_plain, flat
@@ -76,7 +76,7 @@ def test_forks_equal_plain_runs(case):
 
 def test_a_sweep_over_one_prompt_reuses_its_prefix(case, monkeypatch):
     adapter = case.adapter
-    monkeypatch.setattr("hookbook.planning.PASS_TOKENS", 0)  # however little it saves
+    monkeypatch.setattr("hookbook.engine.planning.PASS_TOKENS", 0)  # however little it saves
     tokens = adapter.encode("The cat sat on the mat.")
     n_layers, n = adapter.card.n_layers, len(tokens)
     vector = 4 * direction(3, adapter.card.d_model)
@@ -142,7 +142,7 @@ def test_a_budget_cuts_the_sweep_and_changes_nothing(case, monkeypatch):
     wanted = torch.arange(9)[:, None]
     request = Request(prompts, rows, [Read(site, Each(tuple([-1, 0] * 4 + [-1])))], Readout(k=2, tokens=wanted), generate=3)
     whole = adapter.run(request)
-    monkeypatch.setattr("hookbook.planning.BUDGET_BYTES", 1)
+    monkeypatch.setattr("hookbook.engine.planning.BUDGET_BYTES", 1)
     cut = adapter.run(request)
     assert cut.cost["passes"] > whole.cost["passes"]
     assert (cut.readings[0].values - whole.readings[0].values).abs().max() < EXACT and torch.equal(

@@ -7,7 +7,7 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import EditError, TokenError
-from hookbook.gradients import jacobian
+from hookbook.recipes.reading.jacobians import jacobian
 from hookbook.request import Each, Read, Readout, Request, Row
 from tests.contract.test_forks import direction
 
@@ -53,7 +53,7 @@ def test_the_mean_over_prompts_and_a_small_budget_give_the_same_numbers(case, mo
     of, wrt = Read("final_norm"), sources(adapter)[1:4]
     whole = jacobian(adapter, prompts, of, wrt)
     mean = jacobian(adapter, prompts, of, wrt, mean=True)
-    monkeypatch.setattr("hookbook.planning.BUDGET_BYTES", 1)
+    monkeypatch.setattr("hookbook.engine.planning.BUDGET_BYTES", 1)
     cut = jacobian(adapter, prompts, of, wrt)
     for a, b, c in zip(whole.matrices, cut.matrices, mean.matrices, strict=True):
         assert (a - b).abs().max() < EXACT and (a.mean(0) - c).abs().max() < EXACT

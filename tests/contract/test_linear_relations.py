@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.recipes.linear_relations import OTHERS, _parts
+from hookbook.recipes.relations.linear_relations import OTHERS, _parts
 from hookbook.relations import Relation, Statement
 from hookbook.request import Readout, Request, Row
 from tests.conftest import Case, flat
@@ -116,7 +116,7 @@ def found(case) -> Iterator[Found]:
     """In the dtype of the model: results keep float32."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("linear_relations", "relation_edits"):
-            patch.setattr(f"hookbook.recipes.{module}.plain", lambda x: x.detach())
+            patch.setattr(f"hookbook.recipes.relations.{module}.plain", lambda x: x.detach())
         relation = planted(case.adapter)
         yield Found(case, relation, hb.linear_relation(case.adapter, relation, layers=LAYERS, betas=BETAS, n_train=TRAIN, seed=SEED))
 
@@ -168,7 +168,7 @@ def test_finite_differences_agree_with_the_map(found):
 def test_of_one_expansion_the_map_gives_the_output_itself(case):
     relation = planted(case.adapter, 1, objects=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hookbook.recipes.linear_relations.plain", lambda x: x.detach())
+        patch.setattr("hookbook.recipes.relations.linear_relations.plain", lambda x: x.detach())
         result = hb.linear_relation(case.adapter, relation, layers="all", betas=(1,), n_train=1, seed=SEED)
     asked = relation.ask(result.train[0][0], result.train)
     assert asked.text == relation.templates[0].format(result.train[0][0]), "nothing is shown"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hookbook as hb
-from hookbook import planning
+from hookbook.engine import planning
 from hookbook.errors import DataError, HookbookError, SiteError, TokenError
 from hookbook.request import LensReadout
 from hookbook.testing import toy

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import hookbook as hb
-from hookbook import planning
+from hookbook.engine import planning
 from hookbook.errors import EditError
 from hookbook.request import PATTERN_OPS, Each, Read, Readout, Request, Row, position_of
 from hookbook.sites import SITES
@@ -127,8 +127,8 @@ def holds(case: Case, examples: int) -> None:
     )
     def equal(request: Request, budget: int, pass_tokens: int, ends: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hookbook.planning.BUDGET_BYTES", budget)
-            patch.setattr("hookbook.planning.PASS_TOKENS", pass_tokens)
+            patch.setattr("hookbook.engine.planning.BUDGET_BYTES", budget)
+            patch.setattr("hookbook.engine.planning.PASS_TOKENS", pass_tokens)
             patch.setattr(type(case.adapter), "eos_ids", frozenset(range(0, 258, ends) if ends else ()))
             parts = planning.plan(case.adapter, request)
             edited = any(row.edits for row in request.rows)

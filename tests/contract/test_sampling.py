@@ -58,8 +58,8 @@ def test_drawing_leaves_the_global_generator_alone(endless):
 @pytest.mark.parametrize("sampling", [hb.Sampling(5), hb.Sampling(5, temperature=0.6, top_k=20, top_p=0.9)], ids=str)
 def test_the_budget_does_not_change_what_is_drawn(endless, monkeypatch, sampling):
     whole = drawn(endless, sampling)
-    monkeypatch.setattr("hookbook.planning.BUDGET_BYTES", 1)
-    monkeypatch.setattr("hookbook.planning.LOGITS_BYTES", 1)
+    monkeypatch.setattr("hookbook.engine.planning.BUDGET_BYTES", 1)
+    monkeypatch.setattr("hookbook.engine.planning.LOGITS_BYTES", 1)
     assert drawn(endless, sampling) == whole
 
 

@@ -13,7 +13,7 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, Refused, TokenError
-from hookbook.recipes.two_hops import WAYS
+from hookbook.recipes.hops.two_hops import WAYS
 from hookbook.relations import Relation
 from hookbook.tasks import Question
 from tests.conftest import Case

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from hookbook.packages import PACKAGES, find
+from hookbook.models.packages import PACKAGES, find
 from tests.conftest import require
 from tests.docs.fences import CHECKS, PAGES, SERVER_PAGES, fences, run_page
 

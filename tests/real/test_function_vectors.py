@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.recipes.task_sweep import coded
+from hookbook.recipes.vectors.task_sweep import coded
 from tests.conftest import real
 
 

@@ -77,7 +77,7 @@ def test_the_wheel_holds_one_name(wheel):
     wanted = {
         "py.typed",
         "adapters/bridge.py",
-        "recipes/patchscopes.py",
+        "recipes/reading/patchscopes.py",
         "travel/climb.py",
         "data/sae/sae_weights.safetensors",
         "data/pairs/country_capital.json",

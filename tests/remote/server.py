@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from hookbook.packages import cache_folder, find
+from hookbook.models.packages import cache_folder, find
 
 HOME = cache_folder() / "ndif-0.1.2"
 STATE = HOME / "running.json"

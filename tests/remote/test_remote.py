@@ -19,8 +19,8 @@ import torch
 from nnsight import TransformersModel
 
 import hookbook as hb
-from hookbook import jobs
 from hookbook.errors import RemoteError
+from hookbook.remote import service as jobs
 from hookbook.request import Read, Readout, Request, Row
 from tests.contract.test_sae import N, make_sae
 from tests.docs.fences import SERVER_PAGES, run_page

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook import engine, planning
+from hookbook.engine import planning
+from hookbook.engine import runs as engine
 from hookbook.errors import EditError, ResultError, SiteError
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy
@@ -21,7 +22,8 @@ from hookbook.testing import toy
 SWEEP = """
 import sys, time, torch
 import hookbook as hb
-from hookbook import engine, planning
+from hookbook.engine import runs as engine
+from hookbook.engine import planning
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy
 

@@ -21,8 +21,9 @@ from rich.cells import cell_len
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import hookbook as hb
-from hookbook import cli, doctor, loading
+from hookbook import cli
 from hookbook.cli import demo, output, recipes, tables
+from hookbook.models import doctor, loading
 from hookbook.reproduce import suite
 from hookbook.testing import toy, toy_tokenizer
 from tests.conftest import require

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from hookbook import doctor
+from hookbook.models import doctor
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy_tokenizer
 from tests.conftest import require

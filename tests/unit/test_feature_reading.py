@@ -12,7 +12,7 @@ import torch
 import hookbook as hb
 from hookbook.deferred import Deferred, Tape, known
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
-from hookbook.recipes.feature_reading import Stream, auroc
+from hookbook.recipes.features.reading import Stream, auroc
 from hookbook.request import Read, Request, Row
 from hookbook.testing import toy
 from tests.contract.test_sae import make_sae

@@ -9,7 +9,7 @@ from scipy.optimize import nnls as scipy_nnls
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError, TokenError
-from hookbook.recipes.feature_decomposition import ENOUGH, nnls, pursue
+from hookbook.recipes.features.decomposition import ENOUGH, nnls, pursue
 from hookbook.testing import toy
 from tests.contract.test_sae import make_sae
 

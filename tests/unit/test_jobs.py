@@ -15,7 +15,7 @@ from tests.conftest import require
 @pytest.fixture
 def unpacked():
     require("nnsight")
-    from hookbook import jobs
+    from hookbook.remote import service as jobs
 
     return jobs.unpacked
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook import report
 from hookbook.errors import DataError, TokenError
+from hookbook.show import html as report
 from hookbook.testing import toy
 from hookbook.tokens import beginnings
 from tests.conftest import require

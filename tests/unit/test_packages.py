@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hookbook.errors import ModelError
-from hookbook.packages import MANIFEST, PACKAGES, Package, _whole, cache_folder, find
+from hookbook.models.packages import MANIFEST, PACKAGES, Package, _whole, cache_folder, find
 from tests.conftest import require
 
 NAME = "smollm2-135m-instruct"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook import report
 from hookbook.errors import Refused, ResultError
-from hookbook.reporting import LARGEST, pictures
+from hookbook.show import html as report
+from hookbook.show.page import LARGEST, pictures
 from hookbook.testing import toy
 from tests.conftest import require
 from tests.makers import MAKERS, kinds, result
@@ -102,7 +102,7 @@ def test_a_report_is_one_small_page_that_needs_nothing_else(kind, tmp_path):
 
 
 def test_a_report_says_which_paper_and_which_controls():
-    from hookbook import reporting
+    from hookbook.show import page as reporting
 
     page = reporting.of(result("Patchscope"))
     assert '<a href="https://arxiv.org/abs/2401.06102">' in page and "control logprobs" in page and "Tokens" in page and "sources 1" in page
@@ -118,7 +118,7 @@ def test_a_long_table_is_cut_and_says_so():
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):
-    from hookbook import reporting
+    from hookbook.show import page as reporting
 
     made = result("Patchscope")
     whole = reporting.of(made)
@@ -177,7 +177,7 @@ def test_prompts_that_are_rows_are_under_no_prompts_name(tmp_path):
 
 
 def test_a_report_is_never_larger_than_promised(tmp_path, monkeypatch):
-    from hookbook import reporting
+    from hookbook.show import page as reporting
 
     lens = hb.logit_lens(toy(n_layers=12, n_ctx=512), ["ab" * 200, "cd" * 200], position=slice(None))
     page = lens.report(tmp_path / "long.html").read_text(encoding="utf-8")
@@ -207,7 +207,7 @@ def test_a_result_of_ones_own_without_a_model_is_reported(tmp_path):
             return pd.DataFrame({"value": self.values.tolist()})
 
         def plot(self, ax=None):
-            from hookbook.plots import bars
+            from hookbook.show.plots import bars
 
             return bars(ax, ["a", "b"], self.values, "value")
 
@@ -217,14 +217,14 @@ def test_a_result_of_ones_own_without_a_model_is_reported(tmp_path):
 
 @pytest.mark.parametrize(("kind", "title"), [("SAEReport", "SAE report"), ("LogitLens", "Logit lens")])
 def test_a_title_keeps_its_capitals(kind, title):
-    from hookbook import reporting
+    from hookbook.show import page as reporting
 
     require("circuitsvis")
     assert f"<h1>{title}, " in reporting.of(result(kind))
 
 
 def test_pictures_of_an_unknown_circuitsvis_are_refused():
-    from hookbook.views import drawn
+    from hookbook.show.circuitsvis import drawn
 
     with pytest.raises(Refused, match="does not know.*circuitsvis==1.43.3"):
         drawn("<div>rendered otherwise</div>")

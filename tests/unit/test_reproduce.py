@@ -13,9 +13,9 @@ import torch
 
 import hookbook as hb
 from hookbook import cli, reproduce
-from hookbook.recipes.function_vectors import HeadEffects
-from hookbook.recipes.generation import Generation
-from hookbook.recipes.task_vectors import Composition, TaskVectors
+from hookbook.recipes.steering.generation import Generation
+from hookbook.recipes.vectors.function_vectors import HeadEffects
+from hookbook.recipes.vectors.task_vectors import Composition, TaskVectors
 from hookbook.reproduce import suite, vectors
 from hookbook.reproduce.suite import Line
 from hookbook.reproduce.vectors import EFFECTS, Setup

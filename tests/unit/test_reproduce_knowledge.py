@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.recipes.backpatching import Backpatch
-from hookbook.recipes.hop_knock_out import HopKnockOut
-from hookbook.recipes.linear_relations import LinearRelation
-from hookbook.recipes.relation_edits import RelationEdits
-from hookbook.recipes.two_hops import WAYS, TwoHops
+from hookbook.recipes.hops.backpatching import Backpatch
+from hookbook.recipes.hops.hop_knock_out import HopKnockOut
+from hookbook.recipes.hops.two_hops import WAYS, TwoHops
+from hookbook.recipes.relations.linear_relations import LinearRelation
+from hookbook.recipes.relations.relation_edits import RelationEdits
 from hookbook.reproduce import knowledge
 from hookbook.reproduce.knowledge import Setup
 from hookbook.testing import toy

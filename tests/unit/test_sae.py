@@ -15,7 +15,7 @@ from sae_lens import SAE
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, SiteError, TokenError
 from hookbook.request import Readout, Request, Row
-from hookbook.saelens import known_as
+from hookbook.sae.saelens import known_as
 from hookbook.testing import toy
 from tests.contract.test_sae import N, make_sae
 

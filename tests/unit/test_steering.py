@@ -9,8 +9,8 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, HookbookError, ModelError, Refused, SiteError, TokenError
-from hookbook.recipes.contrast_vectors import _auroc
-from hookbook.recipes.refusal_direction import _discarded, _log_odds, _why
+from hookbook.recipes.steering.contrast_vectors import _auroc
+from hookbook.recipes.steering.refusal_direction import _discarded, _log_odds, _why
 from hookbook.testing import toy
 from hookbook.travel.edits import apply_edit
 

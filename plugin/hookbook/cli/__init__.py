@@ -156,7 +156,7 @@ def _doctor(model: str, as_json: bool = False) -> bool:
     from dataclasses import asdict
     from itertools import chain
 
-    from hookbook import doctor
+    from hookbook.models import doctor
 
     def findings() -> Iterator[doctor.Finding]:
         """One after the other; what libraries print meanwhile goes to stderr."""

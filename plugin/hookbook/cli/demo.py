@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 import hookbook as hb
-from hookbook import report
 from hookbook.cli.output import load, step
 from hookbook.results import show
+from hookbook.show import html as report
 
 
 def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> None:

@@ -41,7 +41,7 @@ def step(words: str) -> Iterator[None]:
 def load(name: str, backend: str, dtype: str = "float32", device: str | None = None) -> Adapter:
     """`hookbook.load`, with a note."""
     import hookbook as hb
-    from hookbook import packages
+    from hookbook.models import packages
 
     package = packages.PACKAGES.get(name.lower())
     first = package is not None and package.installed and not packages.converted(name).exists()

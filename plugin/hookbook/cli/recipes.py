@@ -28,7 +28,7 @@ def _begins(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
 
 def models() -> list[str]:
     """The models that come as packages."""
-    from hookbook.packages import PACKAGES
+    from hookbook.models.packages import PACKAGES
 
     return list(PACKAGES)
 

@@ -15,12 +15,12 @@ from hookbook.results import ending, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hookbook.recipes.backpatching import Backpatch
-    from hookbook.recipes.linear_relations import LinearRelation
-    from hookbook.recipes.logit_lens import LogitLens
-    from hookbook.recipes.patchscopes import Patchscope
-    from hookbook.recipes.steering import Steering
-    from hookbook.recipes.task_vectors import TaskVectors
+    from hookbook.recipes.hops.backpatching import Backpatch
+    from hookbook.recipes.reading.logit_lens import LogitLens
+    from hookbook.recipes.reading.patchscopes import Patchscope
+    from hookbook.recipes.relations.linear_relations import LinearRelation
+    from hookbook.recipes.steering.steering import Steering
+    from hookbook.recipes.vectors.task_vectors import TaskVectors
 
 Tables = list["RenderableType"]
 CELL = 11

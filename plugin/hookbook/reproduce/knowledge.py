@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hookbook import hops, prompts, relations
-from hookbook.recipes.backpatching import Backpatch, backpatch
-from hookbook.recipes.hop_knock_out import HopKnockOut, hop_knock_out
-from hookbook.recipes.hop_readability import hop_readability
-from hookbook.recipes.linear_relations import LinearRelation, linear_relation
-from hookbook.recipes.logit_lens import LogitLens, logit_lens
-from hookbook.recipes.relation_edits import RelationEdits, edit_relation
-from hookbook.recipes.two_hops import TwoHops, two_hops
+from hookbook.recipes.hops.backpatching import Backpatch, backpatch
+from hookbook.recipes.hops.hop_knock_out import HopKnockOut, hop_knock_out
+from hookbook.recipes.hops.hop_readability import hop_readability
+from hookbook.recipes.hops.two_hops import TwoHops, two_hops
+from hookbook.recipes.reading.logit_lens import LogitLens, logit_lens
+from hookbook.recipes.relations.linear_relations import LinearRelation, linear_relation
+from hookbook.recipes.relations.relation_edits import RelationEdits, edit_relation
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 from hookbook.results import Result
 

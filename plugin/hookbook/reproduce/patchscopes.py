@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hookbook import prompts, relations, tasks
-from hookbook.recipes.logit_lens import logit_lens
-from hookbook.recipes.patchscopes import Patchscope, patchscope
+from hookbook.recipes.reading.logit_lens import logit_lens
+from hookbook.recipes.reading.patchscopes import Patchscope, patchscope
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ import torch
 from hookbook import sae as saes
 from hookbook import scores, tasks
 from hookbook.errors import DataError
-from hookbook.recipes.contrast_vectors import contrast_vector
-from hookbook.recipes.feature_attribution import feature_attribution
-from hookbook.recipes.feature_decomposition import FeatureVector
-from hookbook.recipes.feature_effects import feature_sweep
-from hookbook.recipes.feature_examples import feature_examples
-from hookbook.recipes.feature_reading import FeatureActivations, feature_activations
-from hookbook.recipes.feature_steering import steer_feature
-from hookbook.recipes.sae_report import sae_report
-from hookbook.recipes.steering import Steering
-from hookbook.recipes.task_vectors import task_vector
+from hookbook.recipes.features.attribution import feature_attribution
+from hookbook.recipes.features.decomposition import FeatureVector
+from hookbook.recipes.features.effects import feature_sweep
+from hookbook.recipes.features.examples import feature_examples
+from hookbook.recipes.features.reading import FeatureActivations, feature_activations
+from hookbook.recipes.features.sae_report import sae_report
+from hookbook.recipes.features.steering import steer_feature
+from hookbook.recipes.steering.contrast_vectors import contrast_vector
+from hookbook.recipes.steering.steering import Steering
+from hookbook.recipes.vectors.task_vectors import task_vector
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 from hookbook.results import Result
 from hookbook.vectors import Vector

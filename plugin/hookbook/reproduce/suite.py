@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hookbook import packages, report, reporting, storage
+from hookbook import storage
 from hookbook.errors import DataError, HookbookError, ResultError
-from hookbook.loading import load
+from hookbook.models import packages
+from hookbook.models.loading import load
 from hookbook.results import Result, need
+from hookbook.show import html as report
+from hookbook.show import page as reporting
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,14 +10,14 @@ import torch
 
 from hookbook import scores, tasks, tokens
 from hookbook.card import ModelCard
-from hookbook.recipes.contrast_vectors import contrast_vector
-from hookbook.recipes.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
-from hookbook.recipes.generation import Generation, generate
-from hookbook.recipes.in_context_shift import in_context_vector
-from hookbook.recipes.refusal_direction import select_direction
-from hookbook.recipes.steering import Steering, steer
-from hookbook.recipes.task_sweep import TaskSweep
-from hookbook.recipes.task_vectors import Composition, TaskVectors, compose, task_vector
+from hookbook.recipes.steering.contrast_vectors import contrast_vector
+from hookbook.recipes.steering.generation import Generation, generate
+from hookbook.recipes.steering.in_context_shift import in_context_vector
+from hookbook.recipes.steering.refusal_direction import select_direction
+from hookbook.recipes.steering.steering import Steering, steer
+from hookbook.recipes.vectors.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
+from hookbook.recipes.vectors.task_sweep import TaskSweep
+from hookbook.recipes.vectors.task_vectors import Composition, TaskVectors, compose, task_vector
 from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
 from hookbook.results import Result
 

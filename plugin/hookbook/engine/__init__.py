@@ -1,0 +1,1 @@
+"""Takes requests through a model: planned, checked, run, kept."""

@@ -1,0 +1,90 @@
+"""Finished climbs of a long sweep, kept in a folder, so that a repeated call goes on where a killed one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook import storage
+from hookbook.engine.planning import Part
+from hookbook.errors import ResultError
+from hookbook.request import Edit, FeatureChange, Reply
+from hookbook.travel.climb import Climb
+
+if TYPE_CHECKING:
+    from hookbook.adapter import Adapter
+
+KIND = "Checkpoint"
+
+
+class Checkpoint:
+    """One file for each finished climb, named by what was asked of which model.
+
+    Weights are recognised by what the model makes of two fixed tokens: a folder filled by another model of the same name
+    is refused.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], adapter: Adapter) -> None:
+        self.folder, self.card = Path(folder), adapter.card
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ResultError(f"checkpoint={str(folder)!r}", "it is a file", "give a folder")
+        last, one = adapter.card.n_layers, torch.tensor([1])
+        climb = Climb(1, {}, {}, {("resid_post", last - 1): [("x", one - 1, one)]}, last)
+        with torch.no_grad():
+            adapter.forward(torch.tensor([[adapter.pad_id + 1, adapter.pad_id + 2]]), None, climb)
+        self.probe = climb.found["x"][0].float().cpu()
+
+    def load(self, part: Part) -> Reply | None:
+        """The reply of a part that was finished, or None."""
+        path = self._path(part)
+        if not path.exists():
+            return None
+        data = storage.read(path, KIND)
+        tolerance = (1e-3 if self.card.itemsize >= 4 else 5e-2) * (1 + float(self.probe.abs().max()))
+        if data["probe"].shape != self.probe.shape or float((data["probe"] - self.probe).abs().max()) > tolerance:
+            raise ResultError(f"the checkpoint in {self.folder}", "it was filled by a model with other weights", "give another folder")
+        return data["reply"]
+
+    def save(self, part: Part, reply: Reply) -> None:
+        """Keep a finished part; the file appears whole or not at all."""
+        storage.write(self._path(part), KIND, {"probe": self.probe, "reply": reply})
+
+    def _path(self, part: Part) -> Path:
+        return self.folder / f"{fingerprint(part)}.safetensors"
+
+
+def fingerprint(part: Part) -> str:
+    """A name for everything that a climb's reply depends on, except the weights."""
+    found, request, card = hashlib.sha256(), part.request, part.card
+    ask = request.readout
+
+    def feed(*values: Any) -> None:
+        for value in values:
+            found.update(
+                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            )
+            found.update(b";")
+
+    def feed_edit(edit: Edit, positions: Any) -> None:
+        change = edit.value
+        value = (
+            (change.sae, change.features, change.scale, change.shift, change.drop, change.seen)
+            if isinstance(change, FeatureChange)
+            else (change,)
+        )
+        feed(edit.site, edit.op, positions, edit.scope, edit.keys, edit.to, *value)
+
+    feed(card.backend, card.model_id, card.architecture, card.dtype, card.tokenizer, card.n_layers, card.d_model, storage.FORMAT)
+    feed([read.site for read in request.reads], request.generate, request.sampling, None if ask is None else (ask.k, ask.logits))
+    for row in part.rows:
+        feed(row.number, request.prompts[row.prompt].ids, row.reads, row.says)
+        for edit, positions in [*row.edits, *row.finals, *((edit, "late") for edit in row.late)]:
+            feed_edit(edit, positions)
+        if ask is not None and ask.tokens is not None:
+            feed(ask.tokens[row.number])
+    return found.hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Finds, loads, wraps and examines models."""

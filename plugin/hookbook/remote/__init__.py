@@ -1,0 +1,1 @@
+"""Jobs on a server: sent, waited for, picked up again."""

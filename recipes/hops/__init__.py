@@ -1,0 +1,1 @@
+"""Questions in two hops, and backpatching."""

@@ -1,0 +1,1 @@
+"""What states say: patchscopes, the logit lens, Jacobians."""

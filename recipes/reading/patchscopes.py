@@ -1,0 +1,444 @@
+"""Patchscopes: read a hidden state by patching it into another prompt and letting the model speak.
+
+A patchscope measures what a model can still say about a state once the state's own prompt is gone. What it shows is
+what the target prompt and the model together make of the state: compare with the control (the same target, unpatched),
+with states of other prompts, and with other target prompts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook import prompts
+from hookbook.adapter import Adapter, ModelCard
+from hookbook.deferred import later
+from hookbook.errors import EditError, SiteError, TokenError, check_counts
+from hookbook.maps import Affine, Map
+from hookbook.models.loading import wrap
+from hookbook.recipe import recipe
+from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
+from hookbook.results import Result, View, ending
+from hookbook.show.html import grid_sections
+from hookbook.show.plots import Cells, heat_map, samples, site_labels
+from hookbook.sites import Site, layers_to_sites
+from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Patchscope(Result):
+    """What a model said with each state patched in: `n` source prompts, `p` pairs of sites, the `k` likeliest tokens."""
+
+    source_card: ModelCard
+    target_card: ModelCard
+    sources: tuple[Tokens, ...]
+    """The source prompts as the model saw them."""
+    source_positions: tuple[int, ...]
+    targets: tuple[Tokens, ...]
+    """The target prompts; one for all sources, or one for each."""
+    target_positions: tuple[int, ...]
+    pairs: tuple[tuple[Site, Site], ...]
+    """Where each state was read, and where it was written."""
+    vocab: dict[int, str]
+    """The text of every token id in this result."""
+    token_ids: Tensor
+    """`[n, p, k]`"""
+    logprobs: Tensor
+    """`[n, p, k]` in nats."""
+    control_ids: Tensor
+    """`[n, k]`: the target prompt without a patch."""
+    control_logprobs: Tensor
+    """`[n, k]`"""
+    source_ids: Tensor
+    """`[n]`: the likeliest next token of the source prompt at its position, unpatched."""
+    source_tokens: tuple[str, ...]
+    """`[n]`: the same as text."""
+    precision: Tensor | None
+    """`[n, p]`: whether the likeliest token is the source prompt's own (precision@1); None if the vocabularies differ."""
+    surprisal: Tensor | None
+    """`[n, p]`: `-log` of the probability which the source prompt's own run gives to the likeliest token, in nats."""
+    wanted: tuple[str, ...]
+    """The tokens asked for."""
+    wanted_logprobs: Tensor
+    """`[n, p, m]`"""
+    control_wanted_logprobs: Tensor
+    """`[n, m]`"""
+    texts: tuple[tuple[str, ...], ...]
+    """`[n][p]`: what was generated; empty if nothing was."""
+    control_texts: tuple[str, ...]
+    """`[n]`"""
+    settings: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each prompt, pair and rank.
+
+        Columns: `prompt`, `position`, `source_site`, `layer` (of the source), `target_site`, `target_layer`, `rank`,
+        `token`, `logprob`, `control_token`, `control_logprob`, `source_token`, `precision`, `surprisal`; with generation
+        `text` and `control_text`; for each wanted token `t`, `logprob t` and `control_logprob t`.
+        """
+        import pandas as pd
+
+        rows = []
+        for n, source in enumerate(self.sources):
+            for p, (read, write) in enumerate(self.pairs):
+                for r in range(self.token_ids.shape[-1]):
+                    row = {
+                        "prompt": source.text,
+                        "position": self.source_positions[n],
+                        "source_site": read.name,
+                        "layer": read.layer,
+                        "target_site": write.name,
+                        "target_layer": write.layer,
+                        "rank": r,
+                        "token": self.token(n, p, r),
+                        "logprob": float(self.logprobs[n, p, r]),
+                        "control_token": self.vocab[int(self.control_ids[n, r])],
+                        "control_logprob": float(self.control_logprobs[n, r]),
+                        "source_token": self.source_tokens[n],
+                        "precision": None if self.precision is None else bool(self.precision[n, p]),
+                        "surprisal": None if self.surprisal is None else float(self.surprisal[n, p]),
+                    }
+                    if self.texts:
+                        row |= {"text": self.texts[n][p], "control_text": self.control_texts[n]}
+                    for m, word in enumerate(self.wanted):
+                        row |= {
+                            f"logprob {word}": float(self.wanted_logprobs[n, p, m]),
+                            f"control_logprob {word}": float(self.control_wanted_logprobs[n, m]),
+                        }
+                    rows.append(row)
+        return pd.DataFrame(rows)
+
+    def token(self, n: int, p: int, rank: int = 0) -> str:
+        """The text of a token of prompt `n` and pair `p`."""
+        return self.vocab[int(self.token_ids[n, p, rank])]
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every source site meets every target site."""
+        reads, writes = {read for read, _ in self.pairs}, {write for _, write in self.pairs}
+        return len(writes) > 1 and len(self.pairs) == len(reads) * len(writes)
+
+    def cells(self, prompt: int = 0) -> Cells:
+        """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
+        if not -len(self.sources) <= prompt < len(self.sources):
+            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.sources) - 1}", "use one of them")
+        if self.is_grid:
+            reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
+            where = {pair: p for p, pair in enumerate(self.pairs)}
+            cells = [[(prompt, where[read, write]) for write in writes] for read in reads]
+            return site_labels(reads), site_labels(writes), "source layer", "target layer", cells
+        reads, writes = zip(*self.pairs, strict=True)
+        columns = site_labels(reads)
+        if reads != writes and set(writes) != {Site("resid_post", self.target_card.n_layers - 1)}:
+            columns = [f"{read}→{write}" for read, write in zip(columns, site_labels(writes), strict=True)]
+        cells = [[(n, p) for p in range(len(self.pairs))] for n in range(len(self.sources))]
+        return [ending(source.text, 30) for source in self.sources], columns, "prompt", "layer", cells
+
+    def plot(self, ax: Axes | None = None, *, prompt: int = 0, value: str = "probability") -> Axes:
+        """A heat map: source layer by target layer of one prompt, or prompt by layer; the likeliest token in each cell when it fits.
+
+        Args:
+            ax: Where to draw; None: a new figure.
+            prompt: Which source prompt, if every source layer meets every target layer.
+            value: `probability` (of the likeliest token), `surprisal`, or one of the wanted tokens (its probability).
+        """
+        rows, columns, row_name, column_name, cells = self.cells(prompt)
+        values = torch.tensor([[self._value(n, p, value) for n, p in line] for line in cells])
+        words = [[self.token(n, p) for n, p in line] for line in cells]
+        names = (row_name, column_name, "surprisal (nats)" if value == "surprisal" else "probability")
+        return heat_map(
+            ax,
+            values,
+            words,
+            rows,
+            columns,
+            names,
+            upwards=self.is_grid,
+            limits=None if value == "surprisal" else (0, 1),
+            title=f"Patchscope{f' of {ending(self.sources[prompt].text, 60)!r}' if self.is_grid else ''}, {self.target_card.model_id}",
+        )
+
+    def _value(self, n: int, p: int, value: str) -> float:
+        if value == "probability":
+            return float(self.logprobs[n, p, 0].exp())
+        if value == "surprisal" and self.surprisal is not None:
+            return float(self.surprisal[n, p])
+        if value in self.wanted:
+            return float(self.wanted_logprobs[n, p, self.wanted.index(value)].exp())
+        raise TokenError(f"no value {value!r} in this result", "", f"use one of {', '.join(['probability', 'surprisal', *self.wanted])}")
+
+    def view(self, *, prompt: int = 0) -> View:
+        """An interactive picture (circuitsvis) of what `plot` draws: choose a row and a column, see the likeliest tokens by probability,
+        and what was generated."""
+        return samples(self.cells(prompt), self.token, self.logprobs, self.texts)
+
+    def sections(self) -> list[tuple[str, str, str]]:
+        """What is in each cell, of the first prompts."""
+        return grid_sections(self, [source.text for source in self.sources[: 5 if self.is_grid else 1]])
+
+
+@recipe
+def patchscope(
+    model: Any,
+    source: Any,
+    *,
+    target: Any = prompts.TOKEN_IDENTITY,
+    source_layers: Any = "all",
+    target_layers: Any = "same",
+    source_position: Position = -1,
+    target_position: Position | None = None,
+    readout_position: Position = -1,
+    map: Map | Affine | None = None,
+    target_model: Any = None,
+    generate: int = 0,
+    k: int = 5,
+    tokens: Sequence[str | int] = (),
+    bos: bool | None = None,
+    chat: bool = False,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Patchscope:
+    """Patch states of source prompts into a target prompt, at any pairs of layers, and read what the model says next.
+
+    In the paper's words: source `(S, i, M, l)`, target `(T, i*, f, M*, l*)`. The state `h` of `M(S)` at token `i` and
+    layer `l` replaces, as `f(h)`, the state of `M*(T)` at token `i*` and layer `l*`. All pairs are one forked forward
+    pass.
+
+    Args:
+        model: `M`: any model `hookbook.wrap` takes.
+        source: `S`: a prompt, or a list of prompts (texts, or see `hookbook.tokens.encode`).
+        target: `T`: a `hookbook.prompts.Target`, a prompt, or a list of one prompt for each source.
+        source_layers: `l`: `"all"`, a layer, a site such as `"mlp_out.3"`, or a list; a bare layer is a block's output.
+        target_layers: `l*`: `"same"` (each state goes back to the site it came from), `"all"` (every pair), or as above.
+        source_position: `i`: `-1` the last token, an index, a text (its last token), or an `At`.
+        target_position: `i*`: likewise; None: the target's placeholder, or the last token.
+        readout_position: The token of the target prompt after which the next token is read, as above; generation always
+            goes on from the last.
+        map: `f`: None for the identity, an `Affine`, or a function of states `[n, d_source]`, the source and the target
+            site that returns `[n, d_target]`.
+        target_model: `M*`; None: the same model.
+        generate: How many tokens to decode greedily after the target prompt; the patch acts in the prompt only.
+        k: How many of the likeliest next tokens to keep.
+        tokens: Tokens whose probability is wanted: texts as they would follow the target prompt, usually with a leading
+            space, or ids.
+        bos: See `hookbook.tokens.encode`.
+        chat: Render the source prompts through the chat template.
+        progress: Show a progress bar; None: for long work only.
+        checkpoint: A folder that keeps what is finished; the same call goes on from there after a crash.
+
+    Returns:
+        A `Patchscope` with `token_ids` and `logprobs` `[n, pairs, k]` in nats, the unpatched target as control,
+        precision@1 and surprisal against the unpatched source run, and texts if some were generated.
+
+    Raises:
+        SiteError, TokenError, EditError: Something asked for is not in a model or a prompt.
+        Refused: A model cannot read or edit a site.
+
+    Source: Ghandeharioun et al. 2024, arXiv:2401.06102, sections 3 and 4. Layers count block outputs from 0.
+
+    Differs: states are what blocks write, never normed, so that at `l = l* = L - 1` the patch is before the final norm, which is the same
+    as the authors' patch of the normed state after it. It is not where only `l` is the last layer: there the authors' code writes the
+    normed state into the stream.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> out = patchscope(toy(), "ab", target="cd?", k=1)
+        >>> out.to_frame()[["layer", "target_layer", "rank"]].values.tolist()
+        [[0, 0, 0], [1, 1, 0], [2, 2, 0]]
+    """
+    reader, writer = wrap(model), wrap(model if target_model is None else target_model)
+    sources = encode_prompts(reader, source, bos, chat)
+    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
+    listed = list(target) if many else [target]
+    targets = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
+    if len(targets) not in (1, len(sources)):
+        raise TokenError(
+            f"{len(targets)} target prompts for {len(sources)} source prompts",
+            "a source needs a target",
+            "give one target, or one for each source",
+        )
+    writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
+    reads_at = [_one_token(source_position, coded) for coded in sources]
+    says_at = [_one_token(readout_position, coded) for coded in targets]
+    for written, said_at in zip(writes_at, says_at, strict=True):
+        if said_at < written:
+            raise TokenError(
+                f"a patch of token {written} cannot reach token {said_at}", "tokens see only those before them", "read a later token"
+            )
+    pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
+    if map is None and reader.card.d_model != writer.card.d_model:
+        raise EditError(
+            f"states of width {reader.card.d_model} for a model of width {writer.card.d_model}",
+            "the two models' streams differ",
+            "give map=, such as Affine.fit(x, y) on states of both models",
+        )
+    if isinstance(map, Affine) and tuple(map.weight.shape) != (writer.card.d_model, reader.card.d_model):
+        raise EditError(
+            f"a map of shape {list(map.weight.shape)}",
+            f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]",
+            "transpose it, or fit it on these two models",
+        )
+    wanted_ids = check_asked(writer, targets, says_at, tokens, k, generate)
+    for adapter, side in ((reader, 0), (writer, 1)):
+        for pair in pairs:
+            adapter.require(pair[side])
+
+    reads = list(dict.fromkeys(read for read, _ in pairs))
+    final = Site("resid_post", reader.card.n_layers - 1)
+    each = Each(tuple(reads_at))
+    read_reply = reader.run(
+        Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]),
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    *states, own = (reading.values for reading in read_reply.readings)
+    place = {site: i for i, site in enumerate(reads)}
+    change: Map = map if map is not None else lambda x, read, write: x
+    mapped = [change(states[place[read]], read, write) for read, write in pairs]
+    for x in mapped:
+        if x.shape != (len(sources), writer.card.d_model):
+            raise EditError(
+                f"the map gave shape {list(x.shape)}",
+                f"for {len(sources)} states of a model whose width is {writer.card.d_model}",
+                "return [n, d_target]",
+            )
+    values = torch.stack(mapped, 1)  # [n, pairs, d_target]
+
+    n_target = len(targets)
+    at = [0 if n_target == 1 else n for n in range(len(sources))]
+    rows = [Row(t) for t in range(n_target)] + [
+        Row(at[n], (Edit(write, values[n, p], "set", writes_at[at[n]]),)) for n in range(len(sources)) for p, (_, write) in enumerate(pairs)
+    ]
+    readout_at = Each(tuple(says_at[row.prompt] for row in rows))
+    asked = torch.cat([wanted_ids, wanted_ids[at].repeat_interleave(len(pairs), 0)])
+    reply = writer.run(Request(targets, rows, (), Readout(readout_at, k, asked), generate), progress=progress, checkpoint=checkpoint)
+    said = reply.readout
+    assert said is not None
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:n_target][at], x[n_target:].unflatten(0, (len(sources), len(pairs)))
+
+    (control_ids, ids), (control_logprobs, logprobs) = split(said.topk_ids), split(said.topk_logprobs)
+    control_wanted, wanted = split(said.token_logprobs)
+    source_ids = reader.readout(own, k=1).topk_ids[:, 0]
+    precision = surprisal = None
+    if (reader.card.tokenizer, reader.card.d_vocab) == (writer.card.tokenizer, writer.card.d_vocab):
+        precision = ids[..., 0] == source_ids[:, None]
+        surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
+    settings = {"source_position": str(source_position), "target_position": str(target_position), "readout_position": str(readout_position)}
+    settings |= {
+        "map": "identity" if map is None else type(map).__name__,
+        "generate": generate,
+        "k": k,
+        "bos": bos,
+        "chat": chat,
+        "cost": reply.cost,
+    }
+    return Patchscope(
+        source_card=reader.card,
+        target_card=writer.card,
+        sources=tuple(sources),
+        source_positions=tuple(reads_at),
+        targets=tuple(targets),
+        target_positions=tuple(writes_at),
+        pairs=tuple(pairs),
+        vocab=later(vocabulary, writer, ids, control_ids),
+        token_ids=ids,
+        logprobs=logprobs,
+        control_ids=control_ids,
+        control_logprobs=control_logprobs,
+        source_ids=source_ids,
+        source_tokens=later(words, reader, source_ids),
+        precision=precision,
+        surprisal=surprisal,
+        wanted=wanted_words(writer, tokens),
+        wanted_logprobs=wanted,
+        control_wanted_logprobs=control_wanted,
+        texts=later(grouped_texts, writer, reply.tokens[n_target:], len(pairs)) if reply.tokens is not None else (),
+        control_texts=later(decoded, writer, reply.tokens[at]) if reply.tokens is not None else (),
+        settings=settings,
+    )
+
+
+def grouped_texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
+    """What was generated, so many texts together."""
+    texts = decoded(adapter, tokens)
+    return tuple(texts[start : start + pairs] for start in range(0, len(texts), pairs))
+
+
+def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:
+    """One prompt or several, as tokens."""
+    one = isinstance(source, (str, Tokens, Tensor)) or (isinstance(source, (list, tuple)) and source and isinstance(source[0], (int, dict)))
+    listed: list[Any] = [source] if one else list(source)  # pyright: ignore[reportArgumentType]
+    if not listed:
+        raise TokenError("no source prompts", "there is nothing to read", "give at least one")
+    return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
+
+
+def _one_token(position: Position, coded: Tokens) -> int:
+    found = resolve(position, coded)
+    if len(found) != 1:
+        raise TokenError(
+            f"the source position {position!r} is {len(found)} tokens",
+            "one state is read from each prompt",
+            "give one index, or a text's first or last token",
+        )
+    return found[0]
+
+
+def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_layers: Any) -> list[tuple[Site, Site]]:
+    reads = layers_to_sites(source_layers, source)
+    if isinstance(target_layers, str) and target_layers == "same":
+        for site in reads:
+            if site.layer is not None and site.layer >= target.n_layers:
+                raise SiteError(
+                    f"no site '{site}' in the target model",
+                    f"it has layers 0 to {target.n_layers - 1}",
+                    "give target_layers, or fewer source_layers",
+                )
+        return [(site, site) for site in reads]
+    return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
+
+
+def check_asked(
+    writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[int], tokens: Sequence[str | int], k: int, generate: int
+) -> Tensor:
+    """The ids `[target, m]` of the tokens asked for after each target's token; raises if what is asked of the model cannot be told."""
+    if isinstance(tokens, str):
+        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
+    check_counts(k=k)
+    check_counts(0, generate=generate)
+    if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
+        raise TokenError(
+            f"{max(len(t) for t in targets)} tokens and {generate} to decode",
+            f"this model reads at most {writer.card.n_ctx}",
+            "shorten the target or decode less",
+        )
+    return torch.tensor(
+        [[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long
+    )
+
+
+def wanted_words(writer: Adapter, tokens: Sequence[str | int]) -> tuple[str, ...]:
+    """Tokens asked for, as texts."""
+    return tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens)
+
+
+def wanted_id(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:
+    """The one token of a word as it follows a prompt up to a token."""
+    if isinstance(word, int):
+        if not 0 <= word < writer.card.d_vocab:
+            raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {writer.card.d_vocab - 1}", "use one of them")
+        return word
+    if target.offsets is not None:  # the word follows the text up to the token after which it is read
+        target = replace(target, text=target.text[: target.offsets[said_at][1]] if said_at + 1 < len(target) else target.text)
+    return check_one_token(answer_ids(target, word, writer.tokenizer), repr(word), writer.tokenizer)

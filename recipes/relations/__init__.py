@@ -1,0 +1,1 @@
+"""Relations as linear maps, and edits through them."""

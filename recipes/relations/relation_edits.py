@@ -1,0 +1,373 @@
+"""Edits through a linear relation: move a subject's state so that the model says another object, and see what else changes.
+
+What the map reads, the model need not use. It does if moving the state along the map's inverse moves the answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook.card import ModelCard
+from hookbook.deferred import later
+from hookbook.errors import DataError, EditError, check_counts
+from hookbook.models.loading import wrap
+from hookbook.recipe import recipe
+from hookbook.recipes.relations.linear_relations import LinearRelation, Pair, check_model, subject_states
+from hookbook.recipes.steering.generation import Generation, generate
+from hookbook.recipes.vectors.task_sweep import plain, random_like
+from hookbook.relations import Relation, Statement
+from hookbook.request import Edit, Read, Readout, Request, Row, total
+from hookbook.results import Result, View
+from hookbook.show.plots import lines
+from hookbook.sites import Site, layers_to_sites
+from hookbook.tokens import vocabulary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from hookbook.adapter import Adapter
+
+RANKS = (10, 30, 60, 100, 150, 200, 300)
+UNRELATED = ("Yesterday I read something about {} and", "They talked about {} for a long time, because")
+"""Sentences about a subject which do not ask for the relation."""
+
+
+@dataclass(frozen=True, eq=False)
+class RelationEdits(Result):
+    """How often the model says another subject's object after an edit of the subject's state, at every site and rank."""
+
+    card: ModelCard
+    relation: str
+    changes: tuple[tuple[str, str, str, str], ...]
+    """Subject, its object, the subject whose answer is wanted, and that answer. The model knows both; those of validation come first."""
+    n_validation: int
+    sites: tuple[Site, ...]
+    ranks: tuple[int, ...]
+    said: Tensor
+    """`[change, site, rank]`: the token that the edited model says."""
+    wanted: Tensor
+    """`[change]`: the first token of the answer that is wanted."""
+    vocab: dict[int, str]
+    """The text of these tokens."""
+    random: Tensor
+    """`[site, rank]`: how often test changes succeed by noise of the edit's length."""
+    substituted: Tensor
+    """`[site]`: how often they succeed if the whole state is the other subject's."""
+    divergence: Tensor
+    """`[site, rank]`: KL divergence in nats of the next token after unrelated sentences about the subject, from the clean run to the
+    edited one; the mean over sentences."""
+    random_divergence: Tensor
+    """`[site, rank]`: the same of noise."""
+    settings: dict[str, Any]
+
+    @property
+    def validation(self) -> Tensor:
+        """`[site, rank]`: how often changes of validation pairs succeed."""
+        return self._share(slice(0, self.n_validation))
+
+    @property
+    def success(self) -> Tensor:
+        """`[site, rank]`: how often changes of test pairs succeed."""
+        return self._share(slice(self.n_validation, None))
+
+    def _share(self, part: slice) -> Tensor:
+        return (self.said[part] == self.wanted[part, None, None]).double().mean(0)
+
+    @property
+    def best_index(self) -> tuple[int, int]:
+        """The site and the rank, as places in `sites` and `ranks`, that are best on validation; of several the first."""
+        at = int(self.validation.argmax())
+        return at // len(self.ranks), at % len(self.ranks)
+
+    @property
+    def best(self) -> tuple[Site, int]:
+        """The site and the rank."""
+        site, rank = self.best_index
+        return self.sites[site], self.ranks[rank]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each site and rank: `site`, `layer`, `rank`, `validation`, `success`, `random`, `substituted`, `kl`, `random_kl`."""
+        import pandas as pd
+
+        rows = []
+        for i, site in enumerate(self.sites):
+            for j, rank in enumerate(self.ranks):
+                numbers = {"validation": self.validation, "success": self.success, "random": self.random}
+                numbers |= {"kl": self.divergence, "random_kl": self.random_divergence}
+                row = {"site": str(site), "layer": site.layer, "rank": rank} | {
+                    name: float(values[i, j]) for name, values in numbers.items()
+                }
+                rows.append(row | {"substituted": float(self.substituted[i])})
+        return pd.DataFrame(rows)
+
+    def said_frame(self) -> pd.DataFrame:
+        """What each change came to at the best site and rank: `subject`, `object`, `wanted`, `said`, `success`, `part`."""
+        import pandas as pd
+
+        site, rank = self.best_index
+        said = self.said[:, site, rank]
+        columns: dict[str, Any] = {
+            "subject": [x for x, *_ in self.changes],
+            "object": [y for _, y, *_ in self.changes],
+            "wanted": [w for *_, w in self.changes],
+        }
+        columns |= {"said": [self.vocab[i] for i in said.tolist()], "success": (said == self.wanted).tolist()}
+        return pd.DataFrame(columns | {"part": ["validation" if i < self.n_validation else "test" for i in range(len(said))]})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Success by layer at the best rank, with its controls."""
+        rank = self.best_index[1]
+        curves = {
+            f"edit, rank {self.ranks[rank]}": self.success[:, rank],
+            "random": self.random[:, rank],
+            "the other's state": self.substituted,
+        }
+        return lines(
+            ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels(), title=self._title()
+        )
+
+    def plot_ranks(self, ax: Axes | None = None) -> Axes:
+        """Success by rank at the best layer."""
+        site = self.best_index[0]
+        curves = {f"edit, layer {self._labels()[site]}": self.success[site], "random": self.random[site]}
+        return lines(
+            ax,
+            curves,
+            ("rank", f"says the other object of {self.relation}"),
+            labels=[str(rank) for rank in self.ranks],
+            title=self._title(),
+        )
+
+    def plot_divergence(self, ax: Axes | None = None) -> Axes:
+        """What else changes, by layer at the best rank."""
+        rank = self.best_index[1]
+        curves = {f"edit, rank {self.ranks[rank]}": self.divergence[:, rank], "random": self.random_divergence[:, rank]}
+        return lines(
+            ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels(), title=self._title()
+        )
+
+    def _title(self) -> str:
+        return f"Edits of {self.relation}, {self.card.model_id}"
+
+    def _labels(self) -> list[str]:
+        return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
+
+    def view(self) -> View:
+        """The table of `said_frame()`."""
+        return View.table(self.said_frame(), f"{self._title()}: what each came to at the best layer and rank")
+
+
+@recipe
+def edit_relation(
+    model: Any,
+    relation: LinearRelation,
+    *,
+    layers: Any = None,
+    ranks: Sequence[int] | None = None,
+    changes: int = 20,
+    unrelated: Sequence[str] = UNRELATED,
+    n_unrelated: int = 5,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> RelationEdits:
+    """Make the model say another subject's object, by the low-rank inverse of the relation's map, and count how often it does.
+
+    With `o` and `o'` the last block's outputs for the subject and for another one, `W+ (o' - o)` is added to the subject's state at its
+    last token;
+    `W+` is the pseudo-inverse of the largest singular values of `W`. All sites and ranks of all changes are one request. Controls: noise
+    of the same length, and the other subject's whole state; and how far the next token after sentences which do not ask for the relation
+    moves.
+
+    Args:
+        model: The model that the relation is of.
+        relation: What `hookbook.linear_relation` returned. Subjects are its known validation pairs, by which the best site and rank are
+            chosen, and its known test pairs.
+        layers: Those of the relation's layers to edit; None: all.
+        ranks: None: some from 10 to 300, and all of `d_model`.
+        changes: The most changes of validation pairs, and of test pairs.
+        unrelated: Sentences with `{}` for the subject.
+        n_unrelated: The most test changes on which these are tried.
+        seed: Of the drawing of other subjects and of noise.
+        progress: Show a progress bar; None: for long work only.
+
+    Returns:
+        `RelationEdits`; an answer is right if it is the first token of the object.
+
+    Raises:
+        EditError: The relation is of another model, or has no such rank.
+        DataError: The known pairs of a part have only one object, or an unrelated sentence has no place for the subject.
+
+    Source: Hernandez et al. 2023, arXiv:2308.09124, section 5. As in the authors' code, `W` is inverted without `beta`.
+
+    Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are
+    measured beside it.
+    """
+    adapter = wrap(model)
+    check_model(adapter, relation)
+    check_counts(changes=changes, n_unrelated=n_unrelated)
+    d = adapter.card.d_model
+    ranks = tuple([rank for rank in RANKS if rank < d] + [d] if ranks is None else ranks)
+    if not ranks or not all(1 <= rank <= d for rank in ranks):
+        raise EditError(f"ranks={list(ranks)}", f"W has ranks 1 to {d}", "use some of them")
+    sites = (
+        list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
+    )
+    if not unrelated:
+        raise DataError("no unrelated sentences", "they show what else changes", "give one or more")
+    drawn = {part: _changes(relation.pairs(part), changes, part, relation.relation, seed) for part in ("validation", "test")}
+    every, n_validation = [*drawn["validation"], *drawn["test"]], len(drawn["validation"])
+    sentences = [
+        Relation((change[:2],), "unrelated", templates=(text,)).ask(change[0])
+        for change in drawn["test"][:n_unrelated]
+        for text in unrelated
+    ]
+
+    subjects = {
+        pair: i for i, pair in enumerate(dict.fromkeys(pair for x, y, other, wanted in every for pair in ((x, y), (other, wanted))))
+    }
+    states = subject_states(adapter, [relation.ask(*pair) for pair in subjects], sites, progress)
+    own, other = [subjects[x, y] for x, y, _, _ in every], [subjects[x, y] for _, _, x, y in every]
+    moves = torch.stack([_moves(relation, site, states.final[other] - states.final[own], ranks) for site in sites])
+    noise = random_like(moves.flatten(0, 2), seed).view(moves.shape)
+    asked = [(i, prompt, states.places[prompt]) for i, prompt in enumerate(own)]
+    tested = asked[n_validation:]
+    rows = [*_rows(sites, moves, asked), *_rows(sites, noise, tested)]
+    whole = [states.subject[k].unbind(0) for k in range(len(sites))]
+    rows += [Row(prompt, (Edit(site, whole[k][other[i]], "set", place),)) for i, prompt, place in tested for k, site in enumerate(sites)]
+    reply = adapter.run(Request(states.prompts, rows, (), Readout(k=1)), progress=progress)
+    assert reply.readout is not None
+    grid, wanted = (len(sites), len(ranks)), states.answers[other]
+    n = grid[0] * grid[1]
+    said, luck, swapped = reply.readout.topk_ids[:, 0].split([len(every) * n, len(tested) * n, len(tested) * grid[0]])
+    said, target = said.unflatten(0, (len(every), *grid)), wanted[n_validation:]
+    meant = [(n_validation + i // len(unrelated), sentence) for i, sentence in enumerate(sentences)]
+    divergence, cost = _divergence(adapter, meant, sites, (moves, noise), progress)
+    settings = {"unrelated": list(unrelated), "n_unrelated": n_unrelated, "seed": seed, "cost": later(total, states.cost, reply.cost, cost)}
+    return RelationEdits(
+        card=adapter.card,
+        relation=relation.relation,
+        changes=tuple(every),
+        n_validation=n_validation,
+        sites=tuple(sites),
+        ranks=ranks,
+        said=said,
+        wanted=wanted,
+        vocab=later(vocabulary, adapter, said, wanted),
+        random=(luck.unflatten(0, (len(tested), *grid)) == target[:, None, None]).double().mean(0),
+        substituted=(swapped.unflatten(0, (len(tested), -1)) == target[:, None]).double().mean(0),
+        divergence=later(plain, divergence[0]),
+        random_divergence=later(plain, divergence[1]),
+        settings=settings,
+    )
+
+
+def _changes(pairs: Sequence[Pair], n: int, part: str, name: str, seed: int) -> list[tuple[str, str, str, str]]:
+    """Known pairs, each with another whose object is wanted instead."""
+    if len({y for _, y in pairs}) < 2:
+        raise DataError(
+            f"{len(pairs)} known {part} pairs of {name!r} to change",
+            "there is no other object to change to",
+            "use a relation that the model knows better",
+        )
+    draw = random.Random(f"{seed} {part} {name}")
+    return [(*pair, *draw.choice([one for one in pairs if one[1] != pair[1]])) for pair in draw.sample(pairs, min(n, len(pairs)))]
+
+
+def _moves(relation: LinearRelation, site: Site, change: Tensor, ranks: Sequence[int]) -> Tensor:
+    """What is added at a site for changes of the output `[n, d_model]`, `[rank, n, d_model]`."""
+    wide = torch.promote_types(change.dtype, torch.float32)
+    back, into = (factor.to(wide) for factor in relation.factors(max(ranks), site))
+    along = change.to(wide) @ back.T
+    return torch.stack([along[:, :rank] @ into[:, :rank].T for rank in ranks])
+
+
+def _rows(sites: Sequence[Site], values: Tensor, asked: Sequence[tuple[int, int, int]]) -> list[Row]:
+    """For each change, prompt and place in `asked` every site and rank of `values` `[site, rank, change, d_model]`."""
+    apart = [[some.unbind(0) for some in value.unbind(0)] for value in values.unbind(0)]
+    return [
+        Row(prompt, (Edit(site, some[i], "add", place),))
+        for i, prompt, place in asked
+        for site, by_rank in zip(sites, apart, strict=True)
+        for some in by_rank
+    ]
+
+
+def _divergence(
+    adapter: Adapter, meant: Sequence[tuple[int, Statement]], sites: Sequence[Site], kinds: Sequence[Tensor], progress: bool | None
+) -> tuple[Tensor, Any]:
+    """How far edits of some changes move the next token after sentences, `[kind, site, rank]`."""
+    prompts = [adapter.encode(sentence.text) for _, sentence in meant]
+    asked = [(i, prompt, sentence.subject_at(prompts[prompt])) for prompt, (i, sentence) in enumerate(meant)]
+    rows = [row for kind in kinds for row in _rows(sites, kind, asked)] + [Row(i) for i in range(len(prompts))]
+    reply = adapter.run(Request(prompts, rows, [Read(Site("resid_post", adapter.card.n_layers - 1))]), progress=progress)
+    ends = reply.readings[0].values
+    edited, clean = ends.split([len(rows) - len(prompts), len(prompts)])
+    edited = edited.unflatten(0, (len(kinds), len(prompts), -1)).transpose(0, 1).flatten(1, 2)
+    found = adapter.lens(torch.cat([edited, clean[:, None]], 1)).kl[:, :-1]
+    return found.mean(0).unflatten(0, (len(kinds), len(sites), -1)), reply.cost
+
+
+@recipe
+def change_answer(
+    model: Any,
+    relation: LinearRelation,
+    subject: str,
+    answer: str,
+    *,
+    sentence: str | None = None,
+    layer: Any = None,
+    rank: int = 100,
+    max_new_tokens: int = 10,
+    progress: bool | None = None,
+) -> Generation:
+    """Make the model answer something else about a subject, and go on from there; beside what it says unedited.
+
+    Args:
+        model: The model that the relation is of.
+        relation: What `hookbook.linear_relation` returned.
+        subject: Any subject.
+        answer: Another object of the relation, which the subject is moved to.
+        sentence: Where to try it, with `{}` for the subject; None: the relation's own prompt, behind its training pairs.
+        layer: Where the subject's state is edited; None: where the relation is best. `RelationEdits.best` may be another.
+        rank: Of the inverse.
+        max_new_tokens: How many tokens to decode at most.
+        progress: Show a progress bar; None: for long work only.
+
+    Raises:
+        EditError: The relation is of another model, or has no such rank.
+        DataError: No pair of the relation has this answer, or it is the subject's own, or the sentence has no place for the subject.
+
+    Source: Hernandez et al. 2023, arXiv:2308.09124, section 5.
+
+    Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
+    """
+    adapter = wrap(model)
+    check_model(adapter, relation)
+    every = (*relation.train, *relation.validation, *relation.test)
+    if (subject, answer) in every:
+        raise DataError(f"{answer!r} for {subject!r}", "this is what the relation has already", "use another object")
+    donors = [pair for pair in every if pair[1] == answer]
+    if not donors:
+        objects = ", ".join(sorted({y for _, y in every})[:8])
+        raise DataError(
+            f"no subject of {relation.relation!r} whose object is {answer!r}",
+            "its state says what to move to",
+            f"use another object, such as {objects}",
+        )
+    check_counts(max_new_tokens=max_new_tokens)
+    site = relation.sites[relation.place(layer)]
+    relation.check_rank(rank)
+    own = relation.ask(subject)
+    said = own if sentence is None else Relation(((subject, answer),), "sentence", templates=(sentence,)).ask(subject)
+    prompt = adapter.encode(said.text)
+    place = said.subject_at(prompt)
+    states = subject_states(adapter, [own, relation.ask(*donors[0])], [site], progress)
+    (move,) = _moves(relation, site, states.final[1:] - states.final[:1], [rank])
+    return generate(adapter, prompt, edits=[Edit(site, move[0], "add", place)], max_new_tokens=max_new_tokens, progress=progress)

@@ -1,0 +1,227 @@
+"""Task vectors: what a few examples of a task write into the stream, used without the examples; and sums of such vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hookbook.deferred import later
+from hookbook.errors import DataError, check_counts
+from hookbook.models.loading import wrap
+from hookbook.recipe import recipe
+from hookbook.recipes.vectors.task_sweep import TaskSweep, coded, judge, mean_states, plain, random_like
+from hookbook.request import Edit, Op, Readout, Request, Row
+from hookbook.sites import layers_to_sites
+from hookbook.tasks import Splits, Task, lists
+
+Mode = Literal["replace", "difference"]
+
+
+class TaskVectors(TaskSweep):
+    """A task's vector at every layer, beside its controls."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composition(TaskSweep):
+    """A sum of the vectors of three tasks, which should do a fourth, beside each of the four."""
+
+
+@recipe
+def task_vector(
+    model: Any,
+    task: Task,
+    *,
+    layers: Any = "all",
+    mode: Mode = "replace",
+    shots: int = 10,
+    n_prompts: int = 64,
+    other: Task | None = None,
+    queries: int = 100,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> TaskVectors:
+    """A task's vector at every layer: the mean state at the last token of prompts with examples.
+
+    Controls: the vector of examples whose answers are rotated, of another task, and noise of the same length. Rotated answers are no null:
+    the vector still holds what kind of answer is wanted.
+
+    Args:
+        model: Any model `hookbook.wrap` takes.
+        task: What to find the vector of; see `hookbook.tasks`.
+        layers: `"all"`, a layer, a site, or a list; a bare layer is a block's output.
+        mode: `replace` sets the query's state to the mean, as Hendel et al. do; `difference` adds the mean less the mean state without
+            examples.
+        shots: Examples in a prompt.
+        n_prompts: Prompts over which the mean is taken; their queries are training pairs, never tested ones.
+        other: The task whose vector is a control; None: there is none.
+        queries: The most queries of validation, and of test.
+        seed: Of the split and of everything that is drawn.
+        progress: Show a progress bar; None: for long work only.
+
+    Returns:
+        `TaskVectors`: accuracies are of the answer's first token among all tokens; the layer is chosen on validation pairs and
+        reported on test pairs.
+
+    Raises:
+        DataError: The task has too few pairs to show and to ask.
+        TokenError: An answer's first token depends on how it is cut.
+
+    Source: Hendel, Geva and Globerson 2023, arXiv:2310.15916, sections 2 and 3; layers count block outputs from 0.
+
+    Differs: the mean is over many prompts, where the authors' code has a vector of its own for each test episode.
+    """
+    adapter = wrap(model)
+    op = _op(mode)
+    check_counts(shots=shots, n_prompts=n_prompts, queries=queries)
+    sites = layers_to_sites(layers, adapter.card)
+    parts = task.split(seed)
+    shown = {
+        "": parts.train.questions(shots=shots, n=n_prompts, seed=seed),
+        "shuffled labels": parts.train.questions(shots=shots, n=n_prompts, seed=seed, shuffled=True),
+    }
+    if other is not None:
+        shown["other task"] = other.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
+    if mode == "difference":
+        shown["none"] = parts.train.questions(n=n_prompts, seed=seed)
+    means = mean_states(adapter, sites, shown, progress)
+    if mode == "difference":
+        means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
+    means["random"] = random_like(means[""], seed)
+    edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
+    measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
+    settings = {"mode": mode, "shots": shots, "n_prompts": n_prompts, "seed": seed, "other": None if other is None else other.name}
+    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
+    template = task.template.query + task.template.answer
+    return TaskVectors(
+        card=adapter.card,
+        task=task.name,
+        template=template,
+        mode=mode,
+        sites=tuple(sites),
+        values=later(plain, means[""]),
+        settings=settings,
+        **measured,
+    )
+
+
+@recipe
+def compose(
+    model: Any,
+    task: Task,
+    *,
+    layers: Any = "all",
+    mode: Mode = "replace",
+    length: int = 3,
+    shots: int = 10,
+    n_prompts: int = 64,
+    queries: int = 100,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Composition:
+    """Vector algebra over lists: first answer + last copy - first copy, which should answer for the last item.
+
+    With `v(item, operation)` the task vector of lists of which an item is copied or answered, the vector is
+    `v(first, answer) + v(last, copy) - v(first, copy)`. Controls are its three parts, `direct` = `v(last, answer)` itself, and noise of
+    the same length.
+
+    Args:
+        task: What is answered of an item, such as its capital. Its pairs are split before lists are made, so no tested item is in a list
+            that is shown.
+        length: Items in a list; all four kinds have the same lists.
+        model, layers, mode, shots, n_prompts, queries, seed, progress: See `hookbook.task_vector`.
+
+    Returns:
+        `Composition`, in the fields of `TaskVectors`; `few_shot` is the model's own accuracy on last items with examples in the prompt.
+
+    Raises:
+        DataError, TokenError: As `hookbook.task_vector`.
+
+    Source: Todd et al. 2023, arXiv:2310.15213, section 3.3.
+
+    Differs: the paper sums function vectors, here they are mean states. For function vectors, add what `hookbook.function_vector` gives
+        for each list
+    task with the same heads: `Vector` has `+` and `-`.
+    """
+    adapter = wrap(model)
+    op = _op(mode)
+    check_counts(shots=shots, n_prompts=n_prompts, queries=queries)
+    sites = layers_to_sites(layers, adapter.card)
+    split = task.split(seed)
+
+    def of(part: Task, item: str, copy: bool = False) -> Task:
+        source = Task(tuple((x, x) for x, _ in part.pairs), part.name, part.template) if copy else part
+        return lists(source, item, length=length, n=max(4 * shots, 2 * max(queries, n_prompts)), seed=seed)
+
+    kinds = {"first answer": ("first", False), "last copy": ("last", True), "first copy": ("first", True), "direct": ("last", False)}
+    shown = {name: of(split.train, *kind).questions(shots=shots, n=n_prompts, seed=seed) for name, kind in kinds.items()}
+    if mode == "difference":
+        shown["none"] = of(split.train, "last").questions(n=n_prompts, seed=seed)
+    means = mean_states(adapter, sites, shown, progress)
+    if mode == "difference":
+        means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
+    means[""] = means["first answer"] + means["last copy"] - means["first copy"]
+    means["random"] = random_like(means[""], seed)
+    edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
+    parts = Splits(*(of(part, "last") for part in (split.train, split.validation, split.test)))
+    measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
+    settings = {"mode": mode, "length": length, "shots": shots, "n_prompts": n_prompts, "seed": seed}
+    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
+    template = task.template.query + task.template.answer
+    return Composition(
+        card=adapter.card,
+        task=parts.test.name,
+        template=template,
+        mode=mode,
+        sites=tuple(sites),
+        values=later(plain, means[""]),
+        settings=settings,
+        **measured,
+    )
+
+
+@recipe
+def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: bool | None = None) -> Task:
+    """The pairs of a task that a model answers, by the first token, behind examples of it.
+
+    Args:
+        model: Any model `hookbook.wrap` takes.
+        task: The pairs; each is asked once, behind `shots` others.
+        shots: Examples in a prompt; 0: none.
+        seed: Of the examples.
+        progress: Show a progress bar; None: for long work only.
+
+    Raises:
+        DataError: It answers none, or there are too few pairs to show.
+        TokenError: An answer's first token depends on how it is cut.
+
+    Source: as papers on tasks and relations choose their items, such as Todd et al. 2023, arXiv:2310.15213, and Hernandez et al. 2023,
+        arXiv:2308.09124.
+
+    Differs: each pair is asked once, behind one draw of examples.
+    """
+    adapter = wrap(model)
+    order = list(task.pairs)
+    asked = [
+        question
+        for at, (x, y) in enumerate(order)
+        for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)
+    ]
+    prompts, answers = coded(adapter, asked)
+    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
+    assert reply.readout is not None
+    return later(_kept, task, reply.readout.topk_ids[:, 0] == answers)
+
+
+def _kept(task: Task, right: Any) -> Task:
+    pairs = tuple(pair for pair, ok in zip(task.pairs, right.tolist(), strict=True) if ok)
+    if not pairs:
+        raise DataError(
+            f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model"
+        )
+    return replace(task, pairs=pairs)
+
+
+def _op(mode: str) -> Op:
+    if mode not in ("replace", "difference"):
+        raise DataError(f"mode={mode!r}", "", "use replace or difference")
+    return "set" if mode == "replace" else "add"
