@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookbook.card import ModelCard as ModelCard
-from hookbook.card import versions as versions
+from hookbook.card import ModelCard as ModelCard, versions as versions
 from hookbook.deferred import Tape, here, hold
-from hookbook.engine import planning, selfcheck
-from hookbook.engine import runs as engine
+from hookbook.engine import planning, runs as engine, selfcheck
 from hookbook.errors import ModelError, Refused
 from hookbook.request import LensReadout, Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site

@@ -45,8 +45,7 @@ class Result:
             Refused: matplotlib is not installed.
             ResultError: It would be larger all the same.
         """
-        from hookbook.show import html as report
-        from hookbook.show import page as reporting
+        from hookbook.show import html as report, page as reporting
 
         return report.write(path, reporting.of(self))
 

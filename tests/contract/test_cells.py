@@ -14,8 +14,7 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import EditError, Refused
-from hookbook.request import OPS as EVERY_OP
-from hookbook.request import PATTERN_OPS, Readout, Request, Row
+from hookbook.request import OPS as EVERY_OP, PATTERN_OPS, Readout, Request, Row
 from hookbook.sites import SITES
 from hookbook.travel import decoding
 from tests.conftest import Case, flat

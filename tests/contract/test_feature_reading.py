@@ -14,8 +14,8 @@ from sae_lens import evals
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import hookbook as hb
-import hookbook.recipes.features.reading
 from hookbook.errors import DataError
+from hookbook.recipes.features import reading
 from tests.conftest import Case, flat
 from tests.contract.test_sae import N, attached
 
@@ -41,7 +41,7 @@ def activations_of(case: Case, sae, text: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_activations_are_saelens_own_of_plain_runs(case, architecture, monkeypatch):
-    monkeypatch.setattr(hb.recipes.features.reading, "CHUNK_BYTES", 5 * 8 * N)  # of five tokens
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 5 * 8 * N)  # of five tokens
     sae = attached(case, architecture)
     found = hb.feature_activations(sae, TEXTS)
     wanted = [activations_of(case, sae, text) for text in TEXTS]

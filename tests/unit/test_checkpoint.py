@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.engine import planning
-from hookbook.engine import runs as engine
+from hookbook.engine import planning, runs as engine
 from hookbook.errors import EditError, ResultError, SiteError
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy

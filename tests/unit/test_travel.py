@@ -266,8 +266,7 @@ def test_earlier_tokens_run_again_give_the_same(folder):
     request = Request(prompts, rows, [Read("resid_post.2", slice(None))], Readout(k=2), generate=6)
     whole = adapter.run(request, progress=False)
     adapter.remote = True  # the plan says what to run again
-    from hookbook.engine import planning
-    from hookbook.engine import runs as engine
+    from hookbook.engine import planning, runs as engine
     from hookbook.travel.passes import reach
 
     # what needs a trace in a sandbox needs a session here

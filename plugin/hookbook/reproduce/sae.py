@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookbook import sae as saes
-from hookbook import scores, tasks
+from hookbook import sae as saes, scores, tasks
 from hookbook.errors import DataError
 from hookbook.recipes.features.attribution import feature_attribution
 from hookbook.recipes.features.decomposition import FeatureVector

@@ -22,8 +22,7 @@ from hookbook.errors import DataError, HookbookError, ResultError
 from hookbook.models import packages
 from hookbook.models.loading import load
 from hookbook.results import Result, need
-from hookbook.show import html as report
-from hookbook.show import page as reporting
+from hookbook.show import html as report, page as reporting
 
 if TYPE_CHECKING:
     import pandas as pd
