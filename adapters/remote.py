@@ -13,6 +13,7 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from hookbook import deferred
+from hookbook.adapter import shapes
 from hookbook.adapters.tracing import TracingAdapter
 from hookbook.deferred import Deferred, Tape
 from hookbook.remote.service import Handle, Service
@@ -127,16 +128,14 @@ class RemoteAdapter(TracingAdapter):
         dtype = getattr(torch, self.card.dtype)
         return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def vjps(self, out: Tensor, leaves: list[Tensor], states: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
-        """See `hookbook.travel.vjps.vjps`."""
-        like = [torch.empty(*([] if mean else [len(out)]), out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves]
-        like += [torch.empty(out.shape, dtype=leaf.dtype, device="meta") for leaf in leaves]
+    def _vjps(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
         tape = deferred.tape(self)
         tape.grad = True
-        return list(tape.note("vjps", {"out": out, "leaves": leaves, "states": states, "chunk": chunk, "mean": mean}, tuple(like)))
+        data = {"out": out, "leaves": list(leaves), "states": list(states), "chunk": chunk, "mean": mean}
+        return list(tape.note("vjps", data, shapes(out, leaves, mean)))
 
     def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
-        return self.vjps(value.reshape(1, 1), [leaf], [leaf], 1, False)[0][0]
+        return self._vjps(value.reshape(1, 1), [leaf], [leaf], 1, False, None, None, None)[0][0]
 
     def size(self, tape: Tape, wanted: list[Deferred]) -> int:
         """How many bytes a tape is when it is sent."""

@@ -192,7 +192,7 @@ TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
     "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"], []),
     "reading": (
         "Reading states",
-        ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "recipes.reading.jacobians.Jacobian"],
+        ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "Jacobian"],
         [],
     ),
     "vectors": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hookbook.card import ModelCard as ModelCard, versions as versions
 from hookbook.deferred import Tape, here, hold
-from hookbook.engine import planning, runs as engine, selfcheck
+from hookbook.engine import cost, planning, runs as engine, selfcheck
 from hookbook.errors import ModelError, Refused
 from hookbook.request import LensReadout, Reply, Request, TokenReadout
 from hookbook.sites import SITES, Site
@@ -24,6 +24,7 @@ from hookbook.tokens import Tokens, encode
 from hookbook.travel.climb import Climb
 from hookbook.travel.decoding import decode
 from hookbook.travel.readout import lens, readout
+from hookbook.travel.vjps import vjps
 
 
 class Adapter(ABC):
@@ -169,6 +170,7 @@ class Adapter(ABC):
                 return engine.blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], self.card.d_vocab if logits else 0)
         if not normed:
             selfcheck.check(self)
+            cost.spend({"unembedded": len(resid)})
         rows = planning.rows_at_once(self.card)
         if not self.remote:
             resid, tokens = here((resid, tokens))
@@ -195,6 +197,7 @@ class Adapter(ABC):
                 shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
                 return LensReadout(*Tape().note("lens", {}, shapes))
         selfcheck.check(self)
+        cost.spend({"unembedded": states.shape[0] * states.shape[1]})
         rows = planning.rows_at_once(self.card)
         if not self.remote:
             states, tokens = here((states, tokens))
@@ -214,16 +217,49 @@ class Adapter(ABC):
             account.add([], vjps=1)
             if not self.remote:
                 return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
+        cost.spend({"vjps": 1})
         return self._gradient(value, leaf)
 
     def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
         return torch.autograd.grad(value, leaf)[0]
+
+    def vjps(
+        self,
+        out: Tensor,
+        leaves: Sequence[Tensor],
+        states: Sequence[Tensor],
+        chunk: int,
+        mean: bool = False,
+        *,
+        tick: Callable[[int], Any] | None = None,
+        into: Sequence[Tensor] | None = None,
+        rows: Any = None,
+    ) -> list[Tensor]:
+        """The Jacobians of `out` `[n, d_out]`, which a request with `grad` gave, with respect to leaves, and these times states; see
+        `hookbook.travel.vjps.vjps`. Promises are not written `into` anything."""
+        spent = {"vjps": out.shape[0] * out.shape[1]}
+        if (account := planning.account()) is not None:
+            account.add([], **spent)
+            if not self.remote:
+                return list(Tape().note("vjps", {}, shapes(out, leaves, mean)))
+        cost.spend(spent)
+        return self._vjps(out, leaves, states, chunk, mean, tick, into, rows)
+
+    def _vjps(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
+        return vjps(out, leaves, states, chunk, mean, tick, into, rows)
 
     def decode(
         self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Let the rows of a climb go on; see `hookbook.travel.decoding.decode`."""
         return decode(self, kept, normed, todo, tick)
+
+
+def shapes(out: Tensor, leaves: Sequence[Tensor], mean: bool) -> tuple[Tensor, ...]:
+    """What `Adapter.vjps` gives, without numbers."""
+    lead, like = [] if mean else [len(out)], {"device": "meta"}
+    matrices = (torch.empty(*lead, out.shape[1], leaf.shape[1], dtype=leaf.dtype, **like) for leaf in leaves)
+    return (*matrices, *(torch.empty(out.shape, dtype=leaf.dtype, **like) for leaf in leaves))
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:
