@@ -256,7 +256,11 @@ TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
     "data": ("Prompts, tasks, scores", [], ["prompts", "tasks", "scores"]),
     "results": ("Results and pictures", [], ["results", "plots"]),
     "elsewhere": ("Other tools", [], ["interop"]),
-    "own": ("Your own recipe or backend", ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter"], ["testing"]),
+    "own": (
+        "Your own recipe or backend",
+        ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter"],
+        ["asking", "controls", "testing"],
+    ),
 }
 """The pages of the API: file, title, names of the package, and public modules, whose public names are all shown."""
 

@@ -257,9 +257,9 @@ class Adapter(ABC):
 
 def shapes(out: Tensor, leaves: Sequence[Tensor], mean: bool) -> tuple[Tensor, ...]:
     """What `Adapter.vjps` gives, without numbers."""
-    lead, like = [] if mean else [len(out)], {"device": "meta"}
-    matrices = (torch.empty(*lead, out.shape[1], leaf.shape[1], dtype=leaf.dtype, **like) for leaf in leaves)
-    return (*matrices, *(torch.empty(out.shape, dtype=leaf.dtype, **like) for leaf in leaves))
+    lead = [] if mean else [len(out)]
+    matrices = (torch.empty(*lead, out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves)
+    return (*matrices, *(torch.empty(out.shape, dtype=leaf.dtype, device="meta") for leaf in leaves))
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

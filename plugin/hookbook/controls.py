@@ -29,7 +29,7 @@ def random_like(values: Tensor, seed: int, *, whole: bool = False) -> Tensor:
         whole: Its norm as a whole is that of `values`, whose dtype it has; otherwise each vector is as long as its own.
 
     Example:
-        >>> random_like(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), seed=0).norm(dim=-1).tolist()
+        >>> random_like(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), seed=0).norm(dim=-1).round(decimals=4).tolist()
         [5.0, 1.0]
     """
     drawn = noise(*values.shape, seed=seed)

@@ -1,4 +1,5 @@
-"""What every recipe has beside its call: `recipe.plan(...)`."""
+"""What a recipe is written with: `@recipe`, which gives a call its plan, its job, its settings and its cost; and what nearly all begin and
+end with, `wrap`, `later`, `hold`, `plain` and the model's card."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 from torch import Tensor
 
 from hookbook import deferred
+from hookbook.card import ModelCard as ModelCard
 from hookbook.deferred import Later, hold as hold, later as later
 from hookbook.engine import cost
 from hookbook.engine.planning import Plan, accounting
+from hookbook.models.loading import wrap as wrap
 from hookbook.sites import Site
 from hookbook.tokens import At
 

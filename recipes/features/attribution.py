@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import wanted_ids, wanted_words
-from hookbook.card import ModelCard
 from hookbook.engine import planning
 from hookbook.errors import DataError, TokenError, check_counts, check_prompt
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
@@ -187,8 +186,6 @@ def feature_attribution(
     """
     sae = checked(sae)
     adapter = sae.model
-    for site in (sae.site, sae.out):
-        adapter.require(site)
     code = sae.weights
     coded = sae.encode_prompts(prompts)
     check_counts(top=top)
@@ -211,6 +208,7 @@ def feature_attribution(
         effects = metric[:0]
     said = [wanted_words(adapter, words) for words in given]
     at = [(i, position) for i, some in enumerate(where) for position in some]
+    active_features = later(_column, found, 2)
     return FeatureAttribution(
         card=adapter.card,
         prompts=tuple(coded),
@@ -221,7 +219,7 @@ def feature_attribution(
         site=sae.out,
         rows=later(_column, found, 0),
         positions=later(_column, found, 1),
-        features=later(_column, found, 2),
+        features=active_features,
         activations=later(_column, found, 3),
         gradients=later(_column, found, 4),
         attributions=later(_attributions, found),
@@ -229,8 +227,8 @@ def feature_attribution(
         error_rows=torch.tensor([i for i, _ in at]),
         error_positions=torch.tensor([position for _, position in at]),
         errors=later(_errors, sae, seen, old, slopes),
-        labels=later(_labels, sae, found),
-        links=later(_links, sae, found),
+        labels=later(AttachedSAE.labels_of, sae, active_features),
+        links=later(AttachedSAE.links_of, sae, active_features),
         settings={"metric": "logit difference" if other is not None else "log-probability"},
     )
 
@@ -349,11 +347,3 @@ def _placed(found: Found, pairs: Sequence[tuple[int, int, int]], effects: Tensor
 def _errors(sae: AttachedSAE, seen: Tensor, old: Tensor, slopes: Tensor) -> Tensor:
     made = torch.cat([sae.reconstruct(some) for some in seen.split(CHUNK)]).to(old)
     return ((old - made) * slopes).sum(-1)
-
-
-def _labels(sae: AttachedSAE, found: Found) -> dict[int, str]:
-    return sae.labels_of(found[2].unique().tolist())
-
-
-def _links(sae: AttachedSAE, found: Found) -> dict[int, str]:
-    return sae.links_of(found[2].unique().tolist())

@@ -121,8 +121,6 @@ def backpatch_features(
     drawn = tuple(draw.sample(rest, len(chosen))) if rest else ()
     layers = [source for source, _ in pairs]
     sites = [Site(sae.site.name, layer) for layer in layers]
-    for site in (sae.site, *sites):
-        adapter.require(site)
 
     reads = [Read(site, Each(tuple(at))) for site in sites]
     ask_clean = Request(asked.prompts, [Row(i) for i in range(n)], reads, Readout(k=1, tokens=asked.answers[:, None]), generate)

@@ -232,7 +232,7 @@ def decompose(
             rows=_wide(every, chosen),
             vector=target,
             offset=offset,
-            labels={i: labels[i] for i in numbers if i in labels},
+            labels=dict(labels),
             links={i: link(page, i) for i in numbers if page},
             recipe=vector.recipe,
             settings=settings,

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import wanted_ids, wanted_words
-from hookbook.card import ModelCard
 from hookbook.engine import planning
 from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View, ending, show
 from hookbook.sae import AttachedSAE, checked
@@ -216,8 +215,6 @@ def feature_sweep(
         raise DataError("no strengths", "nothing would be changed", "give at least one")
     check_counts(k=k)
     end = Site("resid_post", adapter.card.n_layers - 1)
-    for site in (sae.site, sae.out, end):
-        adapter.require(site)
     listed = features_of(sae, features, len(coded))
     wanted = wanted_ids(adapter, coded, tokens)
     where = [tuple(resolve(position, prompt)) for prompt in coded]

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, check_counts
-from hookbook.recipe import recipe
+from hookbook.recipe import ModelCard, recipe
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View, show
@@ -186,6 +185,10 @@ def feature_examples(
     Source: Bricken et al. 2023, "Towards Monosemanticity", whose examples of features are those with the largest activations.
 
     Differs: a text gives a feature one example, its best.
+
+    Example:
+        found = hb.feature_examples(sae, texts, k=5)
+        found.to_frame([4711])
     """
     adapter = checked(sae).model
     chosen = (

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hookbook import prompts
 from hookbook.asking import check_asked, grouped_texts, wanted_words
-from hookbook.card import ModelCard
 from hookbook.controls import noise
 from hookbook.errors import EditError, SiteError, TokenError
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import feature_names
 from hookbook.recipes.steering.steering import check_strengths
 from hookbook.request import Edit, Read, Readout, Request, Row
@@ -224,6 +223,10 @@ def feature_patchscope(
     features" (Alignment Forum).
 
     Differs: the latter give scales as lengths and not as multiples, and ask what a word means.
+
+    Example:
+        found = hb.feature_patchscope(sae, [12, 404])
+        found.texts, found.random_texts
     """
     sae = checked(sae)
     adapter, chosen, strengths = sae.model, sae.chosen(features), check_strengths(strengths)

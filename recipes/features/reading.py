@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hookbook.card import ModelCard
 from hookbook.engine import planning
 from hookbook.errors import DataError, TokenError, check_counts, check_prompt
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
@@ -240,6 +239,10 @@ def feature_activations(
     Source: Huben et al. 2023, arXiv:2309.08600; Bricken et al. 2023, "Towards Monosemanticity". Encoding is SAELens'.
 
     Differs: special tokens are left out by default.
+
+    Example:
+        found = hb.feature_activations(sae, "The weather today is good")
+        found.top(3)
     """
     adapter = checked(sae).model
     coded = sae.encode_prompts(prompts)
@@ -279,7 +282,7 @@ class _Active:
 
     @property
     def labels(self) -> dict[int, str]:
-        return self.sae.labels_of(self.features.unique().tolist())
+        return self.sae.labels_of(self.features)
 
 
 def active(sae: AttachedSAE, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, Refused
-from hookbook.recipe import recipe
+from hookbook.recipe import ModelCard, recipe
 from hookbook.recipes.features.reading import Stream, batches, chunks, readable
 from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result, View
@@ -136,6 +135,10 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
     et al. 2023, "Towards Monosemanticity", and SAELens' `run_evals` with special tokens ignored, whose `explained_variance` is `1 - fvu`.
 
     Differs: SAELens' zeros replace the states of special tokens, too.
+
+    Example:
+        found = hb.sae_report(sae, texts)
+        found.fits, found.to_frame()
     """
     adapter = checked(sae).model
     if sae.out.name == "final_norm":

@@ -62,6 +62,10 @@ def steer_feature(
     multiples of the maximum.
 
     Differs: the random feature that is pushed as far is ours.
+
+    Example:
+        found = hb.steer_feature(sae, 4711, ["The weather today is"], to=[100.0, 300.0], tokens=([" good"], [" bad"]))
+        found.scores, found.random
     """
     sae = checked(sae)
     if (to is None) == (times_max is None):

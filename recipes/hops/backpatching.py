@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import Asked, as_question, one_token, pose
-from hookbook.card import ModelCard
 from hookbook.controls import check_controls, other_questions, random_like
 from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
 from hookbook.results import Result, View, need
 from hookbook.show.plots import heat_map
@@ -297,8 +295,6 @@ def backpatch(
     donors = other_questions(asked.questions, draw, "answer") if "shuffled" in names else []
     layers = sorted({layer for pair in chosen for layer in pair})
     sites = {layer: Site("resid_post", layer) for layer in layers}
-    for site in sites.values():
-        adapter.require(site)
 
     reads = [Read(site, Each(tuple(at))) for site in sites.values()]
     ask_clean = Request(asked.prompts, [Row(i) for i in range(n)], reads, Readout(k=1, tokens=asked.answers[:, None]), generate)

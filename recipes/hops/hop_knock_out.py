@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import pose
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, check_counts, check_prompt
 from hookbook.hops import TwoHop
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
@@ -150,6 +148,13 @@ def hop_knock_out(
     among the other tokens, as by a mask before the softmax.
 
     Differs: the control, as many other tokens of the same sentence, is ours.
+
+    Example:
+        >>> from hookbook import hops
+        >>> from hookbook.testing import toy
+        >>> found = hop_knock_out(toy(n_ctx=128), hops.chain("city_country", "country_capital", 3), edges=[("last", "entity")], k=0)
+        >>> found.kept().shape
+        torch.Size([1, 2, 3])
     """
     adapter = wrap(model)
     check_hops(questions)
@@ -160,8 +165,6 @@ def hop_knock_out(
     check_counts(0, k=k)
     asked = pose(adapter, questions, generate)
     n, layers = len(questions), adapter.card.n_layers
-    for layer in range(layers):
-        adapter.require(Site("attn_pattern", layer))
     windows = tuple(tuple(range(max(0, layer - k), min(layers, layer + k + 1))) for layer in range(layers))
     draw = random.Random(seed)
     found = [[_keys(q, prompt, *edge, draw) for edge in edges] for q, prompt in zip(questions, asked.prompts, strict=True)]

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from hookbook import prompts
 from hookbook.asking import pose
-from hookbook.card import ModelCard
 from hookbook.controls import other_questions
 from hookbook.errors import DataError, check_counts
 from hookbook.hops import TwoHop
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result
@@ -137,6 +135,13 @@ def hop_readability(
 
     Differs: the paper tries every target layer for each source layer, and three drawn continuations; here are one layer, the likeliest
     continuation, and a control.
+
+    Example:
+        >>> from hookbook import hops
+        >>> from hookbook.testing import toy
+        >>> found = hop_readability(toy(n_ctx=128), hops.chain("city_country", "country_capital", 3), generate=0)
+        >>> found.lens["bridge"].shape
+        torch.Size([3, 2, 3])
     """
     adapter = wrap(model)
     check_hops(questions)
@@ -149,8 +154,6 @@ def hop_readability(
         [pose(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
     )
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
-    for site in sites:
-        adapter.require(site)
     scope = [adapter.encode(target.text)] if generate else []
     written = [prompts.locate(target, coded, None) for coded in scope]
 

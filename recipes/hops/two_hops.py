@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import pose
-from hookbook.card import ModelCard
 from hookbook.errors import DataError
 from hookbook.hops import TwoHop
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map

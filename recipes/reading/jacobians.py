@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hookbook.card import ModelCard
 from hookbook.engine import planning
 from hookbook.errors import EditError, TokenError
-from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
+from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
 from hookbook.results import Result
 from hookbook.show.plots import lines, site_labels

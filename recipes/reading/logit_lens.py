@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.adapter import Adapter, ModelCard
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_prompts, wanted_ids, wanted_words
 from hookbook.errors import DataError, SiteError, TokenError, check_counts, check_prompt
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View, ending
 from hookbook.show.html import grid_sections
@@ -267,7 +266,6 @@ def logit_lens(
             raise SiteError(
                 f"a logit lens at {site}", "it reads what is in the stream, before the final norm", f"use one of {', '.join(SITES)}"
             )
-        adapter.require(site)
     check_counts(k=k)
     rows = [(n, at) for n, prompt in enumerate(coded) for at in resolve(position, prompt)]
     wanted = wanted_ids(adapter, [coded[n] for n, _ in rows], tokens, [at for _, at in rows])

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hookbook import prompts
-from hookbook.adapter import Adapter, ModelCard
+from hookbook.adapter import Adapter
 from hookbook.asking import check_asked, encode_prompts, grouped_texts, one_token, wanted_words
 from hookbook.errors import EditError, SiteError, TokenError, check_prompt
 from hookbook.maps import Affine, Map
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View, ending
 from hookbook.show.html import grid_sections

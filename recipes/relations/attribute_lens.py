@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookbook.asking import encode_prompts
-from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
+from hookbook.recipe import recipe, wrap
 from hookbook.recipes.reading.patchscopes import Patchscope, patchscope
 from hookbook.recipes.relations.linear_relations import LinearRelation
 from hookbook.tokens import Position
@@ -50,6 +49,10 @@ def attribute_lens(
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 6.
 
     Differs: any prompts and the likeliest objects of each, where the paper counts recall over prompts that distract.
+
+    Example:
+        found = hb.linear_relation(model, hb.relations.load("country_capital"))
+        hb.attribute_lens(model, found, "They talked about France for a long time", position="France", k=1)
     """
     adapter = wrap(model)
     relation.check_model(adapter.card)

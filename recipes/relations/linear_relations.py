@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_questions
-from hookbook.card import ModelCard
 from hookbook.controls import random_like
 from hookbook.deferred import Deferred, Later
 from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError, check_counts
 from hookbook.maps import Affine
-from hookbook.models.loading import wrap
-from hookbook.recipe import hold, later, plain, recipe
+from hookbook.recipe import ModelCard, hold, later, plain, recipe, wrap
 from hookbook.recipes.reading.jacobians import Jacobian, jacobian
 from hookbook.recipes.relations.subjects import SubjectStates, subject_states
 from hookbook.relations import Relation, Statement
@@ -274,6 +272,10 @@ def linear_relation(
 
     Differs: an answer is right if it is the first token of the object, also of one of several tokens (the authors take any prefix, in
     lower case); training pairs are not required to be known; and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
+
+    Example:
+        found = hb.linear_relation(model, hb.relations.load("country_capital"))
+        found.best, found.to_frame()
     """
     adapter = wrap(model)
     card = adapter.card
@@ -281,7 +283,6 @@ def linear_relation(
     for site in sites:
         if site.name not in ("resid_pre", "resid_post", "resid_mid", "embed"):
             raise SiteError(f"a subject's state at {site}", "a relation maps states of the stream", "use resid_pre or resid_post")
-        adapter.require(site)
     check_counts(n_train=n_train)
     if queries is not None:
         check_counts(queries=queries)

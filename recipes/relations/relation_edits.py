@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.card import ModelCard
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, plain, recipe
+from hookbook.recipe import ModelCard, later, plain, recipe, wrap
 from hookbook.recipes.relations.linear_relations import LinearRelation, Pair
 from hookbook.recipes.relations.subjects import subject_states
 from hookbook.recipes.steering.generation import Generation, generate
@@ -213,6 +211,11 @@ def edit_relation(
 
     Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are
     measured beside it.
+
+    Example:
+        found = hb.linear_relation(model, hb.relations.load("country_capital"))
+        edits = hb.edit_relation(model, found)
+        edits.best, edits.success.max()
     """
     adapter = wrap(model)
     relation.check_model(adapter.card)
@@ -348,6 +351,10 @@ def change_answer(
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 5.
 
     Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
+
+    Example:
+        found = hb.linear_relation(model, hb.relations.load("country_capital"))
+        hb.change_answer(model, found, "France", "Rome").texts
     """
     adapter = wrap(model)
     relation.check_model(adapter.card)

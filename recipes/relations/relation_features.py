@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_questions
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, Refused, SiteError, check_counts
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import decompose, feature_names
 from hookbook.recipes.relations.linear_relations import LinearRelation
 from hookbook.recipes.relations.subjects import subject_states
@@ -158,6 +157,10 @@ def relation_features(
     Source: the map is that of Hernandez et al. 2023, arXiv:2308.09124.
 
     Differs: its sum over features is ours, the arithmetic of direct logit attribution.
+
+    Example:
+        found = hb.relation_features(relation, hb.sae.attach(model, sae), "France", answer="Paris")
+        found.to_frame()
     """
     sae = checked(sae)
     adapter = sae.model

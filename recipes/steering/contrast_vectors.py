@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import mean_states
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, SiteError, TokenError
-from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
+from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.results import Result
 from hookbook.show.plots import heat_map, lines, site_labels
 from hookbook.sites import Site, layers_to_sites

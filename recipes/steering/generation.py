@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookbook.asking import encode_prompts
-from hookbook.card import ModelCard
 from hookbook.errors import EditError, TokenError, check_counts, check_prompt
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Edit, Request, Row, Sampling
 from hookbook.results import Result, View, ending, need, show
 from hookbook.show.plots import heat_map

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import mean_states
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, EditError
-from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
+from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Edit
 from hookbook.results import Result
 from hookbook.show.plots import lines

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_prompts, wanted_ids
-from hookbook.card import ModelCard
 from hookbook.errors import DataError, EditError, SiteError
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
@@ -168,6 +166,14 @@ def select_direction(
 
     Differs: `tokens` are yours to name, and no prompts ship with the authors' numbers; `filter=False` keeps prompts that the paper leaves
         out.
+
+    Example:
+        >>> from hookbook.recipes.steering.contrast_vectors import contrast_vector
+        >>> from hookbook.testing import toy
+        >>> candidates = contrast_vector(toy(), ["ab", "ac"], ["xf", "xg"], site="resid_pre", held_out=0)
+        >>> found = select_direction(toy(), candidates, ["axe", "oak"], ["ship", "to"], tokens=["e"], filter=False, chat=False)
+        >>> found.ablation.shape
+        torch.Size([1, 3])
     """
     adapter = wrap(model)
     if not isinstance(candidates, ContrastVectors) or any(site.name != "resid_pre" for site in candidates.sites):

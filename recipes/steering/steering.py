@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_prompts, grouped_texts, wanted_ids
-from hookbook.card import ModelCard
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, SiteError, TokenError, check_counts
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, recipe
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row, Scope
 from hookbook.results import Result, View

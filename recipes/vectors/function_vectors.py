@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_questions
-from hookbook.card import ModelCard
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
-from hookbook.models.loading import wrap
-from hookbook.recipe import hold, later, plain, recipe
+from hookbook.recipe import ModelCard, hold, later, plain, recipe, wrap
 from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
@@ -147,6 +145,12 @@ def head_effects(
 
     Differs: answers are rotated among the examples, where the authors permute them at random and some stay right; and queries are training
     pairs, where theirs are a validation part.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> letters = Task(tuple((a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")), "next letter")
+        >>> head_effects(toy(), letters, shots=2, n_prompts=3, n_trials=2, known=False).effects.shape
+        torch.Size([1, 3, 2])
     """
     adapter = wrap(model)
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -207,6 +211,13 @@ def function_vector(
 
     Differs: biases of the output projection are left out (the authors' code adds them once for each head). In Gemma 2 and 3, where a norm
     follows the projection, a head's output is what the norm makes of its part with its scale frozen (`Adapter.head_contributions`).
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> letters = Task(tuple((a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")), "next letter")
+        >>> found = function_vector(toy(), letters, heads=[(0, 1), (2, 0)], shots=2, n_prompts=3, queries=3, known=False)
+        >>> found.heads, found.accuracy.shape
+        (((0, 1), (2, 0)), torch.Size([3]))
     """
     adapter = wrap(model)
     card = adapter.card

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from hookbook.asking import encode_questions
 from hookbook.controls import random_like
 from hookbook.errors import DataError, check_counts
-from hookbook.models.loading import wrap
-from hookbook.recipe import later, plain, recipe
+from hookbook.recipe import later, plain, recipe, wrap
 from hookbook.recipes.vectors.task_sweep import TaskSweep, judge, task_means
 from hookbook.request import Edit, Op, Readout, Request, Row
 from hookbook.sites import layers_to_sites
@@ -70,6 +69,12 @@ def task_vector(
     Source: Hendel, Geva and Globerson 2023, arXiv:2310.15916, sections 2 and 3; layers count block outputs from 0.
 
     Differs: the mean is over many prompts, where the authors' code has a vector of its own for each test episode.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> letters = Task(tuple((a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")), "next letter")
+        >>> task_vector(toy(), letters, shots=2, n_prompts=4, queries=3).values.shape
+        torch.Size([3, 16])
     """
     adapter = wrap(model)
     op = _op(mode)
@@ -139,6 +144,13 @@ def compose(
     Differs: the paper sums function vectors, here they are mean states. For function vectors, add what `hookbook.function_vector` gives
         for each list
     task with the same heads: `Vector` has `+` and `-`.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> letters = Task(tuple((a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")), "next letter")
+        >>> found = compose(toy(), letters, length=2, shots=2, n_prompts=3, queries=3)
+        >>> list(found.controls)
+        ['first answer', 'last copy', 'first copy', 'direct', 'random']
     """
     adapter = wrap(model)
     op = _op(mode)
@@ -193,6 +205,9 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
         arXiv:2308.09124.
 
     Differs: each pair is asked once, behind one draw of examples.
+
+    Example:
+        found = hb.known(model, hb.relations.load("country_capital"))
     """
     adapter = wrap(model)
     order = list(task.pairs)

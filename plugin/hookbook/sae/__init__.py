@@ -85,13 +85,13 @@ class AttachedSAE:
         """Where it is on Neuronpedia; empty if the release is not."""
         return self.sae.cfg.metadata.neuronpedia_id or ""
 
-    def labels_of(self, features: Iterable[int]) -> dict[int, str]:
+    def labels_of(self, features: Iterable[int] | Tensor) -> dict[int, str]:
         """The labels of those features that have one."""
-        return {feature: self.labels[feature] for feature in features if feature in self.labels}
+        return {feature: self.labels[feature] for feature in _listed(features) if feature in self.labels}
 
-    def links_of(self, features: Iterable[int]) -> dict[int, str]:
+    def links_of(self, features: Iterable[int] | Tensor) -> dict[int, str]:
         """The pages of features on Neuronpedia; none if the release has none."""
-        return {feature: link(self.page, feature) for feature in features if self.page}
+        return {feature: link(self.page, feature) for feature in _listed(features) if self.page}
 
     def encode_prompts(self, prompts: Any) -> list[Tokens]:
         """Prompts as the SAE's training had them begin."""
@@ -326,6 +326,10 @@ def feature(sae: AttachedSAE, index: int) -> Vector:
         index: Which feature.
     """
     return checked(sae).vector(index)
+
+
+def _listed(features: Iterable[int] | Tensor) -> list[int]:
+    return features.unique().tolist() if isinstance(features, Tensor) else list(features)
 
 
 def checked(sae: Any) -> AttachedSAE:
