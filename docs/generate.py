@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.models.loading import load, wrap
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy, toy_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import layers  # noqa: E402
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("TransformerBridge", "HookedTransformer", "nnsight", "toy")
@@ -161,9 +166,21 @@ def paragraph(recipe: Any, head: str) -> str:
 
 def recipe_names() -> list[str]:
     """Every recipe, in the order of the API pages."""
-    return [
-        name for _, names, _ in TOPICS.values() for name in names if name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")
-    ]
+    return [name for _, names in TOPICS.values() for name in names if is_recipe(name)]
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a public name is a recipe, not its result."""
+    return name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")
+
+
+def chapter(name: str) -> tuple[str, list[str]]:
+    """A chapter's title, which its folder's docstring begins with, and its names: each recipe before what it gives."""
+    title = (import_module(f"hookbook.recipes.{name}").__doc__ or "").partition(":")[0]
+    own = [public for public, home in hb._HOME.items() if home.startswith(f"recipes.{name}.")]
+    files = list(dict.fromkeys(hb._HOME[public] for public in own))
+    own.sort(key=lambda public: (files.index(hb._HOME[public]), not is_recipe(public)))
+    return title, own + BESIDE.get(name, [])
 
 
 def linked(text: str) -> str:
@@ -173,7 +190,7 @@ def linked(text: str) -> str:
 
 def recipes() -> str:
     """The table of recipes, their papers, and where they depart from them."""
-    page = {name: file for file, (_, names, _) in TOPICS.items() for name in names}
+    page = {name: file for file, (_, names) in TOPICS.items() for name in names}
     rows = [
         f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | "
         f"{paragraph(getattr(hb, name), 'Differs')} |"
@@ -188,86 +205,40 @@ def recipes() -> str:
     ])  # fmt: skip
 
 
-TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
-    "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"], []),
-    "reading": (
-        "Reading states",
-        ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "recipes.reading.jacobians.Jacobian"],
-        [],
-    ),
-    "vectors": (
-        "Vectors of tasks",
-        [
-            "Vector",
-            "task_vector",
-            "TaskVectors",
-            "head_effects",
-            "HeadEffects",
-            "function_vector",
-            "FunctionVectors",
-            "recipes.vectors.task_sweep.TaskSweep",
-        ]
-        + ["compose", "Composition", "known"],
-        [],
-    ),
-    "steering": (
-        "Steering",
-        [
-            "contrast_vector",
-            "ContrastVectors",
-            "steer",
-            "Steering",
-            "in_context_vector",
-            "InContextVectors",
-            "directional_ablation",
-            "select_direction",
-        ]
-        + ["DirectionChoice", "orthogonalize"],
-        [],
-    ),
-    "relations": (
-        "Relations",
-        ["linear_relation", "LinearRelation", "attribute_lens", "edit_relation", "RelationEdits", "change_answer"],
-        ["relations"],
-    ),
-    "hops": (
-        "Two hops and backpatching",
-        ["two_hops", "TwoHops", "hop_readability", "HopReadability", "hop_knock_out", "HopKnockOut", "backpatch", "Backpatch"],
-        ["hops"],
-    ),
-    "features": (
-        "Features of SAEs",
-        [
-            "feature_activations",
-            "FeatureActivations",
-            "feature_examples",
-            "FeatureExamples",
-            "sae_report",
-            "SAEReport",
-            "FeatureVector",
-            "steer_feature",
-        ]
-        + ["feature_sweep", "FeatureSweep", "feature_attribution", "FeatureAttribution", "feature_patchscope", "FeaturePatchscope"]
-        + ["backpatch_features", "FeatureBackpatch", "relation_features", "RelationFeatures"],
-        ["sae"],
-    ),
-    "generation": ("Generation", ["generate", "Generation"], []),
-    "requests": ("Requests, sites, tokens", [], ["request", "sites", "tokens"]),
-    "data": ("Prompts, tasks, scores", [], ["prompts", "tasks", "scores"]),
-    "results": ("Results and pictures", [], ["results", "plots"]),
-    "elsewhere": ("Other tools", [], ["interop"]),
-    "own": ("Your own recipe or backend", ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter"], ["testing"]),
+CHAPTERS = {home.split(".")[1] for home in hb._HOME.values() if home.startswith("recipes.")}
+BESIDE = {
+    "reading": ["Affine"],
+    "vectors": ["Vector", "recipes.vectors.task_sweep.TaskSweep"],
+    "relations": ["relations"],
+    "hops": ["hops"],
+    "features": ["sae"],
 }
-"""The pages of the API: file, title, names of the package, and public modules, whose public names are all shown."""
+"""What is shown on a chapter's page beside its recipes and their results."""
+TOPICS: dict[str, tuple[str, list[str]]] = {
+    "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"]),
+    **{name: chapter(name) for name in sorted(CHAPTERS)},
+    "requests": ("Requests, sites, tokens", ["request", "sites", "tokens"]),
+    "data": ("Prompts, tasks, scores", ["prompts", "tasks", "scores"]),
+    "results": ("Results and pictures", ["results", "show.view.View", "show.plots"]),
+    "elsewhere": ("Other tools", ["interop"]),
+    "own": (
+        "Your own recipe or backend",
+        ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter", "engine.seam.Backend", "testing"],
+    ),
+}
+"""The pages of the API: file, title, and names of the package or of modules, whose public names are all shown. What a chapter has, the
+table of public names says."""
 
 
 def api(file: str) -> str:
     """One page of the API; mkdocstrings fills it."""
-    title, names, modules = TOPICS[file]
-    return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in [*names, *modules])])
+    title, names = TOPICS[file]
+    return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in names)])
 
 
-PAGES = {"sites.md": sites, "errors.md": errors, "recipes.md": recipes} | {f"api/{file}.md": partial(api, file) for file in TOPICS}
+PAGES = {"sites.md": sites, "errors.md": errors, "recipes.md": recipes, "../images/layers.svg": layers.picture} | {
+    f"api/{file}.md": partial(api, file) for file in TOPICS
+}
 
 
 def main() -> None:

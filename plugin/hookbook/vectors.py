@@ -19,10 +19,8 @@ from hookbook.tokens import Position
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from sae_lens import SAE
 
-    from hookbook.recipes.features.decomposition import FeatureVector
-    from hookbook.sae import AttachedSAE
+    from hookbook.recipes.features.decomposition import Features, FeatureVector
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +113,7 @@ class Vector(Result):
         )
 
     def decompose(
-        self, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
+        self, sae: Features, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
     ) -> FeatureVector:
         """This vector as features of a sparse autoencoder of its site.
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from sae_lens import SAE
 
+    Features = AttachedSAE | SAE
+
 ENOUGH = 1e-6
 """A pursuit ends where the residual has this share of the squared length."""
 ROWS = 8192
@@ -183,7 +185,7 @@ class FeatureVector(Result):
 
 
 def decompose(
-    vector: Vector, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
+    vector: Vector, sae: Features, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
 ) -> FeatureVector:
     """A vector as features of an SAE; see `hookbook.Vector.decompose`."""
     if method not in ("pursuit", "encode"):

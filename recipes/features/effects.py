@@ -23,9 +23,10 @@ from hookbook.errors import DataError, EditError, Refused, TokenError, check_cou
 from hookbook.recipe import recipe
 from hookbook.recipes.reading.patchscopes import wanted_id
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View, ending, show
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars, lines
+from hookbook.show.text import ending, show
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
 

@@ -18,10 +18,11 @@ from hookbook.errors import DataError, check_counts
 from hookbook.recipe import recipe
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View, show
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sae.saelens import link
 from hookbook.show.plots import COLOURS, drawing
+from hookbook.show.text import show
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, vocabulary
 

@@ -27,8 +27,9 @@ from hookbook.recipe import recipe
 from hookbook.recipes.hops.answering import Asked, as_question, ask, others
 from hookbook.recipes.vectors.task_sweep import random_like
 from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row, check_one_token, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.text import need
 from hookbook.sites import Site
 from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, resolve, vocabulary

@@ -22,9 +22,10 @@ from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
 from hookbook.recipes.reading.patchscopes import encode_prompts, wanted_id
 from hookbook.request import Each, Read, Request, Row, total
-from hookbook.results import Result, View, ending
-from hookbook.show.html import grid_sections
+from hookbook.results import Result, View
+from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, lines, samples, site_labels
+from hookbook.show.text import ending
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, beginnings, resolve, vocabulary, words
 

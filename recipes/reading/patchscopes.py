@@ -23,9 +23,10 @@ from hookbook.maps import Affine, Map
 from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
-from hookbook.results import Result, View, ending
-from hookbook.show.html import grid_sections
+from hookbook.results import Result, View
+from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, samples, site_labels
+from hookbook.show.text import ending
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
 

@@ -16,8 +16,9 @@ from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
 from hookbook.recipes.reading.patchscopes import encode_prompts
 from hookbook.request import Edit, Request, Row, Sampling, total
-from hookbook.results import Result, View, ending, need, show
+from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.text import ending, need, show
 from hookbook.tokens import Tokens, decoded, lines, vocabulary
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, TokenError
-from hookbook.show import html as report
+from hookbook.show.cells import grid_table
 from hookbook.testing import toy
 from hookbook.tokens import beginnings
 from tests.conftest import require
@@ -107,7 +107,7 @@ def test_views_and_tables_hold_what_is_drawn(lens):
     html = lens.view(prompt=1)._repr_html_()
     assert "unpkg.com" not in html and json.dumps("7 u") in html and '"Token"' in html and '"Layer"' in html
     require("jinja2")
-    table = report.grid_table(hb.logit_lens(toy(), "abc", k=2))
+    table = grid_table(hb.logit_lens(toy(), "abc", k=2))
     assert "prompt down, layer across" in table and ">abc<" in table
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import hookbook as hb
 from hookbook.errors import ResultError, TokenError
-from hookbook.results import Result, View, show
+from hookbook.results import Result, View
+from hookbook.show.text import show
 from hookbook.storage import FORMAT
 from hookbook.testing import toy
 from tests.conftest import require

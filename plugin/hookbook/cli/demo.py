@@ -11,8 +11,9 @@ from rich.text import Text
 
 import hookbook as hb
 from hookbook.cli.output import load, step
-from hookbook.results import show
 from hookbook.show import html as report
+from hookbook.show.cells import grid_table
+from hookbook.show.text import show
 
 
 def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> None:
@@ -66,12 +67,12 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
                     "The state of the last token at a source layer replaces the state of “?” at a target layer of a prompt that "
                     f"repeats words; each cell shows the next token. {saved} Unpatched, the target says "
                     f"{show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
-                    report.grid_table(grid),
+                    grid_table(grid),
                 ),
                 (
                     "The same states through the logit lens",
                     "Straight to the final norm and the unembedding." + away,
-                    report.grid_table(lens),
+                    grid_table(lens),
                 ),
                 (
                     f"Entity description by layer: {name!r}",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hookbook.reproduce.suite import number
-from hookbook.results import ending, show
+from hookbook.show.text import ending, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hookbook.errors import Refused
-from hookbook.results import need
+from hookbook.show.text import need
 
 _CALL = re.compile(r"CircuitsVis\.render\(\s*\"[^\"]*\",\s*CircuitsVis\.(\w+),\s*(\{.*\})\s*\)\s*</script>\s*$", re.DOTALL)
 

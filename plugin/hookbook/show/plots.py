@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.results import View, need, show
 from hookbook.show.fonts import FAMILY, families, spelt
+from hookbook.show.text import need, show
+from hookbook.show.view import View
 from hookbook.sites import Site
 
 if TYPE_CHECKING:
