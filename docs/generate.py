@@ -116,7 +116,9 @@ def sites() -> str:
     said = {key: f"not of {', '.join(families)}" for key, families in without.items()}
     having = [f"| `{written(name)}` | {' | '.join(said.get((name, backend), 'yes') for backend in BACKENDS)} |" for name in SITES]
     return "\n".join([
-        "# Sites", "", "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron in it. Rows are in the order of the pass.", "",
+        "# Sites", "",
+        "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron "
+        "in it. Rows are in the order of the pass.", "",
         "| site | part | shape | TransformerLens | meaning |", "|---|---|---|---|---|", *rows, "",
         "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the "
         "stream, after the norm. "
@@ -136,7 +138,10 @@ def sites() -> str:
 REMEDIES = {
     "DataError": "see which pairs or texts it names; `hb.tasks.names()` and `hb.relations.names()` list what ships",
     "EditError": "compare the value's shape with the site's, and the position with the prompt's tokens (`print(model.encode(prompt))`)",
-    "ModelError": "load it with `hb.load`, or wrap a TransformerBridge, a HookedTransformer or an nnsight model; `hookbook doctor MODEL` asks a model everything",
+    "ModelError": (
+        "load it with `hb.load`, or wrap a TransformerBridge, a HookedTransformer or an nnsight model; `hookbook doctor MODEL` asks a "
+        "model everything"
+    ),
     "Refused": "do what the message says after `Instead`; [sites](sites.md) lists what which family cannot do",
     "RemoteError": "if it has a `handle`, the job goes on: `error.handle.result()` waits again, `error.handle.save(path)` keeps it",
     "ResultError": "load it with the class that wrote it, such as `hb.Patchscope.load`; a damaged file has to be made again",
@@ -150,8 +155,9 @@ def errors() -> str:
     kinds = sorted(HookbookError.__subclasses__(), key=lambda e: e.__name__)
     rows = [f"| `{e.__name__}` | {(e.__doc__ or '').strip().rstrip('.')} | {REMEDIES[e.__name__]} |" for e in kinds]
     return "\n".join([
-        "# Errors", "", "Every error says what happened, why, and what to do instead (`error.what`, `error.why`, `error.instead`), and is raised before the first "
-        "forward pass where it can be known. All are `HookbookError`s.", "",
+        "# Errors", "",
+        "Every error says what happened, why, and what to do instead (`error.what`, `error.why`, `error.instead`), and is raised before "
+        "the first forward pass where it can be known. All are `HookbookError`s.", "",
         "| error | meaning | what to do |", "|---|---|---|", *rows, "", "::: hookbook.errors", "",
     ])  # fmt: skip
 

@@ -233,9 +233,9 @@ def feature_sweep(
     seen = plain.readings[0].values.split([len(some) for some in where])
     chosen = _active(sae, seen) if listed is None else listed
     edits = {
-        (feature, strength): sae.edit(feature, position=position, keep_error=keep_error, **{change: strength})  # pyright: ignore[reportArgumentType]
+        (feature, by): sae.edit(feature, position=position, keep_error=keep_error, **{change: by})  # pyright: ignore[reportArgumentType]
         for feature in dict.fromkeys(feature for some in chosen for feature in some)
-        for strength in strengths
+        for by in strengths
     }
     rows = [Row(i, (edits[feature, strength],)) for i, some in enumerate(chosen) for feature in some for strength in strengths]
     changed = adapter.run(Request(coded, rows, [Read(end)]), progress=progress, checkpoint=checkpoint)

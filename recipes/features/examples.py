@@ -143,7 +143,10 @@ class FeatureExamples(Result):
                 )
                 words.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(self.vocab[token]))}</span>')
         title = f"{feature} {self.labels.get(feature, '')}".strip()
-        return f'<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> <span style="white-space:pre-wrap">{"".join(words)}</span></p>'
+        return (
+            f"<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> "
+            f'<span style="white-space:pre-wrap">{"".join(words)}</span></p>'
+        )
 
 
 @recipe

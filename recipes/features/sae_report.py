@@ -108,7 +108,10 @@ class SAEReport(Result):
 
     def view(self) -> View:
         """The table, and what was measured."""
-        said = f"{self.card.model_id} in {self.card.dtype}, an SAE of {self.site} in {self.sae_dtype}: it {'fits' if self.fits else 'does not fit'}."
+        said = (
+            f"{self.card.model_id} in {self.card.dtype}, an SAE of {self.site} in {self.sae_dtype}: "
+            f"it {'fits' if self.fits else 'does not fit'}."
+        )
         return View.table(self.to_frame(), said)
 
 

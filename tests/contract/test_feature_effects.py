@@ -248,8 +248,10 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     sweep = hb.feature_sweep(sae, PROMPTS, strengths=[0.0, 3.0], tokens=["c"])
     frame = sweep.to_frame()
     assert len(frame) == 2 * N * 2 and frame.iloc[4 + 1].to_dict() | {"prompt": 0} == {
-        "prompt": 0, "feature": 2, "strength": 3.0, "activation": sweep.activations[2].item(), "kl": sweep.kl[2, 1].item(), "change c": sweep.changes[2, 1, 0].item(),
-        "plain_token": sweep.vocab[int(sweep.plain_ids[0, 0])], "token": sweep.vocab[int(sweep.token_ids[2, 1, 0])], "logprob": sweep.logprobs[2, 1, 0].item(),
+        "prompt": 0, "feature": 2, "strength": 3.0, "activation": sweep.activations[2].item(),
+        "kl": sweep.kl[2, 1].item(), "change c": sweep.changes[2, 1, 0].item(),
+        "plain_token": sweep.vocab[int(sweep.plain_ids[0, 0])], "token": sweep.vocab[int(sweep.token_ids[2, 1, 0])],
+        "logprob": sweep.logprobs[2, 1, 0].item(),
         "label": "about <b>", "link": "https://www.neuronpedia.org/m/1-res/2",
     }  # fmt: skip
     assert (

@@ -50,13 +50,19 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
     console.print(table)
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers
-    saved = f"{pairs} runs cost {cost['token_layers']:,} token-layers in one climb; run one by one they cost {plain:,}, {plain / cost['token_layers']:.0f} times as many."
+    saved = (
+        f"{pairs} runs cost {cost['token_layers']:,} token-layers in one climb; run one by one they cost {plain:,}, "
+        f"{plain / cost['token_layers']:.0f} times as many."
+    )
     console.print(saved, highlight=False, markup=False)
     description = report.table(["layer", "description"], [[str(read.layer), said.texts[0][p]] for p, (read, _) in enumerate(said.pairs)])
     control = f" Unpatched, the target says {said.control_texts[0]!r}: what resembles it says nothing about the name."
     away = ""
     if card.n_layers > 1:
-        away = f" From the layer below the last, the model's own answer is still {float(lens.kl[0, -2]):.1f} nats away; from the first, {float(lens.kl[0, 0]):.1f}."
+        away = (
+            f" From the layer below the last, the model's own answer is still {float(lens.kl[0, -2]):.1f} nats away; "
+            f"from the first, {float(lens.kl[0, 0]):.1f}."
+        )
     path = report.write(
         out,
         report.page(

@@ -216,7 +216,10 @@ class Service:
         text = self._clean(found.description or "no description")
         lines = [line for line in text.strip().splitlines() if line.strip()]
         last = lines[-1].strip().rstrip(".") if lines else "no description"
-        gone = r"not (yet )?(deployed|running|available)|no such model|could not be (deployed|found)|failed to (deploy|load|evaluate)|huggingface_hub"
+        gone = (
+            r"not (yet )?(deployed|running|available)|no such model|could not be (deployed|found)|"
+            r"failed to (deploy|load|evaluate)|huggingface_hub"
+        )
         if "run_errand" not in text and re.search(gone, text, re.I):
             return RemoteError(
                 f"{self.model.to_model_key()} does not run on {self.host}",

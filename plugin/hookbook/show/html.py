@@ -20,17 +20,25 @@ if TYPE_CHECKING:
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --soft: #595959; --line: #d0d0d0; --box: #f2f2f2; --link: #0a58a8 }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --page: #16181c; --soft: #a8a8a8; --line: #444; --box: #262a30; --link: #8ab8f0 } }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #16181c; --soft: #a8a8a8; --line: #444; --box: #262a30; --link: #8ab8f0 }
+}
 * { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem; color: var(--text); background: var(--page); overflow-wrap: anywhere }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 p { max-width: 50rem } a { color: var(--link) } code { background: var(--box); padding: 0 .25em; border-radius: 3px }
 .box { overflow-x: auto; max-width: 100%; margin: .75rem 0 } .box:focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
 .box > img { display: block; height: auto; max-width: max(100%, 44rem); background: #fff; border-radius: 4px }
-table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal } caption { text-align: left; padding-bottom: .5rem; color: var(--soft) }
-th { font-weight: 600; text-align: left; vertical-align: top; white-space: nowrap } th[scope=row] { white-space: normal; min-width: 6rem; max-width: 24rem } th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line) }
-td { vertical-align: top; min-width: 3rem; max-width: 40rem; overflow-wrap: break-word } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.grid th { white-space: nowrap; min-width: 0 } .grid th, .grid td { padding: .2rem .4rem; border: 1px solid var(--page) } .grid td { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
+caption { text-align: left; padding-bottom: .5rem; color: var(--soft) }
+th { font-weight: 600; text-align: left; vertical-align: top; white-space: nowrap }
+th[scope=row] { white-space: normal; min-width: 6rem; max-width: 24rem }
+th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line) }
+td { vertical-align: top; min-width: 3rem; max-width: 40rem; overflow-wrap: break-word }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.grid th { white-space: nowrap; min-width: 0 } .grid th, .grid td { padding: .2rem .4rem; border: 1px solid var(--page) }
+.grid td { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .box:has(> table) { max-height: 40rem; overflow-y: auto } @media print { .box:has(> table) { max-height: none } }
 footer { margin-top: 3rem; font-size: .85rem; color: var(--soft) }
 """
@@ -38,7 +46,10 @@ footer { margin-top: 3rem; font-size: .85rem; color: var(--soft) }
 
 def box(content: str, name: str, kind: str = "") -> str:
     """What may be wider than the page: it scrolls by itself, by keyboard too. Outside our pages, such as in a notebook, as well."""
-    return f'<div class="box{kind and " " + kind}" role=region tabindex=0 aria-label="{html.escape(name)}" style="overflow-x:auto">{content}</div>'
+    return (
+        f'<div class="box{kind and " " + kind}" role=region tabindex=0 aria-label="{html.escape(name)}" '
+        f'style="overflow-x:auto">{content}</div>'
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, headers: int = 1, numbers: Sequence[int] = ()) -> str:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LARGEST = 5_000_000
 """Bytes of a report."""
 _CONTROL = re.compile(
-    r"control|random|shuffled|swapped|shortcut|other|misled|substituted|^base$|zero_shot|few_shot|clean|own_|(?<!ex)plain|^loss$|^loss_zero$|wrong"
+    r"control|random|shuffled|swapped|shortcut|other|misled|substituted|^base$|zero_shot|few_shot|clean|own_|"
+    r"(?<!ex)plain|^loss$|^loss_zero$|wrong"
 )
 _SHOWN_ELSEWHERE = {"vocab", "labels", "links", "settings"}
 
