@@ -149,13 +149,14 @@ def picture() -> str:
         drawn.append(
             f"<g><title>{one.name}: {' '.join(one.modules)}; {one.what}</title>"
             f'<rect x="{x:.0f}" y="{y}" width="{each:.0f}" height="{height}" rx="5" fill="#eef1f8" stroke="#3f51b5"/>'
-            f'<text x="{x + each / 2:.0f}" y="{y + 19}" text-anchor="middle" font-size="13" font-weight="600" fill="#1a1a1a">{one.name}</text>'
-            f'<text x="{x + each / 2:.0f}" y="{y + 36}" text-anchor="middle" font-size="11" fill="#444">{one.what}</text></g>'
+            f'<text x="{x + each / 2:.0f}" y="{y + 19}" font-size="13" font-weight="600" fill="#1a1a1a">{one.name}</text>'
+            f'<text x="{x + each / 2:.0f}" y="{y + 36}" font-size="11" fill="#444">{one.what}</text></g>'
         )
     tall = len(rows) * step
-    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z"/></marker>'
+    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    tip += '<path d="M0 0 8 4 0 8z"/></marker>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" role="img" font-family="system-ui, sans-serif">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" role="img" text-anchor="middle" font-family="sans-serif">'
         f"<title>The rooms of hookbook: each imports those below it that its lines lead to.</title><defs>{tip}</defs>"
         f'<rect width="{width}" height="{tall}" fill="#fff"/>{"".join(drawn)}</svg>\n'
     )
