@@ -14,7 +14,7 @@ import hookbook as hb
 from hookbook.recipes.vectors.task_sweep import TaskSweep
 from hookbook.results import Result
 from hookbook.testing import toy
-from tests.conftest import marked
+from tests.support.needs import marked
 
 
 def kinds() -> list[Any]:

@@ -15,7 +15,7 @@ import pytest
 import hookbook as hb
 from hookbook.models import loading
 from hookbook.testing import ToyAdapter, ToyModel
-from tests.conftest import HOOKED, marked, require
+from tests.support.needs import HOOKED, marked, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -14,8 +14,9 @@ from hookbook.errors import Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy, toy_tokenizer
 from hookbook.travel.climb import Climb
-from tests.conftest import Case, require
 from tests.contract.test_forks import differ
+from tests.support.cases import Case
+from tests.support.needs import require
 
 EXACT = 1e-10
 TEXTS = ("The cat sat on the mat.", "Hi")

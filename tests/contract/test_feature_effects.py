@@ -11,8 +11,8 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
-from tests.conftest import flat
 from tests.contract.test_sae import N, attached
+from tests.support.formulas import flat
 
 PROMPTS = ["a prompt", "another, longer"]
 

@@ -16,8 +16,9 @@ from sae_lens.training.activation_scaler import ActivationScaler
 import hookbook as hb
 from hookbook.errors import DataError
 from hookbook.recipes.features import reading
-from tests.conftest import Case, flat
 from tests.contract.test_sae import N, attached
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 DRAW = random.Random(7)
 TEXTS = ["".join(DRAW.choices(ascii_lowercase + "  ", k=DRAW.randint(1, 20))) for _ in range(9)]

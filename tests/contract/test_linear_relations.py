@@ -17,7 +17,8 @@ import hookbook as hb
 from hookbook.recipes.relations.linear_relations import OTHERS, _parts
 from hookbook.relations import Relation, Statement
 from hookbook.request import Readout, Request, Row
-from tests.conftest import Case, flat
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 EXACT, SEED, TRAIN = 1e-10, 3, 2
 BETAS, RANKS = (0.5, 1.0, 2.0), (1, 5, 16)

@@ -16,7 +16,7 @@ from hookbook.request import LensReadout
 from hookbook.testing import toy
 from hookbook.tokens import beginnings, resolve
 from hookbook.travel import readout
-from tests.conftest import Case
+from tests.support.cases import Case
 
 PROMPTS = ["The cat sat", "Hi, a rather longer one", "The cat sat", "no"]
 WORDS = ["x", 7]

@@ -12,7 +12,8 @@ import torch
 import hookbook as hb
 from hookbook.errors import ModelError
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import DTYPE, build, require, tiny_hooked
+from tests.support.needs import require
+from tests.support.tiny import DTYPE, build, tiny_hooked
 
 TEXTS = ("The cat sat on the mat", "Hi")
 KINDS = ("bridge", "hooked")

@@ -16,8 +16,8 @@ from hookbook.errors import DataError, Refused, TokenError
 from hookbook.recipes.hops.two_hops import WAYS
 from hookbook.relations import Relation
 from hookbook.tasks import Question
-from tests.conftest import Case
 from tests.contract.test_backpatching import letters, says
+from tests.support.cases import Case
 
 
 def relations(n: int) -> tuple[Relation, Relation]:

@@ -9,8 +9,8 @@ from unittest.mock import MagicMock
 import pytest
 
 from hookbook.models.packages import PACKAGES, find
-from tests.conftest import require
 from tests.docs.fences import CHECKS, PAGES, SERVER_PAGES, fences, run_page
+from tests.support.needs import require
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hookbook.reproduce import suite, vectors
-from tests.conftest import real
+from tests.support.real import real
 
 
 def test_one_effect_is_reproduced(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import require
+from tests.support.needs import require
 
 PROMPTS = ["The capital of France is the city of", "Hier soir, nous avons mangé dans un petit restaurant"]
 

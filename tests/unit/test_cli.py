@@ -26,7 +26,7 @@ from hookbook.cli import demo, output, recipes, tables
 from hookbook.models import doctor, loading
 from hookbook.reproduce import suite
 from hookbook.testing import toy, toy_tokenizer
-from tests.conftest import require
+from tests.support.needs import require
 
 PAIRS = [[x, x.upper()] for x in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx")]
 TEXTS = {"positive": ["ab", "ac", "ad", "ae"], "negative": ["xb", "xc", "xd", "xe"]}

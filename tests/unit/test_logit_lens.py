@@ -13,7 +13,7 @@ from hookbook.errors import DataError, TokenError
 from hookbook.show.cells import grid_table
 from hookbook.testing import toy
 from hookbook.tokens import beginnings
-from tests.conftest import require
+from tests.support.needs import require
 
 PROMPTS = ["abc", "hi, you"]
 COLUMNS = ["prompt", "position", "after", "own_token", "site", "layer", "rank", "token", "logprob", "own_logprob", "entropy", "kl"]

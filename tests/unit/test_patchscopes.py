@@ -14,7 +14,7 @@ from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.prompts import Target
 from hookbook.sites import Site
 from hookbook.testing import ToyAdapter, toy, toy_tokenizer
-from tests.conftest import Case
+from tests.support.cases import Case
 
 EXACT = 1e-10
 TOY = Case("toy", toy())

@@ -11,7 +11,7 @@ from hookbook.show import fonts
 from hookbook.show.fonts import FAMILY, families, spelt
 from hookbook.show.plots import SMALLEST, bars, drawing, heat_map, ink, lines
 from hookbook.show.text import show
-from tests.conftest import require
+from tests.support.needs import require
 
 WORDS = ["the", " Princess", "characterization", "1997", ",", "Королева", "مرحبا", "北京", "🙂"]
 

@@ -15,8 +15,8 @@ from hookbook.errors import Refused, ResultError
 from hookbook.show import html as report
 from hookbook.show.page import LARGEST, pictures
 from hookbook.testing import toy
-from tests.conftest import require
 from tests.makers import MAKERS, kinds, result
+from tests.support.needs import require
 
 KINDS = kinds()
 

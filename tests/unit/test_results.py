@@ -17,7 +17,7 @@ from hookbook.results import Result, View
 from hookbook.show.text import show
 from hookbook.storage import FORMAT
 from hookbook.testing import toy
-from tests.conftest import require
+from tests.support.needs import require
 
 PROMPTS = ["ab", "abcd", "e"]
 ODD = ["北京", "é\n", "\x00\x1b", "\t", " ", "", "$x", "a$\\frac$b", "<b>&amp;", "\u202eab", "�", "🙂", "\"'\\"]
