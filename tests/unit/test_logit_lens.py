@@ -16,7 +16,7 @@ from hookbook.tokens import beginnings
 from tests.support.needs import require
 
 PROMPTS = ["abc", "hi, you"]
-COLUMNS = ["prompt", "position", "after", "own_token", "site", "layer", "rank", "token", "logprob", "own_logprob", "entropy", "kl"]
+COLUMNS = ["prompt", "position", "position_token", "own_token", "site", "layer", "rank", "token", "logprob", "own_logprob", "entropy", "kl"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_frame_has_a_row_for_each_prompt_token_layer_and_rank(lens):
     for at, row in enumerate(frame.itertuples()):
         (n, s), r = divmod(at // 3, 3), at % 3
         prompt, position = lens.rows[n]
-        assert (row.prompt, row.position, row.after) == (PROMPTS[prompt], position, lens.prompts[prompt].strings[position])
+        assert (row.prompt, row.position, row.position_token) == (PROMPTS[prompt], position, lens.prompts[prompt].strings[position])
         assert (
             (row.site, row.layer, row.rank) == ("resid_post", s, r)
             and row.token == lens.token(n, s, r)
