@@ -160,6 +160,16 @@ def each(name: str, keys: Sequence[str], over: str, values: Tensor) -> dict[str,
     return {f"{name} {key}": Over(over, values[..., at]) for at, key in enumerate(keys)}
 
 
+def controls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns `control NAME`, of values by name."""
+    return {f"control {name}": one for name, one in values.items()}
+
+
+def at_tokens(prompts: Sequence[Tokens], rows: Tensor, positions: Tensor) -> list[tuple[Tokens, int, str]]:
+    """Labels of an axis `prompt position position_token`: of each place `[m]` its prompt, its token's index and its text."""
+    return [(prompts[row], at, prompts[row].strings[at]) for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
+
+
 def spelled(ids: Tensor, vocab: Mapping[int, str]) -> list[str]:
     """The texts of token ids, in their order."""
     return [vocab[i] for i in ids.flatten().tolist()]
