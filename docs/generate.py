@@ -19,6 +19,7 @@ from hookbook.adapter import Adapter
 from hookbook.engine import selfcheck
 from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.models.loading import load, wrap
+from hookbook.show.tidy import COLUMNS
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy, toy_tokenizer
 
@@ -135,6 +136,17 @@ def sites() -> str:
     ])  # fmt: skip
 
 
+def columns() -> str:
+    """The table of columns of frames."""
+    rows = [f"| `{name}` | `{kind}` | {meaning} |" for name, (kind, meaning) in COLUMNS.items()]
+    return "\n".join([
+        "# Columns of frames", "", "`result.to_frame()` gives one row for each cell, and a name means the same in the frames of all results. Sites are [here](sites.md); names in braces are the result's "
+        "own: `logprob {token}` is `logprob  Paris` for the token ` Paris`, with its space. The docstring of each `to_frame` says which columns it has. "
+        "Of texts the dtype is what your pandas calls them; `Int64` and `boolean` may have `<NA>`, numbers `NaN`.", "",
+        "| column | dtype | meaning |", "|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
 REMEDIES = {
     "DataError": "see which pairs or texts it names; `hb.tasks.names()` and `hb.relations.names()` list what ships",
     "EditError": "compare the value's shape with the site's, and the position with the prompt's tokens (`print(model.encode(prompt))`)",
@@ -242,9 +254,13 @@ def api(file: str) -> str:
     return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in names)])
 
 
-PAGES = {"sites.md": sites, "errors.md": errors, "recipes.md": recipes, "../images/layers.svg": layers.picture} | {
-    f"api/{file}.md": partial(api, file) for file in TOPICS
-}
+PAGES = {
+    "sites.md": sites,
+    "columns.md": columns,
+    "errors.md": errors,
+    "recipes.md": recipes,
+    "../images/layers.svg": layers.picture,
+} | {f"api/{file}.md": partial(api, file) for file in TOPICS}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from hookbook.card import ModelCard
 from hookbook.errors import EditError, SiteError
 from hookbook.request import Edit, Op, Scope
 from hookbook.results import Result, View
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position
 
@@ -188,9 +189,7 @@ class Vector(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each number: `dimension`, `value`."""
-        import pandas as pd
-
-        return pd.DataFrame({"dimension": range(len(self.values)), "value": self.values.tolist()})
+        return tidy({"dimension": len(self.values)}, value=self.values)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Its numbers, sorted by size."""

@@ -265,7 +265,7 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     assert [bar.get_width() for bar in bars] == one.changes[:N, 0, 0][one.changes[:N, 0, 0].abs().topk(2).indices].tolist()
     found = hb.feature_attribution(sae, PROMPTS, answer="c")
     line, token = found.to_frame().iloc[-1], found.prompts[1].strings[int(found.positions[-1])]
-    assert (line.prompt, line.token, line.attribution, line.feature) == (
+    assert (line.prompt, line.position_token, line.attribution, line.feature) == (
         PROMPTS[1],
         token,
         found.attributions[-1].item(),

@@ -21,7 +21,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "position": ("int64", "a token of the prompt: its index, from 0, in the prompt's own tokens"),
     "position_token": ("str", "the text of the token at `position`"),
     "place": ("str", "a token of each prompt, by a rule or a name: `-1`, `last`, `bridge`"),
-    "site": ("str", "the name of a [tensor](sites.md), without its layer; nothing if there is none"),
+    "site": ("str", "the name of a tensor, without its layer; nothing if there is none"),
     "layer": ("Int64", "the block of `site`, or of the block's output where no site is named, from 0; nothing if no block has it"),
     "unit": ("Int64", "a head or a neuron of `site`; no column if whole tensors are meant"),
     "target_site": ("str", "as `site`, of what is written where something else is read"),
@@ -78,7 +78,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "known": ("int64", "how many of the test objects the model says itself"),
     "asked": ("int64", "how many test objects there are"),
     "success": ("float64", "the share of test changes after which the model says the other answer"),
-    "auroc": ("float64", "how often the projection of a held-out positive text is above that of a negative one"),
+    "auroc": ("float64", "how often the number of a text of one class is above that of a text of the other; 0.5 by chance"),
     "indirect_effect": ("float64", "by how much a head alone raises the answer's probability, in the mean"),
     "fixed": ("float64", "the share of questions that were not answered, and now are"),
     "kept": ("float64", "the share of questions that were answered, and still are"),
@@ -100,7 +100,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "link": ("str", "its page on Neuronpedia, if the release has them"),
     "activation": ("float64", "its activation in the plain run"),
     "feature_rank": ("int64", "its rank among the features of a token; 0 is the most active"),
-    "density": ("float64", "the share of tokens on which it is active"),
+    "mean_activation": ("float64", "the mean over the tokens that were read"),
+    "density": ("float64", "the share of these on which it is active"),
+    "other_mean_activation": ("float64", "as `mean_activation`, on the other texts"),
+    "other_density": ("float64", "as `density`, on the other texts"),
+    "difference": ("float64", "`mean_activation` less `other_mean_activation`"),
     "example": ("int64", "which example of a feature; 0 has the largest activation"),
     "context": ("str", "the tokens around, with the one that is meant «marked»"),
     "text_index": ("int64", "which of the texts that were read, from 0"),
@@ -158,6 +162,16 @@ class Over(NamedTuple):
 def each(name: str, keys: Sequence[str], over: str, values: Tensor) -> dict[str, Over]:
     """Columns `name key`: one for each place of the last axis of values `[*over, key]`."""
     return {f"{name} {key}": Over(over, values[..., at]) for at, key in enumerate(keys)}
+
+
+def controls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns `control NAME`, of values by name."""
+    return {f"control {name}": one for name, one in values.items()}
+
+
+def at_tokens(prompts: Sequence[Tokens], rows: Tensor, positions: Tensor) -> list[tuple[Tokens, int, str]]:
+    """Labels of an axis `prompt position position_token`: of each place `[m]` its prompt, its token's index and its text."""
+    return [(prompts[row], at, prompts[row].strings[at]) for row, at in zip(rows.tolist(), positions.tolist(), strict=True)]
 
 
 def spelled(ids: Tensor, vocab: Mapping[int, str]) -> list[str]:
