@@ -27,8 +27,10 @@ from hookbook.recipe import recipe
 from hookbook.recipes.hops.answering import Asked, as_question, ask, others
 from hookbook.recipes.vectors.task_sweep import random_like
 from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row, check_one_token, total
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.text import need
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
@@ -177,15 +179,9 @@ class Backpatch(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each pair and control: `control`, `layer` (of the source), `target_layer`, `fixed` (of the questions that were not
         answered), `kept` (of those that were)."""
-        import pandas as pd
-
-        fixed, kept = self.shares(), self.shares(answered=True)
-        rows = [
-            (name, *(pair[::-1] if name == "swapped" else pair), float(fixed[name][p]), float(kept[name][p]))
-            for name in self.right
-            for p, pair in enumerate(self.pairs)
-        ]
-        return pd.DataFrame(rows, columns=["control", "layer", "target_layer", "fixed", "kept"])
+        rows = [(name, *(pair[::-1] if name == "swapped" else pair)) for name in self.right for pair in self.pairs]
+        fixed, kept = ([*self.shares(answered).values()] for answered in (False, True))
+        return tidy({"control layer target_layer": rows}, fixed=fixed, kept=kept)
 
     def plot(self, ax: Axes | None = None, *, control: str = "patch", answered: bool = False) -> Axes:
         """A heat map, source layer by target layer, of the share of questions that each pair fixes, of the patch or of a control.

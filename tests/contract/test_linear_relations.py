@@ -42,7 +42,8 @@ def planted(adapter: hb.Adapter, n_train: int = TRAIN, objects: int = 2, end: bo
         train = tuple((x, draw.choice(ascii_lowercase)) for x, _ in parts[0])
         relation = Relation(train, "planted", templates=(template,), answer="{}")
         prompts = [adapter.encode(relation.ask(x, train, "?").text) for part in parts[1:] for x, _ in part]
-        tokens = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1))).readout.topk_ids[:, 0].tolist()  # type: ignore[union-attr]
+        reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)))
+        tokens = reply.readout.topk_ids[:, 0].tolist()  # type: ignore[union-attr]
         pairs, known = list(train), []
         for part in parts[1:]:
             texts = [adapter.tokenizer.decode([tokens.pop(0)]) for _ in part]

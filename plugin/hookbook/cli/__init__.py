@@ -130,7 +130,7 @@ def _reproduce(name: str, model: str, out: Path, only: list[str], as_json: bool)
 
     from hookbook import reproduce
     from hookbook.reproduce.suite import controls_text, number, run, verdict
-    from hookbook.results import need
+    from hookbook.show.text import need
 
     need("matplotlib", "a report").use("Agg")
     suite = reproduce.get(name)

@@ -232,7 +232,10 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
     )
     where = f"layers {sources[0]}-{sources[-1]} to {targets[0]}-{targets[-1]}, mean of {int((~found.clean).sum())} questions"
     explained = {row["control"]: row["explained"] for row in found.summary().to_dict("records")}
-    note = f"Of the mean over all pairs, shuffled donors reach {explained['shuffled']:.0%}, swapped pairs {explained['swapped']:.0%}, random vectors {explained['random']:.0%}."
+    note = (
+        f"Of the mean over all pairs, shuffled donors reach {explained['shuffled']:.0%}, swapped pairs {explained['swapped']:.0%}, "
+        f"random vectors {explained['random']:.0%}."
+    )
     others = {name: rate.any for name, rate in every.items() if name != "patch"}
     chosen = {name: share for name, share in best.rates.items() if name != "patch"}
     single = (("fixes some", best.rates["patch"] > 0), ("more than shuffled", best.rates["patch"] > chosen["shuffled"]))

@@ -131,7 +131,10 @@ def _told_apart(what: str, found: FeatureVector, here: FeatureActivations, there
     controls = {f"best of {LARGEST} random": float(drawn.mean())}
     rule = (least("AUROC", of[best], 0.9), *most(controls, {f"best of {LARGEST} random": 0.85}))
     listed = ", ".join(f"{feature} {value:.2f}" for feature, value in of.items())
-    note = f"AUROCs of the largest features: {listed}. {len(found.features)} features are {float(found.explained):.0%} of the vector's squared length."
+    note = (
+        f"AUROCs of the largest features: {listed}. {len(found.features)} features are {float(found.explained):.0%} "
+        "of the vector's squared length."
+    )
     effect = "a vector's features fit"
     return Line(effect, f"{what}, feature {best}", of[best], controls, "", rule, setup.expects("decompositions", what), note)
 

@@ -21,8 +21,9 @@ from hookbook import storage
 from hookbook.errors import DataError, HookbookError, ResultError
 from hookbook.models import packages
 from hookbook.models.loading import load
-from hookbook.results import Result, need
+from hookbook.results import Result
 from hookbook.show import html as report, page as reporting
+from hookbook.show.text import need
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -207,7 +207,10 @@ def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
     measured, controls = _numbers(found, at)
     rule = (least("accuracy", measured, 0.55), *most(controls, {"random heads": 0.2}))
     what = f"{found.task}, {len(found.heads)} heads x {found.settings['strength']:g}, layer {layer}"
-    note = f"{found.task}: {len(found.heads)} heads added with strength {found.settings['strength']:g} give {measured:.2f}, {controls['with examples']:.2f} with examples."
+    note = (
+        f"{found.task}: {len(found.heads)} heads added with strength {found.settings['strength']:g} give {measured:.2f}, "
+        f"{controls['with examples']:.2f} with examples."
+    )
     return Line(effect, what, measured, controls, "works", rule, effect == "function vector" and setup.expects(effect, found.task), note)
 
 
@@ -284,7 +287,10 @@ def in_context_line(said: Mapping[float, Generation], random: Mapping[float, Gen
     }
     rule = (least("share in French", shares[best], 0.5), *most(controls, {"no vector": 0.1, "random": 0.1}))
     by_strength = ", ".join(f"{share:.2f} at {strength:g}" for strength, share in shares.items())
-    note = f"In-context vectors, share in French by strength: {by_strength}. An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
+    note = (
+        f"In-context vectors, share in French by strength: {by_strength}. "
+        f"An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
+    )
     return best, Line(
         "in-context vector",
         f"to French, strength {best:g}",
