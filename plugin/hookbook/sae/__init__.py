@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttachedSAE", "attach", "demo", "feature"]
 
-DEMO = Path(__file__).parent / "data" / "sae"
+DEMO = Path(__file__).parents[1] / "data" / "sae"
 
 
 @dataclass(frozen=True, eq=False)
