@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hookbook import storage
 from hookbook.show import html, page
