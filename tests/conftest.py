@@ -27,7 +27,7 @@ import torch
 from hookbook.testing import toy_tokenizer
 from tests.support.cases import Case
 from tests.support.needs import CANNOT_BE_IMPORTED, HOOKED, lens_version, marked, require
-from tests.support.tiny import CASES, build, hash_of, tiny_config
+from tests.support.tiny import CASES, DIAGONAL, ENGINE, build, hash_of, tiny_config
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,12 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = [c for c in metafunc.config.getoption("--adapters").split(",") if c]
     cases = [c for c in CASES if not chosen or any(part in c for part in chosen)]
+    whole = [] if metafunc.module.__name__.rpartition(".")[2] in ENGINE else {*CASES}.difference(DIAGONAL, chosen)
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", marked(cases), indirect=True, scope="session")
+        metafunc.parametrize("case", marked(cases, whole), indirect=True, scope="session")
     if "hook_point_case" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "hook_point_case", marked(c for c in cases if c.startswith(("bridge", "hooked"))), indirect=True, scope="session"
-        )
+        points = [c for c in cases if c.startswith(("bridge", "hooked"))]
+        metafunc.parametrize("hook_point_case", marked(points, whole), indirect=True, scope="session")
 
 
 BUDGET = 60

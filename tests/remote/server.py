@@ -133,7 +133,7 @@ class Server:
             "HF_HOME": str(HOME / "hf"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_ENABLE_FORK_SUPPORT": "0",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
             **_QUIET,
         }
 

@@ -26,9 +26,13 @@ CANNOT_BE_IMPORTED = ("*/adapters/hooked.py", "*/test_sae*.py", "*/test_feature_
 """Files, where HookedTransformer is not."""
 
 
-def marked(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test; those that are or need HookedTransformer marked `hooked`."""
-    return [pytest.param(name, marks=pytest.mark.hooked) if "hooked" in name.lower() else name for name in names]
+def marked(names: Iterable[str], whole: Iterable[str] = ()) -> list[Any]:
+    """Parameters of a test; those that are or need HookedTransformer marked `hooked`, and those in `whole` so."""
+    found, rest = [], set(whole)
+    for name in names:
+        marks = [pytest.mark.hooked] * ("hooked" in name.lower()) + [pytest.mark.whole] * (name in rest)
+        found.append(pytest.param(name, marks=marks) if marks else name)
+    return found
 
 
 def require(module: str) -> None:

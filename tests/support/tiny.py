@@ -17,6 +17,15 @@ DTYPE = torch.float64
 ARCHITECTURES = ("gpt2", "llama", "gemma3")
 
 CASES = ["toy", *(f"{backend}-{arch}" for backend in ("bridge", "nnsight", "hooked") for arch in ARCHITECTURES)]
+DIAGONAL = ("toy", "bridge-gemma3", "nnsight-llama", "hooked-gpt2")
+"""Every backend and every architecture once: what a recipe is compared with a loop on. It meets a model through `Adapter.run` alone, which
+the files of `ENGINE` compare on all of `CASES`; `--whole` tries recipes on all, too."""
+ENGINE = frozenset(
+    f"test_{name}"
+    for name in "attention cells clean climbs devices documented_sites edits families forks gradients mlp_in properties sae".split()
+    + ["sae_lens_models", "sampling", "sites"]
+)
+"""Files whose tests run on all cases."""
 
 
 def tiny_config(arch: str) -> Any:
