@@ -6,7 +6,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from torch import Tensor
+
 from hookbook import deferred
+from hookbook.deferred import hold as hold, later as later
 from hookbook.engine.planning import Plan, accounting
 
 P = ParamSpec("P")
@@ -63,3 +66,8 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
 
     call.plan, call.submit = plan, submit  # type: ignore[attr-defined]
     return cast("Recipe[P, R]", call)
+
+
+def plain(x: Tensor) -> Tensor:
+    """Numbers as results keep them: without a graph, in float32, on the CPU."""
+    return x.detach().float().cpu()

@@ -450,6 +450,12 @@ class Reply:
     """What was computed: `climbs`, `passes`, `token_layers`, `unembedded`."""
 
     @property
+    def said(self) -> TokenReadout:
+        """The readout, of a request that asked for one."""
+        assert self.readout is not None
+        return self.readout
+
+    @property
     def generated(self) -> tuple[tuple[int, ...], ...]:
         """`tokens` of each row up to its end."""
         return () if self.tokens is None else lines(self.tokens, self.tokens)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, check_counts
-from hookbook.recipe import recipe
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row, total

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, Refused
-from hookbook.recipe import recipe
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.reading import Stream, batches, chunks, readable
 from hookbook.request import Each, Edit, Read, Request, Row, total
 from hookbook.results import Result, View

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from hookbook import prompts
+from hookbook.asking import pose
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import other_questions
 from hookbook.errors import DataError, check_counts
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import ask, others
+from hookbook.recipe import later, recipe
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row, total
 from hookbook.results import Result
@@ -134,12 +134,12 @@ def hop_readability(
     adapter = wrap(model)
     check_hops(questions)
     check_counts(0, generate=generate)
-    other = others(questions, random.Random(seed), "bridge", "answer")
+    other = other_questions(questions, random.Random(seed), "bridge", "answer")
     names = {"bridge": [question.bridge for question in questions], "answer": [question.answer.strip() for question in questions]}
     names |= {f"other {name}": [names[name][i] for i in other] for name in ("bridge", "answer")}
-    asked = ask(adapter, questions)
+    asked = pose(adapter, questions)
     ids = torch.stack(
-        [ask(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
+        [pose(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
     )
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
     for site in sites:

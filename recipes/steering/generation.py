@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookbook.asking import encode_prompts
 from hookbook.card import ModelCard
-from hookbook.deferred import later
-from hookbook.errors import EditError, TokenError, check_counts
+from hookbook.errors import EditError, TokenError, check_counts, check_prompt
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.reading.patchscopes import encode_prompts
+from hookbook.recipe import later, recipe
 from hookbook.request import Edit, Request, Row, Sampling, total
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
@@ -83,8 +82,7 @@ class Generation(Result):
 
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis): the generated tokens of one prompt, coloured by their probability."""
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        prompt = check_prompt(prompt, len(self.prompts))
         coloured = need("circuitsvis.tokens", "view()")
         words = [show(self.vocab[i]) + " " for i in self.ids[prompt]] or ["(ended at once)"]
         picture = coloured.colored_tokens(words, torch.tensor(self.logprobs[prompt] or (0.0,)).exp(), min_value=0.0, max_value=1.0)

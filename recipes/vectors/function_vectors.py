@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_questions
 from hookbook.card import ModelCard
-from hookbook.deferred import hold, later
+from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.vectors.task_sweep import TaskSweep, coded, judge, plain, random_like
+from hookbook.recipe import hold, later, plain, recipe
+from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
 from hookbook.request import Edit, Read, Readout, Request, Row, total
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
@@ -282,11 +283,10 @@ def _means(
 ) -> _Means:
     """Means at the last token behind examples, over the queries that are answered."""
     asked = task.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
-    prompts, answers = coded(adapter, asked)
+    prompts, answers = encode_questions(adapter, asked)
     reads = [Read(Site("head_z", layer)) for layer in range(adapter.card.n_layers)] + [Read(site) for site in sites]
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    weights = _weights(reply.readout.topk_ids[:, 0] == answers, task, known)
+    weights = _weights(reply.said.topk_ids[:, 0] == answers, task, known)
     means = [(reading.values.cpu().to(weights.dtype) * weights[:, None]).sum(0).to(reading.values.dtype) for reading in reply.readings]
     n = adapter.card.n_layers
     return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0), reply.cost)
@@ -310,17 +310,16 @@ def _effects(
     train, card = task.split(seed).train, adapter.card
     wrong: list[Question] = train.questions(shots=shots, n=n_trials, seed=seed + 1, shuffled=True)
     right = train.questions(shots=shots, n=n_trials, seed=seed + 1)
-    prompts, answers = coded(adapter, [*wrong, *right])
+    prompts, answers = encode_questions(adapter, [*wrong, *right])
     units = [z.unflatten(0, (card.n_heads, card.d_head)).unbind(0) for z in means.z]
     edits = [Edit(Site("head_z", layer, head), value, "set") for layer, heads in enumerate(units) for head, value in enumerate(heads)]
     rows = [Row(i, some) for i in range(n_trials) for some in ((), *((edit,) for edit in edits))]
     rows += [Row(n_trials + i) for i in range(n_trials)]
     numbers = [row.prompt for row in rows]
     reply = adapter.run(Request(prompts, rows, (), Readout(k=1, tokens=answers[numbers][:, None])), progress=progress)
-    assert reply.readout is not None
     tried = n_trials * (1 + len(edits))
-    said = reply.readout.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
-    weights = _weights(reply.readout.topk_ids[tried:, 0] == answers[n_trials:], task, known)
+    said = reply.said.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
+    weights = _weights(reply.said.topk_ids[tried:, 0] == answers[n_trials:], task, known)
     effects = ((said[:, 1:] - said[:, :1]) * weights[:, None]).sum(0)
     return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum(), reply.cost
 

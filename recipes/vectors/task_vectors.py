@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hookbook.deferred import later
+from hookbook.asking import encode_questions
+from hookbook.controls import random_like
 from hookbook.errors import DataError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.vectors.task_sweep import TaskSweep, coded, judge, mean_states, plain, random_like
+from hookbook.recipe import later, plain, recipe
+from hookbook.recipes.vectors.task_sweep import TaskSweep, judge, task_means
 from hookbook.request import Edit, Op, Readout, Request, Row
 from hookbook.sites import layers_to_sites
 from hookbook.tasks import Splits, Task, lists
@@ -83,7 +84,7 @@ def task_vector(
         shown["other task"] = other.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
     if mode == "difference":
         shown["none"] = parts.train.questions(n=n_prompts, seed=seed)
-    means = mean_states(adapter, sites, shown, progress)
+    means = task_means(adapter, sites, shown, progress)
     if mode == "difference":
         means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
     means["random"] = random_like(means[""], seed)
@@ -156,7 +157,7 @@ def compose(
     shown = {name: of(split.train, *kind).questions(shots=shots, n=n_prompts, seed=seed) for name, kind in kinds.items()}
     if mode == "difference":
         shown["none"] = of(split.train, "last").questions(n=n_prompts, seed=seed)
-    means = mean_states(adapter, sites, shown, progress)
+    means = task_means(adapter, sites, shown, progress)
     if mode == "difference":
         means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
     means[""] = means["first answer"] + means["last copy"] - means["first copy"]
@@ -206,10 +207,9 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
         for at, (x, y) in enumerate(order)
         for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)
     ]
-    prompts, answers = coded(adapter, asked)
+    prompts, answers = encode_questions(adapter, asked)
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    return later(_kept, task, reply.readout.topk_ids[:, 0] == answers)
+    return later(_kept, task, reply.said.topk_ids[:, 0] == answers)
 
 
 def _kept(task: Task, right: Any) -> Task:
