@@ -22,7 +22,7 @@ from hookbook.errors import DataError, TokenError, check_counts, check_prompt
 from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about, feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
-from hookbook.request import Each, Edit, Read, Readout, Request, Row, total
+from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing, token_values
@@ -192,7 +192,7 @@ def feature_attribution(
     everything = isinstance(features, str)
     listed = None if everything and not (exact and adapter.remote) else features_of(sae, "active" if everything else features, len(coded))
 
-    metric, seen, old, slopes, cost = _gradients(sae, coded, where, wanted, progress)
+    metric, seen, old, slopes = _gradients(sae, coded, where, wanted, progress)
     found = later(_found, sae, code, seen, slopes, where, listed)
     pairs: list[tuple[int, int, int]] = []
     if exact:
@@ -201,7 +201,6 @@ def feature_attribution(
         rows = [Row(pair[0], (edits[pair[1:]],)) for pair in pairs]
         without = adapter.run(Request(coded, rows, (), Readout(tokens=wanted[[pair[0] for pair in pairs]])), progress=progress)
         effects = metric[[pair[0] for pair in pairs]] - _metric(without)
-        cost = [*cost, without.cost]
     else:
         effects = metric[:0]
     said = [wanted_words(adapter, words) for words in given]
@@ -226,13 +225,7 @@ def feature_attribution(
         errors=later(_errors, sae, seen, old, slopes),
         labels=later(_labels, sae, found),
         links=later(_links, sae, found),
-        settings={
-            "position": str(position),
-            "exact": exact,
-            "top": top,
-            "metric": "logit difference" if other is not None else "log-probability",
-        }
-        | {"cost": later(total, *cost)},
+        settings={"metric": "logit difference" if other is not None else "log-probability"},
     )
 
 
@@ -256,7 +249,7 @@ def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[
 
 def _gradients(
     sae: AttachedSAE, prompts: Sequence[Tokens], where: Sequence[Sequence[int]], wanted: Tensor, progress: bool | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The metric `[n]`; and at every token what the encoder reads, what features write to, and the metric's gradient with respect to
     this, `[t, width]`."""
     adapter, width = sae.model, sae.out.width(sae.model.card)
@@ -273,7 +266,7 @@ def _gradients(
         )
 
     parts = planning.plan(adapter, request(range(len(prompts)), [torch.zeros(len(some), width) for some in where]))
-    found, costs = {}, []
+    found = {}
     for part in parts:
         numbers = [row.number for row in part.rows]
         sizes = [len(where[i]) for i in numbers]
@@ -283,10 +276,9 @@ def _gradients(
         slopes = adapter.gradient(metric.sum(), leaf).reshape(-1, width)
         states = (reading.values.detach().cpu().split(sizes) for reading in reply.readings)
         found.update(zip(numbers, zip(metric.detach()[:, None].unbind(0), *states, slopes.cpu().split(sizes), strict=True), strict=True))
-        costs.append(reply.cost)
         del reply, metric
     metric, seen, old, slopes = (torch.cat(column) for column in zip(*(found[i] for i in range(len(prompts))), strict=True))
-    return metric, seen, old, slopes, costs
+    return metric, seen, old, slopes
 
 
 def _metric(reply: Any) -> Tensor:

@@ -140,7 +140,7 @@ def backpatch_features(
             some, values = (drawn, noise[i]) if name == "random" else (chosen, own[donors[i]] if name == "shuffled" else own[i])
             rows += [Row(i, (sae.edit(some, to=values[layer], position=at[i]),)) for layer in layers]
     found = patched(adapter, asked, at, clean, rows, names, pairs, generate, progress)
-    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": found.pop("cost")}
+    settings = {"rule": asked.rule, "random": drawn}
     return FeatureBackpatch(
         **found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=sae.labels_of(chosen)
     )

@@ -22,7 +22,7 @@ from hookbook.engine import planning
 from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
 from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about
-from hookbook.request import Each, Read, Request, Row, total
+from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars, lines
@@ -234,7 +234,6 @@ def feature_sweep(
         return torch.stack([some[-1] for some in x])
 
     at, token_ids, plain_ids = torch.tensor([i for i, some in enumerate(chosen) for _ in some]), after(ids), before(ids)
-    unembedded = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": len(rows) + len(coded)}
     present = sorted({feature for some in chosen for feature in some})
     return FeatureSweep(
         card=adapter.card,
@@ -258,7 +257,7 @@ def feature_sweep(
         vocab=later(vocabulary, adapter, token_ids, plain_ids),
         labels=sae.labels_of(present),
         links=sae.links_of(present),
-        settings={"position": str(position), "keep_error": keep_error, "k": k, "cost": later(total, plain.cost, changed.cost, unembedded)},
+        settings={},
     )
 
 

@@ -287,5 +287,5 @@ def feature_patchscope(
         texts=later(grouped_texts, adapter, written[1 : 1 + m * p], p) if written is not None else (),
         random_texts=later(decoded, adapter, written[1 + m * p :]) if written is not None else (),
         control_texts=later(decoded, adapter, written[:1]) if written is not None else (),
-        settings={"target_position": str(target_position), "generate": generate, "k": k, "seed": seed, "cost": reply.cost},
+        settings={"target_position": str(target_position)},
     )

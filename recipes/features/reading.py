@@ -249,7 +249,7 @@ def feature_activations(
         n_features=sae.n_features,
         labels=found.get("labels"),
         page=sae.page,
-        settings={"position": str(position), "special": special, "cost": reply.cost},
+        settings={},
     )
 
 

@@ -25,7 +25,7 @@ from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
 from hookbook.recipe import later, recipe
-from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row, total
+from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import need
@@ -311,8 +311,7 @@ def backpatch(
 
     rows = [Row(i, (edit(name, i, *pair),)) for i in range(n) for name in names for pair in chosen]
     found = patched(adapter, asked, at, clean, rows, names, chosen, generate, progress)
-    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "cost": found.pop("cost")}
-    return Backpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings)
+    return Backpatch(**found, donors=tuple(donors), order=tuple(order), settings={"rule": asked.rule})
 
 
 def patched(
@@ -344,7 +343,6 @@ def patched(
         "clean_logprobs": clean.said.token_logprobs[:, 0],
         "logprobs": later(named, logprobs, names, shape),
         "vocab": later(vocabulary, adapter, clean.said.topk_ids, ids),
-        "cost": later(total, clean.cost, reply.cost),
     }
 
 

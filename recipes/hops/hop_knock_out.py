@@ -190,7 +190,7 @@ def hop_knock_out(
         clean_logprobs=later(_first, logprobs, n),
         right=later(_filled, right, cells, shape),
         logprobs=later(_filled, logprobs, cells, shape),
-        settings={"k": k, "rule": asked.rule, "seed": seed, "cost": reply.cost},
+        settings={"rule": asked.rule},
     )
 
 

@@ -24,7 +24,7 @@ from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
 from hookbook.recipe import later, recipe
 from hookbook.recipes.hops.two_hops import check_hops
-from hookbook.request import Each, Edit, Read, Request, Row, total
+from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result
 from hookbook.show.plots import lines
 from hookbook.show.tidy import tidy
@@ -156,11 +156,10 @@ def hop_readability(
     said = adapter.readout(states, k=1, tokens=ids.repeat_interleave(each, 0))
     shape = (n, len(PLACES), len(sites))
     top = said.topk_ids == ids.repeat_interleave(each, 0)
-    costs, texts, described = [clean.cost], (), {}
+    texts, described = (), {}
     if generate:
         edits = [Edit(sites[i % len(sites)], value, "set", written[0]) for i, value in enumerate(states.unbind(0))]
         reply = adapter.run(Request(scope, [Row(0, (edit,)) for edit in edits], (), None, generate), progress=progress)
-        costs.append(reply.cost)
         texts = later(decoded, adapter, reply.tokens)
         described = later(_found, texts, names, shape)
     return HopReadability(
@@ -172,7 +171,7 @@ def hop_readability(
         lens=later(_shaped, top, shape),
         described=described,
         texts=texts,
-        settings={"target": target.text, "generate": generate, "seed": seed, "cost": later(total, *costs)},
+        settings={"target": target.text},
     )
 
 

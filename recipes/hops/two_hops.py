@@ -177,7 +177,7 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         right=later(_by_way, asked.right(adapter, reply, range(len(rows))), numbers),
         token_ids=later(_by_way, ids[:, 0], numbers),
         vocab=later(vocabulary, adapter, ids),
-        settings={"rule": asked.rule, "cost": reply.cost},
+        settings={"rule": asked.rule},
     )
 
 

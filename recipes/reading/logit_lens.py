@@ -20,7 +20,7 @@ from hookbook.asking import encode_prompts, wanted_ids, wanted_words
 from hookbook.errors import DataError, SiteError, TokenError, check_counts, check_prompt
 from hookbook.models.loading import wrap
 from hookbook.recipe import later, recipe
-from hookbook.request import Each, Read, Request, Row, total
+from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, lines, samples, site_labels
@@ -285,8 +285,6 @@ def logit_lens(
     if names:
         nothing = torch.zeros(language_ids.shape).masked_fill(language_ids < 0, float("-inf"))
         by_language = (by_language.unflatten(-1, tuple(language_ids.shape[1:])) + nothing[:, None]).logsumexp(-1)
-    unembedded = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": len(rows) * len(reads)}
-    settings = {"position": str(position), "k": k, "bos": bos, "chat": chat, "cost": later(total, reply.cost, unembedded)}
     return LogitLens(
         card=card,
         prompts=tuple(coded),
@@ -306,7 +304,7 @@ def logit_lens(
         languages=names,
         language_ids=language_ids,
         language_logprobs=by_language,
-        settings=settings,
+        settings={},
     )
 
 

@@ -284,17 +284,7 @@ def patchscope(
         control_wanted_logprobs=reply.said.token_logprobs[at],
         texts=later(grouped_texts, writer, reply.tokens[n:], len(pairs)) if reply.tokens is not None else (),
         control_texts=later(decoded, writer, reply.tokens[at]) if reply.tokens is not None else (),
-        settings={
-            "source_position": str(source_position),
-            "target_position": str(target_position),
-            "readout_position": str(readout_position),
-            "map": "identity" if map is None else type(map).__name__,
-            "generate": generate,
-            "k": k,
-            "bos": bos,
-            "chat": chat,
-            "cost": reply.cost,
-        },
+        settings={"map": "identity" if map is None else type(map).__name__},
     )
 
 

@@ -321,7 +321,6 @@ def linear_relation(
         told.append(_share(adapter, torch.stack(list(maps.values())), states.answers[second], known["test"]))
     names = ("", "beta = 1", *OTHERS)
     measured = {name: torch.stack(values) for name, values in zip(names, zip(*told, strict=True), strict=True)}
-    settings = {"n_train": n_train, "queries": queries, "ridge": ridge, "seed": seed, "vjps": n_train * card.d_model, "cost": states.cost}
     return LinearRelation(
         card=card,
         relation=relation.name,
@@ -340,7 +339,7 @@ def linear_relation(
         chosen_by=torch.stack(chosen_by),
         faithfulness=measured.pop(""),
         controls=measured,
-        settings=settings,
+        settings={"vjps": n_train * card.d_model},
     )
 
 

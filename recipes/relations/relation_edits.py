@@ -22,7 +22,7 @@ from hookbook.recipes.relations.linear_relations import LinearRelation, Pair
 from hookbook.recipes.relations.subjects import subject_states
 from hookbook.recipes.steering.generation import Generation, generate
 from hookbook.relations import Relation, Statement
-from hookbook.request import Edit, Read, Readout, Request, Row, total
+from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import Over, controls, spelled, tidy
@@ -242,8 +242,7 @@ def edit_relation(
     said, luck, swapped = reply.said.topk_ids[:, 0].split([len(every) * n, len(tested) * n, len(tested) * grid[0]])
     said, target = said.unflatten(0, (len(every), *grid)), wanted[n_validation:]
     meant = [(n_validation + i // len(unrelated), sentence) for i, sentence in enumerate(sentences)]
-    divergence, cost = _divergence(adapter, meant, sites, (moves, noise), progress)
-    settings = {"unrelated": list(unrelated), "n_unrelated": n_unrelated, "seed": seed, "cost": later(total, states.cost, reply.cost, cost)}
+    divergence = _divergence(adapter, meant, sites, (moves, noise), progress)
     return RelationEdits(
         card=adapter.card,
         relation=relation.relation,
@@ -258,7 +257,7 @@ def edit_relation(
         substituted=(swapped.unflatten(0, (len(tested), -1)) == target[:, None]).double().mean(0),
         divergence=later(plain, divergence[0]),
         random_divergence=later(plain, divergence[1]),
-        settings=settings,
+        settings={"unrelated": list(unrelated)},
     )
 
 
@@ -295,7 +294,7 @@ def _rows(sites: Sequence[Site], values: Tensor, asked: Sequence[tuple[int, int,
 
 def _divergence(
     adapter: Adapter, meant: Sequence[tuple[int, Statement]], sites: Sequence[Site], kinds: Sequence[Tensor], progress: bool | None
-) -> tuple[Tensor, Any]:
+) -> Tensor:
     """How far edits of some changes move the next token after sentences, `[kind, site, rank]`."""
     prompts = [adapter.encode(sentence.text) for _, sentence in meant]
     asked = [(i, prompt, sentence.subject_at(prompts[prompt])) for prompt, (i, sentence) in enumerate(meant)]
@@ -305,7 +304,7 @@ def _divergence(
     edited, clean = ends.split([len(rows) - len(prompts), len(prompts)])
     edited = edited.unflatten(0, (len(kinds), len(prompts), -1)).transpose(0, 1).flatten(1, 2)
     found = adapter.lens(torch.cat([edited, clean[:, None]], 1)).kl[:, :-1]
-    return found.mean(0).unflatten(0, (len(kinds), len(sites), -1)), reply.cost
+    return found.mean(0).unflatten(0, (len(kinds), len(sites), -1))
 
 
 @recipe

@@ -238,7 +238,7 @@ def _told(
         vocab=vocabulary(adapter, said.topk_ids),
         labels=found.labels,
         links=found.links,
-        settings={"k": k, "beta": float(relation.beta[relation.place(sae.site)])},
+        settings={"beta": float(relation.beta[relation.place(sae.site)])},
     )
 
 

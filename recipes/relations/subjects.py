@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -33,7 +33,6 @@ class SubjectStates:
     """`[n, d_model]`: the last block's output at the last token."""
     known: Tensor
     """`[n]`: whether the model says the answer."""
-    cost: Any
 
 
 def subject_states(adapter: Adapter, asked: Sequence[Statement], sites: Sequence[Site], progress: bool | None) -> SubjectStates:
@@ -43,4 +42,4 @@ def subject_states(adapter: Adapter, asked: Sequence[Statement], sites: Sequence
     reads = [Read(site, Each(places)) for site in sites] + [Read(Site("resid_post", adapter.card.n_layers - 1))]
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(k=1)), progress=progress)
     *subject, final = (reading.values.cpu() for reading in reply.readings)
-    return SubjectStates(prompts, places, answers, tuple(subject), final, reply.said.topk_ids[:, 0] == answers, reply.cost)
+    return SubjectStates(prompts, places, answers, tuple(subject), final, reply.said.topk_ids[:, 0] == answers)

@@ -190,7 +190,6 @@ def contrast_vector(
         every = _auroc(states, weights, torch.stack(held[0]), torch.stack(held[1]))
         auroc, shuffled = every[..., 0], every[..., 1:].mean(-1)
     lengths = states.norm(dim=-1)
-    settings = {"held_out": held_out, "seed": seed, "bos": bos, "chat": chat, "texts": [len(part) for part in (*train, *test)]}
     return ContrastVectors(
         card=adapter.card,
         sites=sites,
@@ -200,7 +199,7 @@ def contrast_vector(
         auroc=auroc,
         shuffled=shuffled,
         template="chat" if chat else "",
-        settings=settings,
+        settings={"texts": [len(part) for part in (*train, *test)]},
     )
 
 

@@ -14,7 +14,7 @@ from hookbook.card import ModelCard
 from hookbook.errors import EditError, TokenError, check_counts, check_prompt
 from hookbook.models.loading import wrap
 from hookbook.recipe import later, recipe
-from hookbook.request import Edit, Request, Row, Sampling, total
+from hookbook.request import Edit, Request, Row, Sampling
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import ending, need, show
@@ -165,14 +165,6 @@ def generate(
         torch.cat([x for x in column if x is not None]) for column in zip(*((r.tokens, r.token_logprobs) for r in replies), strict=True)
     )
     own, control = slice(0, len(coded)), slice(-len(coded), None)
-    settings = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
     return Generation(
         card=adapter.card,
         prompts=tuple(coded),
@@ -184,5 +176,5 @@ def generate(
         control_logprobs=later(lines, tokens[control], logprobs[control]),
         vocab=later(vocabulary, adapter, tokens),
         edits=tuple(later(str, edit) for edit in edits),
-        settings=settings | {"bos": bos, "chat": chat, "cost": later(total, *(reply.cost for reply in replies))},
+        settings={},
     )

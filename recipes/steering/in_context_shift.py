@@ -133,5 +133,5 @@ def in_context_vector(
         values=(sign * v[0] + mean).unflatten(0, shape)[1:].float(),
         means=mean.unflatten(0, shape)[1:].float(),
         explained=s[0] ** 2 / (s**2).sum(),
-        settings={"pairs": len(pairs), "bos": bos, "chat": chat},
+        settings={"pairs": len(pairs)},
     )

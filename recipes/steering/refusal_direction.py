@@ -206,14 +206,6 @@ def select_direction(
     shape = candidates.values.shape[:2]
     every = torch.full((3, shape[0] * shape[1]), float("nan"), dtype=torch.float64).index_copy(1, places, numbers).unflatten(1, shape)
     counts = torch.stack([some.sum() for some in kept])
-    settings = {
-        "tokens": [str(word) for word in tokens],
-        "max_kl": max_kl,
-        "filter": filter,
-        "prompts": [n, len(prompts) - n],
-        "kept": counts,
-        "chat": chat,
-    }
     return DirectionChoice(
         card=adapter.card,
         sites=candidates.sites,
@@ -226,7 +218,7 @@ def select_direction(
         base=(odds[:n], odds[n:]),
         why=later(_why, every, counts, [site.layer for site in candidates.sites], n_layers, max_kl),
         template=candidates.template,
-        settings=settings,
+        settings={"tokens": [str(word) for word in tokens], "prompts": [n, len(prompts) - n], "kept": counts},
     )
 
 

@@ -168,8 +168,7 @@ def steer(
         ]
         for some in ([v.values for v in chosen], noise)
     ]
-    settings = {"position": str(position), "scope": scope, "seed": seed, "bos": bos, "chat": chat, "norms": [v.norm for v in chosen]}
-    sites = tuple(v.site for v in chosen)
+    sites, settings = tuple(v.site for v in chosen), {"norms": [v.norm for v in chosen]}
     return steered(adapter, coded, sites, strengths, sets[0] + sets[1], tokens, score, generate, settings, progress, checkpoint)
 
 
@@ -223,7 +222,7 @@ def steered(
         metric=getattr(score, "__name__", "score") if tokens is None else f"log P({_words(tokens[0])}) - log P({_words(tokens[1])})",
         numbers=numbers,
         said=said,
-        settings=settings | {"generate": generate, "cost": reply.cost},
+        settings=settings,
     )
 
 

@@ -16,7 +16,7 @@ from hookbook.errors import DataError, EditError, check_counts
 from hookbook.models.loading import wrap
 from hookbook.recipe import hold, later, plain, recipe
 from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
-from hookbook.request import Edit, Read, Readout, Request, Row, total
+from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
@@ -154,13 +154,12 @@ def head_effects(
         _effects(adapter, task, _means(adapter, task, [], shots, n_prompts, known, seed, progress), shots, n_trials, known, seed, progress)
         for task in tasks
     ]
-    settings = {"shots": shots, "n_prompts": n_prompts, "n_trials": n_trials, "known": known, "seed": seed}
     return HeadEffects(
         card=adapter.card,
         tasks=tuple(task.name for task in tasks),
-        effects=later(plain, torch.stack([effects for effects, _, _ in found])),
-        misled=later(plain, torch.stack([misled for _, misled, _ in found])),
-        settings=settings | {"cost": later(total, *(cost for _, _, cost in found))},
+        effects=later(plain, torch.stack([effects for effects, _ in found])),
+        misled=later(plain, torch.stack([misled for _, misled in found])),
+        settings={},
     )
 
 
@@ -225,10 +224,8 @@ def function_vector(
         raise EditError(f"{n_heads} heads", f"of {card.n_layers * card.n_heads}, as many others are the control", "use fewer")
     sites = layers_to_sites(layers, card)
     means = _means(adapter, task, sites, shots, n_prompts, known, seed, progress)
-    costs = [means.cost]
     if given is None:
-        found, _, cost = _effects(adapter, task, means, shots, n_trials, known, seed, progress)
-        costs.append(cost)
+        found, _ = _effects(adapter, task, means, shots, n_trials, known, seed, progress)
         ranked, scores = found.flatten().topk(n_heads).indices, found
     else:
         ranked, scores = torch.tensor([layer * card.n_heads + head for layer, head in given]), torch.empty(0)
@@ -245,15 +242,6 @@ def function_vector(
     named["layer mean"] = [Edit(site, means.states[at], "add") for at, site in enumerate(sites)]
     split = task.split(seed)
     measured, behind = judge(adapter, split, named, shots=shots, queries=queries, seed=seed, progress=progress, misled=("", "layer mean"))
-    settings = {
-        "strength": strength,
-        "shots": shots,
-        "n_prompts": n_prompts,
-        "n_trials": n_trials,
-        "known": known,
-        "seed": seed,
-        "queries": measured.pop("queries"),
-    }
     return FunctionVectors(
         card=card,
         task=task.name,
@@ -264,7 +252,7 @@ def function_vector(
         heads=later(_pairs, ranked, card.n_heads),
         effects=later(plain, scores),
         misled={name or "vector": values for name, values in behind.items()},
-        settings=settings | {"cost": later(total, *costs, measured.pop("cost"))},
+        settings={"queries": measured.pop("queries")},
         **measured,
     )
 
@@ -275,7 +263,6 @@ class _Means:
     """Of each layer the mean `[n_heads * d_head]`."""
     states: Tensor
     """`[site, width]`"""
-    cost: Any
 
 
 def _means(
@@ -289,7 +276,7 @@ def _means(
     weights = _weights(reply.said.topk_ids[:, 0] == answers, task, known)
     means = [(reading.values.cpu().to(weights.dtype) * weights[:, None]).sum(0).to(reading.values.dtype) for reading in reply.readings]
     n = adapter.card.n_layers
-    return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0), reply.cost)
+    return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0))
 
 
 def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
@@ -305,8 +292,8 @@ def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
 
 def _effects(
     adapter: Adapter, task: Task, means: _Means, shots: int, n_trials: int, known: bool, seed: int, progress: bool | None
-) -> tuple[Tensor, Tensor, Any]:
-    """Average indirect effects `[layer, head]`, the probability of answers behind rotated examples, and the cost."""
+) -> tuple[Tensor, Tensor]:
+    """Average indirect effects `[layer, head]`, and the probability of answers behind rotated examples."""
     train, card = task.split(seed).train, adapter.card
     wrong: list[Question] = train.questions(shots=shots, n=n_trials, seed=seed + 1, shuffled=True)
     right = train.questions(shots=shots, n=n_trials, seed=seed + 1)
@@ -321,7 +308,7 @@ def _effects(
     said = reply.said.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
     weights = _weights(reply.said.topk_ids[tried:, 0] == answers[n_trials:], task, known)
     effects = ((said[:, 1:] - said[:, :1]) * weights[:, None]).sum(0)
-    return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum(), reply.cost
+    return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum()
 
 
 def _pairs(ranked: Tensor, n_heads: int) -> tuple[tuple[int, int], ...]:

@@ -132,7 +132,7 @@ def judge(
     )
     measured = {"validation": shares["validation"], "accuracy": controls.pop(""), "controls": controls}
     measured |= {"zero_shot": shares["zero_shot"][0], "few_shot": shares["few_shot"][0]}
-    return measured | {"cost": reply.cost, "queries": [len(validation), n]}, behind
+    return measured | {"queries": [len(validation), n]}, behind
 
 
 def task_means(adapter: Adapter, sites: Sequence[Site], shown: dict[str, list[Question]], progress: bool | None) -> dict[str, Tensor]:

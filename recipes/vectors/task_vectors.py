@@ -90,17 +90,14 @@ def task_vector(
     means["random"] = random_like(means[""], seed)
     edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
     measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
-    settings = {"mode": mode, "shots": shots, "n_prompts": n_prompts, "seed": seed, "other": None if other is None else other.name}
-    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
-    template = task.template.query + task.template.answer
     return TaskVectors(
         card=adapter.card,
         task=task.name,
-        template=template,
+        template=task.template.query + task.template.answer,
         mode=mode,
         sites=tuple(sites),
         values=later(plain, means[""]),
-        settings=settings,
+        settings={"mode": mode, "other": None if other is None else other.name, "queries": measured.pop("queries")},
         **measured,
     )
 
@@ -165,17 +162,14 @@ def compose(
     edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
     parts = Splits(*(of(part, "last") for part in (split.train, split.validation, split.test)))
     measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
-    settings = {"mode": mode, "length": length, "shots": shots, "n_prompts": n_prompts, "seed": seed}
-    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
-    template = task.template.query + task.template.answer
     return Composition(
         card=adapter.card,
         task=parts.test.name,
-        template=template,
+        template=task.template.query + task.template.answer,
         mode=mode,
         sites=tuple(sites),
         values=later(plain, means[""]),
-        settings=settings,
+        settings={"mode": mode, "queries": measured.pop("queries")},
         **measured,
     )
 
