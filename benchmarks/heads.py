@@ -20,11 +20,12 @@ from hookbook.sites import Site
 from hookbook.tokens import Tokens, answer_ids
 
 PAIRS = """
-    apple:apples ant:ants baby:babies bag:bags ball:balls bird:birds boat:boats book:books box:boxes boy:boys bus:buses car:cars cat:cats chair:chairs
-    child:children church:churches city:cities coat:coats country:countries cow:cows cup:cups dish:dishes dog:dogs door:doors eye:eyes farm:farms
-    fox:foxes friend:friends game:games girl:girls glass:glasses hand:hands hat:hats horse:horses house:houses key:keys king:kings lady:ladies lake:lakes
-    lamp:lamps leaf:leaves letter:letters man:men mouse:mice night:nights party:parties pen:pens potato:potatoes river:rivers road:roads ship:ships
-    shoe:shoes song:songs star:stars story:stories table:tables tooth:teeth tree:trees watch:watches wolf:wolves woman:women
+    apple:apples ant:ants baby:babies bag:bags ball:balls bird:birds boat:boats book:books box:boxes boy:boys bus:buses car:cars cat:cats
+    chair:chairs child:children church:churches city:cities coat:coats country:countries cow:cows cup:cups dish:dishes dog:dogs door:doors
+    eye:eyes farm:farms fox:foxes friend:friends game:games girl:girls glass:glasses hand:hands hat:hats horse:horses house:houses key:keys
+    king:kings lady:ladies lake:lakes lamp:lamps leaf:leaves letter:letters man:men mouse:mice night:nights party:parties pen:pens
+    potato:potatoes river:rivers road:roads ship:ships shoe:shoes song:songs star:stars story:stories table:tables tooth:teeth tree:trees
+    watch:watches wolf:wolves woman:women
 """
 PLURALS: dict[str, str] = {word: plural for word, _, plural in (pair.partition(":") for pair in PAIRS.split())}
 

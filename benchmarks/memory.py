@@ -110,9 +110,16 @@ def jacobian(adapter: hb.Adapter, template: str = TEMPLATE) -> Sweep:
 
 
 IDENTITY = hb.prompts.TOKEN_IDENTITY.text
-LONG = "Question: What is the name of the city that is the seat of government of {}, a country that most people know from maps and from the news? Answer: it is"
+LONG = (
+    "Question: What is the name of the city that is the seat of government of {}, a country that most people know from maps "
+    "and from the news? Answer: it is"
+)
 SWEEPS: dict[str, Callable[[hb.Adapter], Sweep]] = {
-    "all pairs, 4 targets": lambda adapter: pairs(adapter, [f"{IDENTITY.removesuffix('?')}{word} -> {word}\n?" for word in ("a cat", "dog", "the sea", "7")], readout=Readout(k=5)),
+    "all pairs, 4 targets": lambda adapter: pairs(
+        adapter,
+        [f"{IDENTITY.removesuffix('?')}{word} -> {word}\n?" for word in ("a cat", "dog", "the sea", "7")],
+        readout=Readout(k=5),
+    ),
     "all pairs, wide forks": wide,
     "all pairs, logits": lambda adapter: pairs(adapter, [IDENTITY], readout=Readout(logits=True)),
     "all pairs, generation": lambda adapter: pairs(adapter, [IDENTITY], generate=20),
@@ -121,7 +128,7 @@ SWEEPS: dict[str, Callable[[hb.Adapter], Sweep]] = {
     "reads, 100 prompts": reads,
     "jacobian, 5 prompts": jacobian,
     "jacobian, 5 long prompts": lambda adapter: jacobian(adapter, LONG),
-}  # fmt: skip
+}
 
 
 def resident(field: str) -> int:

@@ -83,7 +83,10 @@ def bench(models: Models, repeats: int) -> list[Claim]:
         Way("one call, TransformerLens bridge", lambda _: whole(models, relation)),
         Way("per layer, transformers and jacrev", partial(per_layer, models, ready), layers, card.n_layers),
     ]
-    title = f"{RELATION}: {card.n_layers} layers, {len(found.train)} Jacobians, {len(BETAS)} betas, {len(found.validation)} + {len(found.test)} other pairs"
+    title = (
+        f"{RELATION}: {card.n_layers} layers, {len(found.train)} Jacobians, {len(BETAS)} betas, "
+        f"{len(found.validation)} + {len(found.test)} other pairs"
+    )
     return compare(title, ways, models, repeats, {"per layer, transformers and jacrev": 3.0}, unit="share")
 
 

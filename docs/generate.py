@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from hookbook.adapter import Adapter
 from hookbook.engine import selfcheck
 from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.models.loading import load, wrap
+from hookbook.show.tidy import COLUMNS
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy, toy_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import layers  # noqa: E402
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("TransformerBridge", "HookedTransformer", "nnsight", "toy")
@@ -111,7 +117,9 @@ def sites() -> str:
     said = {key: f"not of {', '.join(families)}" for key, families in without.items()}
     having = [f"| `{written(name)}` | {' | '.join(said.get((name, backend), 'yes') for backend in BACKENDS)} |" for name in SITES]
     return "\n".join([
-        "# Sites", "", "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron in it. Rows are in the order of the pass.", "",
+        "# Sites", "",
+        "A site names one tensor of the forward pass; those of a block name the block `L`, counted from 0, and may name one head or neuron "
+        "in it. Rows are in the order of the pass.", "",
         "| site | part | shape | TransformerLens | meaning |", "|---|---|---|---|---|", *rows, "",
         "`resid_post.L` is `resid_pre.(L+1)`. On models with post-norms (Gemma 2 and 3) `attn_out` and `mlp_out` are what joins the "
         "stream, after the norm. "
@@ -128,10 +136,26 @@ def sites() -> str:
     ])  # fmt: skip
 
 
+def columns() -> str:
+    """The table of columns of frames."""
+    rows = [f"| `{name}` | `{kind}` | {meaning} |" for name, (kind, meaning) in COLUMNS.items()]
+    return "\n".join([
+        "# Columns of frames", "",
+        "`result.to_frame()` gives one row for each cell, and a name means the same in the frames of all results. Sites are "
+        "[here](sites.md); names in braces are the result's own: `logprob {token}` is `logprob  Paris` for the token ` Paris`, with its "
+        "space. The docstring of each `to_frame` says which columns it has. "
+        "Of texts the dtype is what your pandas calls them; `Int64` and `boolean` may have `<NA>`, numbers `NaN`.", "",
+        "| column | dtype | meaning |", "|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
 REMEDIES = {
     "DataError": "see which pairs or texts it names; `hb.tasks.names()` and `hb.relations.names()` list what ships",
     "EditError": "compare the value's shape with the site's, and the position with the prompt's tokens (`print(model.encode(prompt))`)",
-    "ModelError": "load it with `hb.load`, or wrap a TransformerBridge, a HookedTransformer or an nnsight model; `hookbook doctor MODEL` asks a model everything",
+    "ModelError": (
+        "load it with `hb.load`, or wrap a TransformerBridge, a HookedTransformer or an nnsight model; `hookbook doctor MODEL` asks a "
+        "model everything"
+    ),
     "Refused": "do what the message says after `Instead`; [sites](sites.md) lists what which family cannot do",
     "RemoteError": "if it has a `handle`, the job goes on: `error.handle.result()` waits again, `error.handle.save(path)` keeps it",
     "ResultError": "load it with the class that wrote it, such as `hb.Patchscope.load`; a damaged file has to be made again",
@@ -145,8 +169,9 @@ def errors() -> str:
     kinds = sorted(HookbookError.__subclasses__(), key=lambda e: e.__name__)
     rows = [f"| `{e.__name__}` | {(e.__doc__ or '').strip().rstrip('.')} | {REMEDIES[e.__name__]} |" for e in kinds]
     return "\n".join([
-        "# Errors", "", "Every error says what happened, why, and what to do instead (`error.what`, `error.why`, `error.instead`), and is raised before the first "
-        "forward pass where it can be known. All are `HookbookError`s.", "",
+        "# Errors", "",
+        "Every error says what happened, why, and what to do instead (`error.what`, `error.why`, `error.instead`), and is raised before "
+        "the first forward pass where it can be known. All are `HookbookError`s.", "",
         "| error | meaning | what to do |", "|---|---|---|", *rows, "", "::: hookbook.errors", "",
     ])  # fmt: skip
 
@@ -161,9 +186,21 @@ def paragraph(recipe: Any, head: str) -> str:
 
 def recipe_names() -> list[str]:
     """Every recipe, in the order of the API pages."""
-    return [
-        name for _, names, _ in TOPICS.values() for name in names if name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")
-    ]
+    return [name for _, names in TOPICS.values() for name in names if is_recipe(name)]
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a public name is a recipe, not its result."""
+    return name[0].islower() and hb._HOME.get(name, "").startswith("recipes.")
+
+
+def chapter(name: str) -> tuple[str, list[str]]:
+    """A chapter's title, which its folder's docstring begins with, and its names: each recipe before what it gives."""
+    title = (import_module(f"hookbook.recipes.{name}").__doc__ or "").partition(":")[0]
+    own = [public for public, home in hb._HOME.items() if home.startswith(f"recipes.{name}.")]
+    files = list(dict.fromkeys(hb._HOME[public] for public in own))
+    own.sort(key=lambda public: (files.index(hb._HOME[public]), not is_recipe(public)))
+    return title, own + BESIDE.get(name, [])
 
 
 def linked(text: str) -> str:
@@ -173,7 +210,7 @@ def linked(text: str) -> str:
 
 def recipes() -> str:
     """The table of recipes, their papers, and where they depart from them."""
-    page = {name: file for file, (_, names, _) in TOPICS.items() for name in names}
+    page = {name: file for file, (_, names) in TOPICS.items() for name in names}
     rows = [
         f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | "
         f"{paragraph(getattr(hb, name), 'Differs')} |"
@@ -188,90 +225,45 @@ def recipes() -> str:
     ])  # fmt: skip
 
 
-TOPICS: dict[str, tuple[str, list[str], list[str]]] = {
-    "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"], []),
-    "reading": (
-        "Reading states",
-        ["patchscope", "Patchscope", "Affine", "logit_lens", "LogitLens", "jacobian", "Jacobian"],
-        [],
-    ),
-    "vectors": (
-        "Vectors of tasks",
-        [
-            "Vector",
-            "task_vector",
-            "TaskVectors",
-            "head_effects",
-            "HeadEffects",
-            "function_vector",
-            "FunctionVectors",
-            "recipes.vectors.task_sweep.TaskSweep",
-        ]
-        + ["compose", "Composition", "known"],
-        [],
-    ),
-    "steering": (
-        "Steering",
-        [
-            "contrast_vector",
-            "ContrastVectors",
-            "steer",
-            "Steering",
-            "in_context_vector",
-            "InContextVectors",
-            "directional_ablation",
-            "select_direction",
-        ]
-        + ["DirectionChoice", "orthogonalize"],
-        [],
-    ),
-    "relations": (
-        "Relations",
-        ["linear_relation", "LinearRelation", "attribute_lens", "edit_relation", "RelationEdits", "change_answer"],
-        ["relations"],
-    ),
-    "hops": (
-        "Two hops and backpatching",
-        ["two_hops", "TwoHops", "hop_readability", "HopReadability", "hop_knock_out", "HopKnockOut", "backpatch", "Backpatch"],
-        ["hops"],
-    ),
-    "features": (
-        "Features of SAEs",
-        [
-            "feature_activations",
-            "FeatureActivations",
-            "feature_examples",
-            "FeatureExamples",
-            "sae_report",
-            "SAEReport",
-            "FeatureVector",
-            "steer_feature",
-        ]
-        + ["feature_sweep", "FeatureSweep", "feature_attribution", "FeatureAttribution", "feature_patchscope", "FeaturePatchscope"]
-        + ["backpatch_features", "FeatureBackpatch", "relation_features", "RelationFeatures"],
-        ["sae"],
-    ),
-    "generation": ("Generation", ["generate", "Generation"], []),
-    "requests": ("Requests, sites, tokens", [], ["request", "sites", "tokens"]),
-    "data": ("Prompts, tasks, scores", [], ["prompts", "tasks", "scores"]),
-    "results": ("Results and pictures", [], ["results", "plots"]),
-    "elsewhere": ("Other tools", [], ["interop"]),
+CHAPTERS = {home.split(".")[1] for home in hb._HOME.values() if home.startswith("recipes.")}
+BESIDE = {
+    "reading": ["Affine"],
+    "vectors": ["Vector", "recipes.vectors.task_sweep.TaskSweep"],
+    "relations": ["relations"],
+    "hops": ["hops"],
+    "features": ["sae"],
+}
+"""What is shown on a chapter's page beside its recipes and their results."""
+TOPICS: dict[str, tuple[str, list[str]]] = {
+    "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"]),
+    **{name: chapter(name) for name in sorted(CHAPTERS)},
+    "requests": ("Requests, sites, tokens", ["request", "sites", "tokens"]),
+    "data": ("Prompts, tasks, scores", ["prompts", "tasks", "scores"]),
+    "results": ("Results and pictures", ["results", "show.view.View", "show.plots"]),
+    "elsewhere": ("Other tools", ["interop"]),
     "own": (
         "Your own recipe or backend",
-        ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter"],
-        ["asking", "controls", "testing"],
+        ["recipe.Recipe", "recipe.recipe", "deferred.later", "deferred.hold", "Adapter", "engine.seam.Backend", "asking", "controls"]
+        + ["testing"],
     ),
 }
-"""The pages of the API: file, title, names of the package, and public modules, whose public names are all shown."""
+"""The pages of the API: file, title, and names of the package or of modules, whose public names are all shown. What a chapter has, the
+table of public names says."""
 
 
 def api(file: str) -> str:
     """One page of the API; mkdocstrings fills it."""
-    title, names, modules = TOPICS[file]
-    return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in [*names, *modules])])
+    title, names = TOPICS[file]
+    return "\n".join([f"# {title}", "", *(f"::: hookbook.{name}\n" for name in names)])
 
 
-PAGES = {"sites.md": sites, "errors.md": errors, "recipes.md": recipes} | {f"api/{file}.md": partial(api, file) for file in TOPICS}
+PAGES = {
+    "sites.md": sites,
+    "columns.md": columns,
+    "errors.md": errors,
+    "recipes.md": recipes,
+    "../images/layers.svg": layers.picture,
+} | {f"api/{file}.md": partial(api, file) for file in TOPICS}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from hookbook.recipes.vectors.task_sweep import TaskSweep
 from hookbook.request import Each, Read
 from hookbook.results import Result
 from hookbook.testing import toy
-from tests.conftest import marked
+from tests.support.needs import marked
 
 
 def kinds() -> list[Any]:

@@ -15,7 +15,7 @@ import pytest
 import hookbook as hb
 from hookbook.models import loading
 from hookbook.testing import ToyAdapter, ToyModel
-from tests.conftest import HOOKED, marked, require
+from tests.support.needs import HOOKED, marked, require
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -61,19 +61,28 @@ def test_no_module_or_folder_on_top_carries_the_name_of_a_public_function():
 
 
 def test_importing_hookbook_loads_no_model_library():
-    code = "import sys, hookbook; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'transformer_lens', 'nnsight', 'sae_lens', 'pandas', 'matplotlib'}))"
+    code = (
+        "import sys, hookbook; print(sorted({m.split('.')[0] for m in sys.modules} & "
+        "{'torch', 'transformers', 'transformer_lens', 'nnsight', 'sae_lens', 'pandas', 'matplotlib'}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_recipes_load_no_backend():
-    code = "import sys, hookbook; hookbook.patchscope, hookbook.load, hookbook.testing; print(sorted({m.split('.')[0] for m in sys.modules} & {'transformer_lens', 'nnsight', 'sae_lens'}))"
+    code = (
+        "import sys, hookbook; hookbook.patchscope, hookbook.load, hookbook.testing; "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'transformer_lens', 'nnsight', 'sae_lens'}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_neither_a_module_nor_the_doctor_imports_sae_lens():
     """It takes seconds, and TransformerLens 4 has no version of it."""
     names = [name for name in modules() if HOOKED or not name.endswith(".hooked")]
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; from hookbook.cli import _doctor; _doctor(''); print('transformer_lens' in sys.modules, 'sae_lens' in sys.modules)"
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {names}]; from hookbook.cli import _doctor; _doctor(''); "
+        "print('transformer_lens' in sys.modules, 'sae_lens' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "True False"
 
 

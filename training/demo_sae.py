@@ -27,18 +27,37 @@ from hookbook.request import Read, Request, Row, Sampling
 
 MODEL, SITE = "gemma-3-270m", hb.Site("resid_post", 9)
 BEGINNINGS = {
-    "English": """The | In 1998, | A new study | She opened the door and | We are looking for | How to | According to the | My favourite | Once upon a time |
-        The company said on Monday | For many people | Dear Sir or Madam, | The recipe | Last summer, my family | Scientists have | Welcome to our | If you want to |
-        The history of | It was raining when | During the match | The president | There are three reasons why | I have never | The city of | Our hotel | This book |
-        The patient | Prices of | Chapter 1 | The film | Children should | Water is | He was born in | The river | In this paper, we | Question: What is | Abstract. |
-        The best way to learn | On the other hand, | The law""",
-    "French": """La | Le gouvernement | Il était une fois | Dans cet article, | Nous avons | Les enfants | Pour faire | Depuis des années, | Elle a ouvert la porte et |
-        Mon voisin | Le film | La ville de Lyon | C'est | Vous pouvez | L'histoire de | Hier soir, | Une étude | Les prix | Je n'ai jamais | Le match""",
-    "German": "Die | Der Minister | Es war einmal | In diesem Artikel | Wir haben | Gestern Abend | Das Buch | Viele Menschen | Ich habe noch nie | Die Stadt",
-    "Spanish": "La | El gobierno | Había una vez | En este artículo | Los niños | Ayer por la noche | Mi vecino | Una nueva | Nunca he | La ciudad de",
+    "English": (
+        "The | In 1998, | A new study | She opened the door and | We are looking for | How to | According to the | "
+        "My favourite | Once upon a time |\n        "
+        "The company said on Monday | For many people | Dear Sir or Madam, | The recipe | Last summer, my family | "
+        "Scientists have | Welcome to our | If you want to |\n        "
+        "The history of | It was raining when | During the match | The president | There are three reasons why | I have never | "
+        "The city of | Our hotel | This book |\n        "
+        "The patient | Prices of | Chapter 1 | The film | Children should | Water is | He was born in | The river | "
+        "In this paper, we | Question: What is | Abstract. |\n        "
+        "The best way to learn | On the other hand, | The law"
+    ),
+    "French": (
+        "La | Le gouvernement | Il était une fois | Dans cet article, | Nous avons | Les enfants | Pour faire | "
+        "Depuis des années, | Elle a ouvert la porte et |\n        "
+        "Mon voisin | Le film | La ville de Lyon | C'est | Vous pouvez | L'histoire de | Hier soir, | Une étude | Les prix | "
+        "Je n'ai jamais | Le match"
+    ),
+    "German": (
+        "Die | Der Minister | Es war einmal | In diesem Artikel | Wir haben | Gestern Abend | Das Buch | Viele Menschen | "
+        "Ich habe noch nie | Die Stadt"
+    ),
+    "Spanish": (
+        "La | El gobierno | Había una vez | En este artículo | Los niños | Ayer por la noche | Mi vecino | Una nueva | "
+        "Nunca he | La ciudad de"
+    ),
     "Italian": "Il governo | C'era una volta | La città di | Ieri sera | I bambini | Questo libro",
     "Portuguese": "O governo | Era uma vez | A cidade de | Ontem à noite | As crianças | Este livro",
-    "other": 'Город | В этом году | 我们 | 中国的 | 日本の | de | Het | 2. | 12 + 7 = | $x^2$ | <h1> | def main(): | import | <div class= | {"name": | SELECT | # | - | public class | \\section{',
+    "other": (
+        "Город | В этом году | 我们 | 中国的 | 日本の | de | Het | 2. | 12 + 7 = | $x^2$ | <h1> | "
+        'def main(): | import | <div class= | {"name": | SELECT | # | - | public class | \\section{'
+    ),
 }
 N_EACH = 16
 """Texts of each beginning."""

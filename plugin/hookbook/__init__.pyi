@@ -64,7 +64,7 @@ from .recipes.vectors.task_vectors import (
     task_vector as task_vector,
 )
 from .relations import Relation as Relation
-from .remote.service import Handle as Handle, job as job
+from .remote.handles import Handle as Handle, job as job
 from .request import Edit as Edit, Sampling as Sampling
 from .sites import Site as Site
 from .tasks import Task as Task

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +22,6 @@ from torch.overrides import resolve_name
 
 from hookbook.errors import HookbookError, Refused, RemoteError
 from hookbook.travel.names import find
-
-if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
-
 
 _FACTS = (
     "shape",
@@ -121,15 +117,33 @@ class Deferred(Tensor):
         )
 
 
+class Elsewhere(Protocol):
+    """A model that is elsewhere, as a tape sees it."""
+
+    verified: set[str]
+
+    def size(self, tape: Tape, wanted: Sequence[Deferred], /) -> int:
+        """How many bytes a tape is when it is sent."""
+        ...
+
+    def fetch(self, tape: Tape, wanted: Sequence[Deferred], /) -> dict[int, Tensor]:
+        """Send a tape and wait for what is wanted of it."""
+        ...
+
+    def handle(self, tape: Tape, value: Any, job: str, /) -> object:
+        """A job that goes on."""
+        ...
+
+
 class Tape:
     """What was asked of one model, in order.
 
     Args:
-        adapter: Of the model; None for a plan.
+        model: Which; None for a plan.
     """
 
-    def __init__(self, adapter: Adapter | None = None) -> None:
-        self.adapter: Any = adapter
+    def __init__(self, model: Elsewhere | None = None) -> None:
+        self.model = model
         self.slots = 0
         self.steps: list[tuple[str, dict[str, Any], list[int], list[list[int]]]] = []
         """Kind, arguments, and slot and shape of every output."""
@@ -153,22 +167,22 @@ class Tape:
             return out[0]
         return type(like)(out) if type(like) is not tuple and isinstance(like, tuple) and not hasattr(like, "_fields") else tuple(out)
 
-    def errand(self, wanted: list[Deferred]) -> dict[str, Any]:
+    def errand(self, wanted: Sequence[Deferred]) -> dict[str, Any]:
         """What travels: plain data, with `{"slot": n}` in place of promises."""
         slots = [x.slot for x in (*wanted, *(condition for condition, _ in self.conditions))]
         return {"steps": _packed(self.steps, {}), "wanted": sorted(set(slots)), "grad": self.grad}
 
-    def ship(self, wanted: list[Deferred]) -> None:
+    def ship(self, wanted: Sequence[Deferred]) -> None:
         """Run what was noted, and give what is wanted its numbers.
 
         Raises:
             RemoteError: The job failed.
             HookbookError: A condition does not hold.
         """
-        assert self.adapter is not None
-        self.arrive(self.adapter.fetch(self, wanted), wanted)
+        assert self.model is not None
+        self.arrive(self.model.fetch(self, wanted), wanted)
 
-    def arrive(self, numbers: dict[int, Tensor], wanted: list[Deferred]) -> None:
+    def arrive(self, numbers: dict[int, Tensor], wanted: Sequence[Deferred]) -> None:
         """Give what is wanted its numbers, if the conditions hold."""
         for condition, error in self.conditions:
             if not bool(numbers[condition.slot].all()):
@@ -176,8 +190,8 @@ class Tape:
         self.conditions = []  # they hold
         for x in wanted:
             x.number = numbers[x.slot]
-        if self.adapter is not None:
-            self.adapter.verified |= self.verified
+        if self.model is not None:
+            self.model.verified |= self.verified
 
 
 @dataclass(frozen=True)
@@ -214,11 +228,11 @@ class Recording:
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
-def tape(adapter: Adapter) -> Tape:
+def tape(model: Elsewhere) -> Tape:
     """The open tape of a model."""
     found = _recording.get()
     assert found is not None, "nothing is recorded"
-    return found.tapes.setdefault(id(adapter), Tape(adapter))
+    return found.tapes.setdefault(id(model), Tape(model))
 
 
 def current() -> Recording | None:
@@ -246,8 +260,8 @@ def settle(value: Any, record: Recording) -> Any:
             try:
                 one.ship(list(wanted.values()))
             except RemoteError as error:
-                if error.job:
-                    error.handle = one.adapter.handle(one, value, error.job)
+                if error.job and one.model is not None:
+                    error.handle = one.model.handle(one, value, error.job)
                 raise
     return known(value)
 

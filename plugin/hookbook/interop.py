@@ -17,7 +17,7 @@ from hookbook.adapter import Adapter
 from hookbook.card import ModelCard
 from hookbook.errors import EditError, Refused, ResultError, SiteError
 from hookbook.models.loading import wrap
-from hookbook.results import need
+from hookbook.show.text import need
 from hookbook.sites import Site, layers_to_sites
 from hookbook.storage import whole
 from hookbook.vectors import Vector

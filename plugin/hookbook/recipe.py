@@ -42,7 +42,7 @@ class Recipe(Protocol[P, R]):
         ...
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Send the same call to a remote model as one job without waiting for it; a `hookbook.remote.service.Handle`."""
+        """Send the same call to a remote model as one job without waiting for it; a `hookbook.remote.handles.Handle`."""
         ...
 
 
@@ -78,15 +78,15 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
             result = made(*args, **kwargs)
             for tape in record.tapes.values():
                 wanted = [x for x in deferred.waiting(result) if x.tape is tape]
-                if tape.adapter is not None:
-                    account.send(tape.adapter.size(tape, wanted), sum(x.numel() * x.element_size() for x in wanted))
+                if tape.model is not None:
+                    account.send(tape.model.size(tape, wanted), sum(x.numel() * x.element_size() for x in wanted))
         return account.plan
 
     def submit(*args: P.args, **kwargs: P.kwargs) -> Any:
-        from hookbook.remote import service as jobs
+        from hookbook.remote import handles
 
         with deferred.recording() as record:
-            return jobs.submit(made(*args, **kwargs), record.tapes)
+            return handles.submit(made(*args, **kwargs), record.tapes)
 
     call.plan, call.submit = plan, submit  # type: ignore[attr-defined]
     return cast("Recipe[P, R]", call)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hookbook import storage
-from hookbook.errors import Refused
+from hookbook.show import brief, html, page
+from hookbook.show.view import View as View
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Result:
     """Base of results. Subclasses are frozen dataclasses of tensors (on the CPU), plain data, cards, tokens and sites."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.__repr__ = cls.__repr__  # a dataclass makes none, with every number, where its class has one
+
+    def __repr__(self) -> str:
+        """Kind, model, sizes and shapes in one line."""
+        return brief.line(self)
+
+    def _repr_html_(self) -> str:
+        """In notebooks the first rows of `to_frame()`."""
+        return brief.rows(self)
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:
@@ -45,9 +58,7 @@ class Result:
             Refused: matplotlib is not installed.
             ResultError: It would be larger all the same.
         """
-        from hookbook.show import html as report, page as reporting
-
-        return report.write(path, reporting.of(self))
+        return html.write(path, page.of(self, None if type(self).view is Result.view else self.view))
 
     def sections(self) -> list[tuple[str, str, str]]:
         """What a report has of this kind of result alone: headings, a sentence or two, and HTML."""
@@ -69,59 +80,3 @@ class Result:
             return cls(**data)
         except (TypeError, ValueError) as error:
             raise storage.damaged(path, error) from error
-
-
-@dataclass(frozen=True)
-class View:
-    """HTML that draws itself without a network, in a notebook or saved to a file."""
-
-    html: str = field(repr=False)
-
-    @classmethod
-    def of(cls, picture: Any) -> View:
-        """A circuitsvis picture, without its own display, which asks the network first."""
-        from hookbook.show.circuitsvis import drawn
-
-        return cls(drawn(picture.local_src))
-
-    @classmethod
-    def table(cls, frame: pd.DataFrame, caption: str, *, limit: int = 200) -> View:
-        """A table with its index if that has a name; longer ones are cut, which the caption says."""
-        from hookbook.show.html import frame_table
-
-        return cls(frame_table(frame, caption, limit=limit))
-
-    def __add__(self, other: View) -> View:
-        """One below the other."""
-        return View(self.html + other.html)
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page that opens in any browser."""
-        from hookbook.show import html as report
-
-        return report.write(path, report.page("hookbook", [("", "", self.html)], ""))
-
-
-def need(module: str, what: str, install: str = '"hookbook[viz]"') -> Any:
-    """An optional library, or `Refused` with how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Refused(what, f"{module.split('.')[0]} is not installed", f"pip install {install}") from error
-
-
-def ending(text: str, n: int) -> str:
-    """The last `n` characters of a text, and a mark where more was before them."""
-    return text if len(text) <= n else "…" + text[1 - n :]
-
-
-def show(token: str) -> str:
-    """A token for display: white space and line breaks are made visible, control characters and half letters are marked; joiners of
-    letters and signs stay."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
-    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "·" for c in text) if text.strip() else "␣" * max(1, len(text))

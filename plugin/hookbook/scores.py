@@ -25,7 +25,9 @@ REFUSALS = (
 """Phrases with which assistants decline."""
 
 FRENCH = frozenset(
-    "le la les un une des du de et est dans pour que qui il elle nous vous je mais avec sur pas ce cette son sa ses au aux très était".split()
+    (
+        "le la les un une des du de et est dans pour que qui il elle nous vous je mais avec sur pas ce cette son sa ses au aux très était"
+    ).split()
 )
 ENGLISH = frozenset(
     "the an of and is in to for that who he she we you i but with not this his her its at it was very were be by from".split()

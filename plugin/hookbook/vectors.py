@@ -13,16 +13,15 @@ from hookbook.card import ModelCard
 from hookbook.errors import EditError, SiteError
 from hookbook.request import Edit, Op, Scope
 from hookbook.results import Result, View
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from sae_lens import SAE
 
-    from hookbook.recipes.features.decomposition import FeatureVector
-    from hookbook.sae import AttachedSAE
+    from hookbook.recipes.features.decomposition import Features, FeatureVector
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +114,7 @@ class Vector(Result):
         )
 
     def decompose(
-        self, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
+        self, sae: Features, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
     ) -> FeatureVector:
         """This vector as features of a sparse autoencoder of its site.
 
@@ -190,9 +189,7 @@ class Vector(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each number: `dimension`, `value`."""
-        import pandas as pd
-
-        return pd.DataFrame({"dimension": range(len(self.values)), "value": self.values.tolist()})
+        return tidy({"dimension": len(self.values)}, value=self.values)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Its numbers, sorted by size."""

@@ -1,1 +1,1 @@
-"""Methods on the features of sparse autoencoders."""
+"""Features of SAEs: methods on the features of sparse autoencoders and transcoders."""

@@ -19,12 +19,13 @@ from hookbook.asking import wanted_ids, wanted_words
 from hookbook.engine import planning
 from hookbook.errors import DataError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
-from hookbook.recipes.features.decomposition import feature_names
+from hookbook.recipes.features.decomposition import about, feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing, token_values
+from hookbook.show.tidy import at_tokens, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 from hookbook.travel.features import sized
@@ -85,24 +86,17 @@ class FeatureAttribution(Result):
         return float(torch.corrcoef(torch.stack([self.attributions[known], self.effects[known]]).double())[0, 1])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each prompt, token and active feature: `prompt`, `position`, `token`, `feature`, `activation`, `gradient`,
+        """One row for each prompt, token and active feature: `prompt`, `position`, `position_token`, `feature`, `activation`, `gradient`,
         `attribution`, `effect`, `label`, `link`."""
-        import pandas as pd
-
-        features, at = self.features.tolist(), list(zip(self.rows.tolist(), self.positions.tolist(), strict=True))
-        columns = {
-            "prompt": [self.prompts[i].text for i, _ in at],
-            "position": [position for _, position in at],
-            "token": [self.prompts[i].strings[position] for i, position in at],
-            "feature": features,
-            "activation": self.activations.tolist(),
-            "gradient": self.gradients.tolist(),
-            "attribution": self.attributions.tolist(),
-            "effect": self.effects.tolist(),
-            "label": [self.labels.get(i, "") for i in features],
-            "link": [self.links.get(i, "") for i in features],
-        }
-        return pd.DataFrame(columns)
+        return tidy(
+            {"prompt position position_token": at_tokens(self.prompts, self.rows, self.positions)},
+            feature=self.features,
+            activation=self.activations,
+            gradient=self.gradients,
+            attribution=self.attributions,
+            effect=self.effects,
+            **about(self.features, self.labels, self.links),
+        )
 
     def top(self, n: int = 20, by: Literal["attribution", "effect"] = "attribution") -> pd.DataFrame:
         """The `n` rows of `to_frame()` that add or take away most."""

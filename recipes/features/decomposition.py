@@ -15,6 +15,7 @@ from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE
 from hookbook.sae.saelens import checked_sae, directions, encode, link, name_of, places, reconstruct
 from hookbook.show.plots import bars
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.vectors import Vector
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from sae_lens import SAE
+
+    Features = AttachedSAE | SAE
 
 ENOUGH = 1e-6
 """A pursuit ends where the residual has this share of the squared length."""
@@ -156,17 +159,10 @@ class FeatureVector(Result):
         return sum(value * theirs.get(i, 0.0) for i, value in mine.items()) / float(self.values.norm() * other.values.norm())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each feature: `feature`, `value`, `share` (of the squared length, see `shares`), `cosine`, `label`, `link`."""
-        import pandas as pd
-
-        chosen = self.features.tolist()
-        columns: dict[str, Any] = {
-            "feature": chosen,
-            "value": self.values.tolist(),
-            "share": self.shares.tolist(),
-            "cosine": self.cosines.tolist(),
-        }
-        return pd.DataFrame(columns | {"label": [self.labels.get(i, "") for i in chosen], "link": [self.links.get(i, "") for i in chosen]})
+        """One row for each feature: `feature`, `coefficient` (see `values`), `share` (of the squared length, see `shares`), `cosine`,
+        `label`, `link`."""
+        numbers = {"coefficient": self.values, "share": self.shares, "cosine": self.cosines}
+        return tidy({"feature": self.features.tolist()}, **numbers, **about(self.features, self.labels, self.links))
 
     def plot(self, ax: Axes | None = None, *, n: int = 20) -> Axes:
         """The `n` largest values."""
@@ -183,7 +179,7 @@ class FeatureVector(Result):
 
 
 def decompose(
-    vector: Vector, sae: AttachedSAE | SAE, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
+    vector: Vector, sae: Features, *, method: Literal["pursuit", "encode"] = "pursuit", k: int = 20, nonnegative: bool = True
 ) -> FeatureVector:
     """A vector as features of an SAE; see `hookbook.Vector.decompose`."""
     if method not in ("pursuit", "encode"):
@@ -264,6 +260,13 @@ def _sorted(found: FeatureVector) -> FeatureVector:
     features = found.features[order]
     labels, links = ({i: known[i] for i in features.tolist() if i in known} for known in (found.labels, found.links))
     return replace(found, features=features, values=found.values[order], rows=found.rows[order], labels=labels, links=links)
+
+
+def about(features: Tensor, labels: Mapping[int, str], links: Mapping[int, str] | str) -> dict[str, list[str]]:
+    """The last columns of a frame with features `[m]`: `label`, and `link`, of each or of where all are on Neuronpedia."""
+    listed = features.tolist()
+    pages = [link(links, i) if isinstance(links, str) else links.get(i, "") for i in listed]
+    return {"label": [labels.get(i, "") for i in listed], "link": pages}
 
 
 def feature_names(features: list[int], labels: Mapping[int, str]) -> list[str]:

@@ -20,10 +20,13 @@ from hookbook.asking import wanted_ids, wanted_words
 from hookbook.engine import planning
 from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
+from hookbook.recipes.features.decomposition import about
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View, ending, show
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars, lines
+from hookbook.show.text import ending, show
+from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
 
@@ -88,30 +91,17 @@ class FeatureSweep(Result):
         Columns: `prompt`, `feature`, `strength`, `activation` (before), `kl`, for each wanted token `t` `change t`, `plain_token` and
         `token` (the likeliest next one before and after), `logprob` (of the latter), `label`, `link`.
         """
-        import pandas as pd
-
-        n, features = len(self.strengths), self.features.tolist()
-        texts, before = [prompt.text for prompt in self.prompts], [self.vocab[i] for i in self.plain_ids[:, 0].tolist()]
-
-        def each(values: Sequence[Any]) -> list[Any]:
-            return [value for value in values for _ in range(n)]
-
-        columns: dict[str, Any] = {
-            "prompt": each([texts[i] for i in self.rows.tolist()]),
-            "feature": each(features),
-            "strength": list(self.strengths) * len(features),
-            "activation": each(self.activations.tolist()),
-            "kl": self.kl.flatten().tolist(),
-        }
-        columns |= {f"change {word}": self.changes[..., at].flatten().tolist() for at, word in enumerate(self.wanted)}
-        columns |= {
-            "plain_token": each([before[i] for i in self.rows.tolist()]),
-            "token": [self.vocab[i] for i in self.token_ids[..., 0].flatten().tolist()],
-            "logprob": self.logprobs[..., 0].flatten().tolist(),
-            "label": each([self.labels.get(i, "") for i in features]),
-            "link": each([self.links.get(i, "") for i in features]),
-        }
-        return pd.DataFrame(columns)
+        prompts = [self.prompts[i] for i in self.rows.tolist()]
+        return tidy(
+            {"prompt feature": [*zip(prompts, self.features.tolist(), strict=True)], "strength": self.strengths},
+            activation=Over("prompt", self.activations),
+            kl=self.kl,
+            **each("change", self.wanted, "prompt strength", self.changes),
+            plain_token=Over("prompt", spelled(self.plain_ids[self.rows, 0], self.vocab)),
+            token=spelled(self.token_ids[..., 0], self.vocab),
+            logprob=self.logprobs[..., 0],
+            **{name: Over("prompt", texts) for name, texts in about(self.features, self.labels, self.links).items()},
+        )
 
     def top(self, n: int = 20, by: str = "kl") -> pd.DataFrame:
         """The `n` rows of `to_frame()` with the most.
@@ -225,9 +215,9 @@ def feature_sweep(
     seen = plain.readings[0].values.split([len(some) for some in where])
     chosen = _active(sae, seen) if listed is None else listed
     edits = {
-        (feature, strength): sae.edit(feature, position=position, keep_error=keep_error, **{change: strength})  # pyright: ignore[reportArgumentType]
+        (feature, by): sae.edit(feature, position=position, keep_error=keep_error, **{change: by})  # pyright: ignore[reportArgumentType]
         for feature in dict.fromkeys(feature for some in chosen for feature in some)
-        for strength in strengths
+        for by in strengths
     }
     rows = [Row(i, (edits[feature, strength],)) for i, some in enumerate(chosen) for feature in some for strength in strengths]
     changed = adapter.run(Request(coded, rows, [Read(end)]), progress=progress, checkpoint=checkpoint)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from hookbook.errors import DataError, check_counts
 from hookbook.recipe import ModelCard, recipe
+from hookbook.recipes.features.decomposition import about
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View, show
+from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
-from hookbook.sae.saelens import link
 from hookbook.show.plots import COLOURS, drawing
+from hookbook.show.text import show
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, vocabulary
 
@@ -90,20 +92,22 @@ class FeatureExamples(Result):
     def to_frame(self, features: Sequence[int] | None = None) -> pd.DataFrame:
         """One row for each example, of some features or of all.
 
-        Columns: `feature`, `rank`, `activation`, `text` (with the token marked), `prompt` (which text), `position`, `density`, `label`,
-            `link`.
+        Columns: `feature`, `example` (0 has the largest activation), `activation`, `context` (with the token marked), `text_index` (which
+        text), `position`, `density`, `label`, `link`.
         """
-        import pandas as pd
-
         chosen = range(len(self.features)) if features is None else [at for feature in features for at in self._of(feature)]
-        ranks, density = place(self.features).tolist(), self.density.tolist()
-        columns = [x.tolist() for x in (self.features, self.activations, self.texts, self.positions)]
-        rows = []
-        for at in chosen:
-            feature, activation, text, position = (column[at] for column in columns)
-            known = (density[feature], self.labels.get(feature, ""), link(self.page, feature))
-            rows.append((feature, ranks[at], activation, self.text(at), text, position, *known))
-        return pd.DataFrame(rows, columns=["feature", "rank", "activation", "text", "prompt", "position", "density", "label", "link"])
+        at = torch.tensor(list(chosen), dtype=torch.long)
+        mine = self.features[at]
+        return tidy(
+            {"feature": mine.tolist()},
+            example=place(self.features)[at],
+            activation=self.activations[at],
+            context=[self.text(i) for i in chosen],
+            text_index=self.texts[at],
+            position=self.positions[at],
+            density=self.density[mine],
+            **about(mine, self.labels, self.page),
+        )
 
     def plot(self, ax: Axes | None = None, *, feature: int | None = None) -> Axes:
         """The histogram of a feature's activations; or of every feature that is active, the density and the largest activation."""
@@ -140,7 +144,10 @@ class FeatureExamples(Result):
                 )
                 words.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(self.vocab[token]))}</span>')
         title = f"{feature} {self.labels.get(feature, '')}".strip()
-        return f'<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> <span style="white-space:pre-wrap">{"".join(words)}</span></p>'
+        return (
+            f"<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> "
+            f'<span style="white-space:pre-wrap">{"".join(words)}</span></p>'
+        )
 
 
 @recipe

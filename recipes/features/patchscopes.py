@@ -26,6 +26,7 @@ from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sae.saelens import directions
 from hookbook.show.plots import Cells, heat_map, samples
+from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded, vocabulary
 
@@ -89,37 +90,25 @@ class FeaturePatchscope(Result):
         """One row for each feature, site, strength and rank.
 
         Columns: `feature`, `label`, `site`, `layer`, `strength`, `rank`, `token`, `logprob`, `random_token`, `random_logprob`,
-            `control_token`,
-        `control_logprob`; with generation `text`, `random_text`, `control_text`; for each wanted token `t`, `logprob t`, `random_logprob
-        t` and `control_logprob t`.
+        `control_token`, `control_logprob`; with generation `text`, `random_text`, `control_text`; for each wanted token `t`, `logprob
+        t`, `random_logprob t` and `control_logprob t`.
         """
-        import pandas as pd
-
-        rows = []
-        for m, feature in enumerate(self.features):
-            for p, (site, strength) in enumerate(self.pairs):
-                for r in range(self.token_ids.shape[-1]):
-                    row = {
-                        "feature": feature,
-                        "label": self.labels.get(feature, ""),
-                        "site": str(site),
-                        "layer": site.layer,
-                        "strength": strength,
-                        "rank": r,
-                    }
-                    row |= {"token": self.token(m, p, r), "logprob": float(self.logprobs[m, p, r])}
-                    row |= {"random_token": self.token(len(self.features), p, r), "random_logprob": float(self.random_logprobs[p, r])}
-                    row |= {"control_token": self.vocab[int(self.control_ids[r])], "control_logprob": float(self.control_logprobs[r])}
-                    if self.texts:
-                        row |= {"text": self.texts[m][p], "random_text": self.random_texts[p], "control_text": self.control_texts[0]}
-                    for w, word in enumerate(self.wanted):
-                        row |= {
-                            f"logprob {word}": float(self.wanted_logprobs[m, p, w]),
-                            f"random_logprob {word}": float(self.random_wanted_logprobs[p, w]),
-                            f"control_logprob {word}": float(self.control_wanted_logprobs[w]),
-                        }
-                    rows.append(row)
-        return pd.DataFrame(rows)
+        features = [(feature, self.labels.get(feature, "")) for feature in self.features]
+        return tidy(
+            {"feature label": features, "site strength": self.pairs, "rank": self.token_ids.shape[-1]},
+            token=spelled(self.token_ids, self.vocab),
+            logprob=self.logprobs,
+            random_token=Over("site rank", spelled(self.random_ids, self.vocab)),
+            random_logprob=Over("site rank", self.random_logprobs),
+            control_token=Over("rank", spelled(self.control_ids, self.vocab)),
+            control_logprob=Over("rank", self.control_logprobs),
+            text=Over("feature site", self.texts or None),
+            random_text=Over("site", self.random_texts or None),
+            control_text=Over("", self.control_texts or None),
+            **each("logprob", self.wanted, "feature site", self.wanted_logprobs),
+            **each("random_logprob", self.wanted, "site", self.random_wanted_logprobs),
+            **each("control_logprob", self.wanted, "", self.control_wanted_logprobs),
+        )
 
     def token(self, m: int, p: int, rank: int = 0) -> str:
         """The text of a token of feature number `m` and pair `p`; with as many as there are features, of the random direction."""

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from hookbook.engine import planning
 from hookbook.errors import DataError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
+from hookbook.recipes.features.decomposition import about
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
-from hookbook.sae.saelens import link
 from hookbook.show.plots import heat_map, token_values
+from hookbook.show.tidy import at_tokens, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 
@@ -68,41 +69,29 @@ class FeatureActivations(Result):
         return sum(map(len, self.read))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each active feature of each token: `prompt`, `position`, `token`, `rank` (0 the most active), `feature`,
-        `activation`, `label`, `link`."""
-        return self._frame(slice(None))
+        """One row for each active feature of each token: `prompt`, `position`, `position_token`, `feature_rank` (0 the most active),
+        `feature`, `activation`, `label`, `link`."""
+        return self._frame(torch.arange(len(self.features)))
 
     def top(self, k: int = 5) -> pd.DataFrame:
         """The same of the `k` most active features of each token."""
         check_counts(k=k)
-        return self._frame(self._ranks() < k)
+        return self._frame((self._ranks() < k).nonzero()[:, 0])
 
     def _ranks(self) -> Tensor:
         """`[m]`: how many features are more active on the token."""
         tokens = self.rows * (1 << 32) + self.positions
         return place(tokens)
 
-    def _frame(self, chosen: Any) -> pd.DataFrame:
-        import pandas as pd
-
-        ranks, columns = (
-            self._ranks()[chosen].tolist(),
-            (x[chosen].tolist() for x in (self.rows, self.positions, self.features, self.values)),
+    def _frame(self, chosen: Tensor) -> pd.DataFrame:
+        features = self.features[chosen]
+        return tidy(
+            {"prompt position position_token": at_tokens(self.prompts, self.rows[chosen], self.positions[chosen])},
+            feature_rank=self._ranks()[chosen],
+            feature=features,
+            activation=self.values[chosen],
+            **about(features, self.labels, self.page),
         )
-        rows = [
-            (
-                self.prompts[row].text,
-                at,
-                self.prompts[row].strings[at],
-                rank,
-                feature,
-                value,
-                self.labels.get(feature, ""),
-                link(self.page, feature),
-            )
-            for rank, row, at, feature, value in zip(ranks, *columns, strict=True)
-        ]
-        return pd.DataFrame(rows, columns=["prompt", "position", "token", "rank", "feature", "activation", "label", "link"])
 
     def of(self, feature: int) -> list[Tensor]:
         """A feature's activation on every token of each prompt, `[pos]`; 0 where it is not active and where nothing was read."""
@@ -145,15 +134,13 @@ class FeatureActivations(Result):
     def contrast(self, other: FeatureActivations) -> pd.DataFrame:
         """The features that are active here or in other texts, by how much more they are here, the largest difference first.
 
-        Columns: `feature`, `difference` (of mean activations), `mean`, `other_mean`, `share`, `other_share` (of tokens where it is
-        active), `auroc` (how often its mean activation in a text from here is above that in a text from there; 0.5: it tells nothing),
-        `label`, `link`.
+        Columns: `feature`, `difference` (of mean activations), `mean_activation`, `other_mean_activation`, `density`, `other_density`
+        (shares of tokens where it is active), `auroc` (how often its mean activation in a text from here is above that in a text from
+        there; 0.5: it tells nothing), `label`, `link`.
 
         Raises:
             DataError: The other activations are of another SAE.
         """
-        import pandas as pd
-
         if (self.sae, self.site) != (other.sae, other.site):
             raise DataError(
                 f"features of {self.sae} beside those of {other.sae}", "the same number is another feature", "read both texts with one SAE"
@@ -162,11 +149,10 @@ class FeatureActivations(Result):
         difference = sides[0] - sides[1]
         seen = (sides[2] + sides[3]).nonzero()[:, 0]
         chosen = seen[difference[seen].argsort(descending=True, stable=True)]
-        columns = dict(zip(("difference", "mean", "other_mean", "share", "other_share"), (difference, *sides), strict=True))
-        labels, listed = self.labels | other.labels, chosen.tolist()
-        frame = pd.DataFrame({"feature": listed} | {name: x[chosen].tolist() for name, x in columns.items()})
-        frame["auroc"] = auroc(self.by_text(chosen), other.by_text(chosen)).tolist()
-        return frame.assign(label=[labels.get(i, "") for i in listed], link=[link(self.page, i) for i in listed])
+        names = ("mean_activation", "other_mean_activation", "density", "other_density")
+        columns = {"difference": difference[chosen]} | {name: side[chosen] for name, side in zip(names, sides, strict=True)}
+        apart = auroc(self.by_text(chosen), other.by_text(chosen))
+        return tidy({"feature": chosen.tolist()}, **columns, auroc=apart, **about(chosen, self.labels | other.labels, self.page))
 
     def _largest(self, prompt: int, k: int) -> tuple[Tensor, list[int]]:
         """A prompt's activations `[pos, k]`, and its `k` features with the largest ones."""

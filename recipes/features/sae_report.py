@@ -15,6 +15,7 @@ from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 
 if TYPE_CHECKING:
@@ -70,8 +71,6 @@ class SAEReport(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each number: `metric`, `value`, `verdict` (empty if there is nothing wrong), `meaning`."""
-        import pandas as pd
-
         misses = "does not fit: the mean state is closer than the reconstruction" if not self.fvu <= 1 else ""
         harms = "does not fit: the model predicts worse than with zeros" if self.loss_recovered < 0 else ""
         if self.loss_zero <= self.loss:
@@ -87,7 +86,7 @@ class SAEReport(Result):
             ("loss with zeros", self.loss_zero, "", "with zeros in place of the states"),
             ("loss recovered", self.loss_recovered, harms, "1 if the reconstruction does no harm, 0 if as much as zeros"),
         ]
-        return pd.DataFrame(rows, columns=["metric", "value", "verdict", "meaning"])
+        return tidy({"metric value verdict meaning": rows})
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Bars that are 1 for a perfect SAE: explained variance, cosine, loss recovered, and features that are active at all."""
@@ -106,7 +105,10 @@ class SAEReport(Result):
 
     def view(self) -> View:
         """The table, and what was measured."""
-        said = f"{self.card.model_id} in {self.card.dtype}, an SAE of {self.site} in {self.sae_dtype}: it {'fits' if self.fits else 'does not fit'}."
+        said = (
+            f"{self.card.model_id} in {self.card.dtype}, an SAE of {self.site} in {self.sae_dtype}: "
+            f"it {'fits' if self.fits else 'does not fit'}."
+        )
         return View.table(self.to_frame(), said)
 
 

@@ -83,7 +83,8 @@ def steer_feature(
     if times_max is None:
         values = check_strengths(to or ())
     else:
-        values = tuple(float(value) for c in check_strengths(times_max) for value in sae.edit(feature, times_max=c).value.shift)  # pyright: ignore
+        shifts = [sae.edit(feature, times_max=c).value.shift for c in check_strengths(times_max)]  # pyright: ignore
+        values = tuple(float(value) for shift in shifts for value in shift)
     ratio = float(norms[feature] / norms[other])
     edits = [
         (sae.edit(which, to=value * factor, keep_error=keep_error, position=position, scope=scope),)

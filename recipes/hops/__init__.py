@@ -1,1 +1,1 @@
-"""Questions in two hops, and backpatching."""
+"""Two hops and backpatching: questions in two hops, and states that are patched back."""

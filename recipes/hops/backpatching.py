@@ -24,8 +24,10 @@ from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
-from hookbook.results import Result, View, need
+from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.text import need
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, vocabulary
@@ -174,15 +176,9 @@ class Backpatch(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each pair and control: `control`, `layer` (of the source), `target_layer`, `fixed` (of the questions that were not
         answered), `kept` (of those that were)."""
-        import pandas as pd
-
-        fixed, kept = self.shares(), self.shares(answered=True)
-        rows = [
-            (name, *(pair[::-1] if name == "swapped" else pair), float(fixed[name][p]), float(kept[name][p]))
-            for name in self.right
-            for p, pair in enumerate(self.pairs)
-        ]
-        return pd.DataFrame(rows, columns=["control", "layer", "target_layer", "fixed", "kept"])
+        rows = [(name, *(pair[::-1] if name == "swapped" else pair)) for name in self.right for pair in self.pairs]
+        fixed, kept = ([*self.shares(answered).values()] for answered in (False, True))
+        return tidy({"control layer target_layer": rows}, fixed=fixed, kept=kept)
 
     def plot(self, ax: Axes | None = None, *, control: str = "patch", answered: bool = False) -> Axes:
         """A heat map, source layer by target layer, of the share of questions that each pair fixes, of the patch or of a control.

@@ -22,6 +22,7 @@ from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import COLOURS, legend, lines, token_values
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, covering
 
@@ -67,23 +68,19 @@ class HopKnockOut(Result):
         return self.right[self.clean].nanmean(0)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each edge, window and control: `edge`, `control`, `layer` (the centre), `first_layer`, `last_layer`, `n` (questions
-        that were answered and have such tokens),
-        `kept` (the share of them that still is), `probability` (mean of the answer's first token) and `clean_probability`."""
-        import pandas as pd
-
-        kept, rows = self.kept(), []
-        for e, edge in enumerate(self.edges):
-            for c, control in enumerate((False, True)):
-                for w, window in enumerate(self.windows):
-                    some = self.clean & ~self.right[:, e, c, w].isnan()
-                    means = (float(self.logprobs[some, e, c, w].exp().mean()), float(self.clean_logprobs[some].exp().mean()))
-                    rows.append(
-                        (f"{edge[0]} to {edge[1]}", control, w, window[0], window[-1], int(some.sum()), float(kept[e, c, w]), *means)
-                    )
-        return pd.DataFrame(
-            rows, columns=["edge", "control", "layer", "first_layer", "last_layer", "n", "kept", "probability", "clean_probability"]
-        )
+        """One row for each edge, window and control: `edge`, `control` (`edge` without it, `other tokens` without as many others),
+        `layer` (the centre), `first_layer`, `last_layer`, `n` (questions that were answered and have such tokens), `kept` (the share of
+        them that still is), `probability` (mean of the answer's first token) and `clean_probability`."""
+        asked = self.clean[:, None, None, None] & ~self.right.isnan()
+        clean = self.clean_logprobs[:, None, None, None].expand_as(self.logprobs)
+        means = [torch.where(asked, x.exp(), float("nan")).nanmean(0) for x in (self.logprobs, clean)]
+        windows = [(centre, window[0], window[-1]) for centre, window in enumerate(self.windows)]
+        axes = {
+            "edge": [f"{a} to {b}" for a, b in self.edges],
+            "control": ["edge", "other tokens"],
+            "layer first_layer last_layer": windows,
+        }
+        return tidy(axes, n=asked.sum(0), kept=self.kept(), probability=means[0], clean_probability=means[1])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The share of answered questions that still are, by the window's centre; the controls are dashed."""

@@ -25,6 +25,7 @@ from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result
 from hookbook.show.plots import lines
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, decoded
@@ -61,25 +62,17 @@ class HopReadability(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each place, site and name: `place`, `site`, `layer`, `name`, `probability` (mean), `lens` and `described` (shares
         of questions)."""
-        import pandas as pd
 
-        rows = []
-        for p, place in enumerate(PLACES):
-            for s, site in enumerate(self.sites):
-                for name in NAMES:
-                    described = float(self.described[name][:, p, s].float().mean()) if self.described else float("nan")
-                    rows.append(
-                        (
-                            place,
-                            str(site),
-                            site.layer,
-                            name,
-                            float(self.logprobs[name][:, p, s].exp().mean()),
-                            float(self.lens[name][:, p, s].float().mean()),
-                            described,
-                        )
-                    )
-        return pd.DataFrame(rows, columns=["place", "site", "layer", "name", "probability", "lens", "described"])
+        def means(values: dict[str, Tensor]) -> Tensor:
+            """`[place, site, name]`"""
+            return torch.stack([values[name].float().mean(0) for name in NAMES], -1)
+
+        return tidy(
+            {"place": PLACES, "site": self.sites, "name": NAMES},
+            probability=means({name: x.exp() for name, x in self.logprobs.items()}),
+            lens=means(self.lens),
+            described=means(self.described) if self.described else float("nan"),
+        )
 
     def plot(self, ax: Axes | None = None, *, by: str = "lens") -> Axes:
         """Shares of questions by layer: the bridge at both places, the answer at the last token, and their controls.

@@ -21,6 +21,7 @@ from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.tidy import spelled, tidy
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, vocabulary
 
@@ -73,9 +74,8 @@ class TwoHops(Result):
         return chosen.nonzero()[:, 0].tolist()
 
     def cells(self, by_chain: bool = False) -> pd.DataFrame:
-        """The four cells: `first`, `second`, `n` (questions), `composed` (how many of them are answered), `rate`, and of those without a
-        shortcut `n_clean`,
-        `composed_clean`, `rate_clean`.
+        """The four cells: `first`, `second`, `n` (questions), `answered` (how many of them), `rate`, and of those without a shortcut
+        `n_clean`, `answered_clean`, `rate_clean`.
 
         Args:
             by_chain: For each pair of relations, too.
@@ -90,11 +90,11 @@ class TwoHops(Result):
                     row: dict[str, Any] = {"chain": chain} if by_chain else {}
                     row |= {"first": first, "second": second}
                     for name, some in (("", mine), ("_clean", [i for i in mine if not self.shortcut[i]])):
-                        composed = int(self.right["composed"][some].sum())
+                        answered = int(self.right["composed"][some].sum())
                         row |= {
                             f"n{name}": len(some),
-                            f"composed{name}": composed,
-                            f"rate{name}": composed / len(some) if some else float("nan"),
+                            f"answered{name}": answered,
+                            f"rate{name}": answered / len(some) if some else float("nan"),
                         }
                     rows.append(row)
         return pd.DataFrame(rows)
@@ -102,19 +102,16 @@ class TwoHops(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each question: `chain`, `prompt`, `entity`, `bridge`, `answer`, and for each of `WAYS` whether it is answered and,
         as `said NAME`, the likeliest token."""
-        import pandas as pd
-
-        facts = {"chain": self.chains, "prompt": [prompt.text for prompt in self.prompts], "entity": self.entities, "bridge": self.bridges}
-        frame = pd.DataFrame(facts | {"answer": self.answers})
+        questions = [*zip(self.chains, self.prompts, self.entities, self.bridges, self.answers, strict=True)]
+        columns: dict[str, Any] = {}
         for way in WAYS:
-            frame[way] = self.right[way].tolist()
-            frame[f"said {way}"] = [self.vocab[i] for i in self.token_ids[way].tolist()]
-        return frame
+            columns |= {way: self.right[way], f"said {way}": spelled(self.token_ids[way], self.vocab)}
+        return tidy({"chain prompt entity bridge answer": questions}, **columns)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The four cells: the share of composed questions that are answered, and how many."""
         cells = self.cells()
-        words = [f"{composed} of {n}" for composed, n in zip(cells["composed"], cells["n"], strict=True)]
+        words = [f"{answered} of {n}" for answered, n in zip(cells["answered"], cells["n"], strict=True)]
         values = torch.tensor(cells["rate"].tolist()).view(2, 2)
         labels, names = (["known", "not known"], ("first hop", "second hop", "composed questions answered"))
         return heat_map(ax, values, [words[:2], words[2:]], labels, labels, names, title=f"Two hops, {self.card.model_id}")

@@ -1,1 +1,1 @@
-"""What states say: patchscopes, the logit lens, Jacobians."""
+"""Reading states: patchscopes, the logit lens, Jacobians."""

@@ -20,9 +20,11 @@ from hookbook.asking import encode_prompts, wanted_ids, wanted_words
 from hookbook.errors import DataError, SiteError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View, ending
-from hookbook.show.html import grid_sections
+from hookbook.results import Result, View
+from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, lines, samples, site_labels
+from hookbook.show.text import ending
+from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, beginnings, resolve, vocabulary, words
 
@@ -90,29 +92,23 @@ class LogitLens(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt, position, site and rank.
 
-        Columns: `prompt`, `position`, `after` (the token there), `own_token` (the model's next), `site`, `layer`, `rank`, `token`,
-            `logprob`,
+        Columns: `prompt`, `position`, `position_token`, `own_token` (the model's next), `site`, `layer`, `rank`, `token`, `logprob`,
         `own_logprob` (what the model gives the token), `entropy`, `kl`; for each wanted token `t`, `logprob t` and `rank t`; for each
         language `l`, `language l` (its log-probability).
         """
-        import pandas as pd
-
-        k, rows = self.token_ids.shape[-1], []
-        for n, (prompt, position) in enumerate(self.rows):
-            said = self.prompts[prompt]
-            for s, site in enumerate(self.sites):
-                for r in range(k):
-                    rows.append(
-                        (said.text, position, said.strings[position], self.own_tokens[n], site.name, site.layer, r, self.token(n, s, r))
-                    )
-        frame = pd.DataFrame(rows, columns=["prompt", "position", "after", "own_token", "site", "layer", "rank", "token"])
-        of_token = {"logprob": self.logprobs, "own_logprob": self.own_logprobs}
-        of_site = {"entropy": self.entropy, "kl": self.kl}
-        of_site |= {f"logprob {word}": self.wanted_logprobs[..., m] for m, word in enumerate(self.wanted)}
-        of_site |= {f"rank {word}": self.wanted_ranks[..., m] for m, word in enumerate(self.wanted)}
-        of_site |= {f"language {name}": self.language_logprobs[..., m] for m, name in enumerate(self.languages)}
-        values = of_token | {name: x[..., None].expand(-1, -1, k) for name, x in of_site.items()}
-        return frame.assign(**{name: x.flatten().tolist() for name, x in values.items()})
+        prompts = [self.prompts[prompt] for prompt, _ in self.rows]
+        read = [(one.text, at, one.strings[at], own) for one, (_, at), own in zip(prompts, self.rows, self.own_tokens, strict=True)]
+        return tidy(
+            {"prompt position position_token own_token": read, "site": self.sites, "rank": self.token_ids.shape[-1]},
+            token=spelled(self.token_ids, self.vocab),
+            logprob=self.logprobs,
+            own_logprob=self.own_logprobs,
+            entropy=Over("prompt site", self.entropy),
+            kl=Over("prompt site", self.kl),
+            **each("logprob", self.wanted, "prompt site", self.wanted_logprobs),
+            **each("rank", self.wanted, "prompt site", self.wanted_ranks),
+            **each("language", self.languages, "prompt site", self.language_logprobs),
+        )
 
     def cells(self, prompt: int = 0) -> Cells:
         """What a picture has where: a row for each prompt if one token of each was read, and for each token of one prompt otherwise; a

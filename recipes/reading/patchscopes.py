@@ -22,9 +22,11 @@ from hookbook.errors import EditError, SiteError, TokenError, check_prompt
 from hookbook.maps import Affine, Map
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View, ending
-from hookbook.show.html import grid_sections
+from hookbook.results import Result, View
+from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, samples, site_labels
+from hookbook.show.text import ending
+from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded, vocabulary, words
 
@@ -80,41 +82,26 @@ class Patchscope(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt, pair and rank.
 
-        Columns: `prompt`, `position`, `source_site`, `layer` (of the source), `target_site`, `target_layer`, `rank`,
+        Columns: `prompt`, `position`, `site`, `layer` (of the source), `target_site`, `target_layer`, `rank`,
         `token`, `logprob`, `control_token`, `control_logprob`, `source_token`, `precision`, `surprisal`; with generation
         `text` and `control_text`; for each wanted token `t`, `logprob t` and `control_logprob t`.
         """
-        import pandas as pd
-
-        rows = []
-        for n, source in enumerate(self.sources):
-            for p, (read, write) in enumerate(self.pairs):
-                for r in range(self.token_ids.shape[-1]):
-                    row = {
-                        "prompt": source.text,
-                        "position": self.source_positions[n],
-                        "source_site": read.name,
-                        "layer": read.layer,
-                        "target_site": write.name,
-                        "target_layer": write.layer,
-                        "rank": r,
-                        "token": self.token(n, p, r),
-                        "logprob": float(self.logprobs[n, p, r]),
-                        "control_token": self.vocab[int(self.control_ids[n, r])],
-                        "control_logprob": float(self.control_logprobs[n, r]),
-                        "source_token": self.source_tokens[n],
-                        "precision": None if self.precision is None else bool(self.precision[n, p]),
-                        "surprisal": None if self.surprisal is None else float(self.surprisal[n, p]),
-                    }
-                    if self.texts:
-                        row |= {"text": self.texts[n][p], "control_text": self.control_texts[n]}
-                    for m, word in enumerate(self.wanted):
-                        row |= {
-                            f"logprob {word}": float(self.wanted_logprobs[n, p, m]),
-                            f"control_logprob {word}": float(self.control_wanted_logprobs[n, m]),
-                        }
-                    rows.append(row)
-        return pd.DataFrame(rows)
+        nan = float("nan")
+        return tidy(
+            {"prompt position": [*zip(self.sources, self.source_positions, strict=True)], "site target_site": self.pairs}
+            | {"rank": self.token_ids.shape[-1]},
+            token=spelled(self.token_ids, self.vocab),
+            logprob=self.logprobs,
+            control_token=Over("prompt rank", spelled(self.control_ids, self.vocab)),
+            control_logprob=Over("prompt rank", self.control_logprobs),
+            source_token=Over("prompt", self.source_tokens),
+            precision=Over("prompt site", nan if self.precision is None else self.precision),
+            surprisal=Over("prompt site", nan if self.surprisal is None else self.surprisal),
+            text=Over("prompt site", self.texts or None),
+            control_text=Over("prompt", self.control_texts or None),
+            **each("logprob", self.wanted, "prompt site", self.wanted_logprobs),
+            **each("control_logprob", self.wanted, "prompt", self.control_wanted_logprobs),
+        )
 
     def token(self, n: int, p: int, rank: int = 0) -> str:
         """The text of a token of prompt `n` and pair `p`."""

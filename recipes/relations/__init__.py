@@ -1,1 +1,1 @@
-"""Relations as linear maps, and edits through them."""
+"""Relations: linear maps of relations, and edits through them."""

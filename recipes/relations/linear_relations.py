@@ -26,6 +26,7 @@ from hookbook.relations import Relation, Statement
 from hookbook.request import Each, Read
 from hookbook.results import Result
 from hookbook.show.plots import lines, site_labels
+from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
 
 if TYPE_CHECKING:
@@ -176,17 +177,17 @@ class LinearRelation(Result):
         return Relation(self.train, self.relation, templates=(self.template,), answer=self.answer).ask(subject, self.train, answer)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each site: `site`, `layer`, `beta`, `validation`, `faithfulness`, one column for each control, `known`, `asked`."""
-        import pandas as pd
-
-        columns: dict[str, Any] = {
-            "site": [str(site) for site in self.sites],
-            "layer": [site.layer for site in self.sites],
-            "beta": self.beta.tolist(),
-        }
-        columns |= {"validation": self.chosen_by.amax(-1).tolist(), "faithfulness": self.faithfulness.tolist()}
-        columns |= {name: values.tolist() for name, values in self.controls.items()}
-        return pd.DataFrame(columns | {"known": int(self.test_known.sum()), "asked": len(self.test)})
+        """One row for each site: `site`, `layer`, `beta`, `validation`, `faithfulness`, `control NAME` of each other map, `known`,
+        `asked`."""
+        return tidy(
+            {"site": self.sites},
+            beta=self.beta,
+            validation=self.chosen_by.amax(-1),
+            faithfulness=self.faithfulness,
+            **controls(self.controls),
+            known=self.test_known.sum(),
+            asked=len(self.test),
+        )
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Faithfulness by layer, with the other maps."""

@@ -23,6 +23,7 @@ from hookbook.relations import Relation, Statement
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import lines, site_labels
+from hookbook.show.tidy import Over, controls, spelled, tidy
 from hookbook.sites import Site
 from hookbook.tokens import vocabulary
 
@@ -91,33 +92,24 @@ class RelationEdits(Result):
         return self.sites[site], self.ranks[rank]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each site and rank: `site`, `layer`, `rank`, `validation`, `success`, `random`, `substituted`, `kl`, `random_kl`."""
-        import pandas as pd
-
-        rows = []
-        for i, site in enumerate(self.sites):
-            for j, rank in enumerate(self.ranks):
-                numbers = {"validation": self.validation, "success": self.success, "random": self.random}
-                numbers |= {"kl": self.divergence, "random_kl": self.random_divergence}
-                row = {"site": str(site), "layer": site.layer, "rank": rank} | {
-                    name: float(values[i, j]) for name, values in numbers.items()
-                }
-                rows.append(row | {"substituted": float(self.substituted[i])})
-        return pd.DataFrame(rows)
+        """One row for each site and rank of the map: `site`, `layer`, `matrix_rank`, `validation`, `success`, `control random` and
+        `control substituted` (the same of noise and of the other subject's state), `kl`, `random_kl`."""
+        return tidy(
+            {"site": self.sites, "matrix_rank": self.ranks},
+            validation=self.validation,
+            success=self.success,
+            **controls({"random": self.random, "substituted": Over("site", self.substituted)}),
+            kl=self.divergence,
+            random_kl=self.random_divergence,
+        )
 
     def said_frame(self) -> pd.DataFrame:
-        """What each change came to at the best site and rank: `subject`, `object`, `wanted`, `said`, `success`, `part`."""
-        import pandas as pd
-
+        """What each change came to at the best site and rank: `subject`, `object`, `wanted`, `said`, `right`, `split`."""
         site, rank = self.best_index
         said = self.said[:, site, rank]
-        columns: dict[str, Any] = {
-            "subject": [x for x, *_ in self.changes],
-            "object": [y for _, y, *_ in self.changes],
-            "wanted": [w for *_, w in self.changes],
-        }
-        columns |= {"said": [self.vocab[i] for i in said.tolist()], "success": (said == self.wanted).tolist()}
-        return pd.DataFrame(columns | {"part": ["validation" if i < self.n_validation else "test" for i in range(len(said))]})
+        split = ["validation" if i < self.n_validation else "test" for i in range(len(said))]
+        changes = [(subject, own, wanted) for subject, own, _, wanted in self.changes]
+        return tidy({"subject object wanted": changes}, said=spelled(said, self.vocab), right=said == self.wanted, split=split)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Success by layer at the best rank, with its controls."""

@@ -21,6 +21,7 @@ from hookbook.recipes.relations.subjects import subject_states
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import vocabulary
 from hookbook.vectors import Vector
@@ -86,22 +87,12 @@ class RelationFeatures(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row for each feature, and then one for each other part: `part`, `feature`, `activation`, `contribution`, `says` (the
         likeliest tokens), `label`, `link`."""
-        import pandas as pd
-
-        chosen = self.features.tolist()
-        columns: dict[str, Any] = {
-            "part": "feature",
-            "feature": chosen,
-            "activation": self.activations.tolist(),
-            "contribution": self.contributions.tolist(),
-        }
-        columns |= {"says": [" ".join(self.vocab[i].strip() for i in line) for line in self.token_ids.tolist()]}
-        columns |= {"label": [self.labels.get(i, "") for i in chosen], "link": [self.links.get(i, "") for i in chosen]}
+        says = [" ".join(self.vocab[i].strip() for i in line) for line in self.token_ids.tolist()]
+        numbers = zip(self.features.tolist(), self.activations.tolist(), self.contributions.tolist(), says, strict=True)
+        rows = [("feature", i, *known, self.labels.get(i, ""), self.links.get(i, "")) for i, *known in numbers]
         others = {"decoder bias": self.decoder_bias, "error": self.error, "bias": self.bias, "constant": self.constant}
-        rest = pd.DataFrame(
-            {"part": list(others), "contribution": [float(value) for value in others.values()], "says": "", "label": "", "link": ""}
-        )
-        return pd.concat([pd.DataFrame(columns), rest], ignore_index=True).astype({"feature": "Int64"})
+        rest = [(name, None, None, float(value), "", "", "") for name, value in others.items()]
+        return tidy({"part feature activation contribution says label link": [*rows, *rest]})
 
     def plot(self, ax: Axes | None = None, *, n: int = 15) -> Axes:
         """The `n` largest contributions, and the other parts."""

@@ -1,1 +1,1 @@
-"""Directions that change what a model writes, and generation under edits."""
+"""Steering: directions that change what a model writes, and generation under edits."""

@@ -15,6 +15,7 @@ from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.results import Result
 from hookbook.show.plots import heat_map, lines, site_labels
+from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
@@ -76,17 +77,17 @@ class ContrastVectors(Result):
         raise TokenError(f"no vector at the position {position!r}", f"there are vectors at {', '.join(self.positions)}", "name one of them")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each position and site: `position`, `site`, `layer`, `norm`, `positive_norm`, `negative_norm`, `auroc`,
-        `shuffled`."""
-        import pandas as pd
-
-        numbers = torch.stack([self.values.norm(dim=-1), *self.norms, self.auroc, self.shuffled], -1)
-        rows = [
-            (position, str(site), site.layer, *numbers[p, s].tolist())
-            for p, position in enumerate(self.positions)
-            for s, site in enumerate(self.sites)
-        ]
-        return pd.DataFrame(rows, columns=["position", "site", "layer", "norm", "positive_norm", "negative_norm", "auroc", "shuffled"])
+        """One row for each position and site: `place` (the position as it was given), `site`, `layer`, `norm`, `positive_norm`,
+        `negative_norm`, `auroc`, `control shuffled` (the same with shuffled classes)."""
+        positive, negative = self.norms
+        return tidy(
+            {"place": self.positions, "site": self.sites},
+            norm=self.values.norm(dim=-1),
+            positive_norm=positive,
+            negative_norm=negative,
+            auroc=self.auroc,
+            **controls({"shuffled": self.shuffled}),
+        )
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """How well held-out texts are told apart, by site, with shuffled classes beside it; of several positions, a heat map."""

@@ -13,8 +13,10 @@ from hookbook.asking import encode_prompts
 from hookbook.errors import EditError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Edit, Request, Row, Sampling
-from hookbook.results import Result, View, ending, need, show
+from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.text import ending, need, show
+from hookbook.show.tidy import tidy
 from hookbook.tokens import Tokens, decoded, lines, vocabulary
 
 if TYPE_CHECKING:
@@ -47,16 +49,9 @@ class Generation(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt: `prompt`, `text`, `logprob` (of the whole text, in nats), `control_text`, `control_logprob`."""
-        import pandas as pd
-
-        columns = {
-            "prompt": [prompt.text for prompt in self.prompts],
-            "text": self.texts,
-            "logprob": [sum(line) for line in self.logprobs],
-            "control_text": self.control_texts,
-            "control_logprob": [sum(line) for line in self.control_logprobs],
-        }
-        return pd.DataFrame(columns)
+        said = {"text": self.texts, "logprob": [sum(line) for line in self.logprobs]}
+        controls = {"control_text": self.control_texts, "control_logprob": [sum(line) for line in self.control_logprobs]}
+        return tidy({"prompt": self.prompts}, **said, **controls)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """A heat map of the probability of every generated token: for each prompt a line under the edits, and one without."""

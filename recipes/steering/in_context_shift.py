@@ -15,6 +15,7 @@ from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Edit
 from hookbook.results import Result
 from hookbook.show.plots import lines
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.vectors import Vector
 
@@ -60,12 +61,10 @@ class InContextVectors(Result):
         ]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each layer: `layer`, `norm`, `mean_norm`, and the `cosine` of the vector to the mean difference."""
-        import pandas as pd
-
+        """One row for each layer: `site`, `layer`, `norm`, and the mean difference's: `mean_norm`, and `mean_cosine` to the vector."""
         cosine = torch.nn.functional.cosine_similarity(self.values, self.means, dim=-1)
-        columns = {"norm": self.values.norm(dim=-1), "mean_norm": self.means.norm(dim=-1), "cosine": cosine}
-        return pd.DataFrame({"layer": [site.layer for site in self.sites]} | {name: x.tolist() for name, x in columns.items()})
+        norm, mean_norm = self.values.norm(dim=-1), self.means.norm(dim=-1)
+        return tidy({"site": self.sites}, norm=norm, mean_norm=mean_norm, mean_cosine=cosine)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The length of the vector by layer, with that of the mean difference."""

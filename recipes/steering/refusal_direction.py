@@ -16,6 +16,7 @@ from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.vectors import Vector
 
@@ -88,23 +89,10 @@ class DirectionChoice(Result):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each candidate: `position`, `site`, `layer`, `ablation`, `addition`, `kl`, `discarded` (why, or nothing)."""
-        import pandas as pd
-
-        rows = [
-            (
-                position,
-                str(site),
-                site.layer,
-                float(self.ablation[p, s]),
-                float(self.addition[p, s]),
-                float(self.kl[p, s]),
-                self.discarded[p][s],
-            )
-            for p, position in enumerate(self.positions)
-            for s, site in enumerate(self.sites)
-        ]
-        return pd.DataFrame(rows, columns=["position", "site", "layer", "ablation", "addition", "kl", "discarded"])
+        """One row for each candidate: `place` (the position as it was given), `site`, `layer`, `ablation`, `addition`, `kl`, `discarded`
+        (why, or nothing)."""
+        numbers = {"ablation": self.ablation, "addition": self.addition, "kl": self.kl}
+        return tidy({"place": self.positions, "site": self.sites}, **numbers, discarded=self.discarded)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """A heat map of the log-odds on positive prompts under ablation; crosses are discarded."""

@@ -18,6 +18,7 @@ from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row, Scope
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
@@ -66,24 +67,10 @@ class Steering(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each prompt, vector (`none`, `vector` or `random`), site and strength: those, `layer`, `score`, and `text` if one
-        was generated."""
-        import pandas as pd
-
-        places = [
-            (name, str(site), site.layer, strength) for name in ("vector", "random") for site in self.sites for strength in self.strengths
-        ]
-        rows = [
-            (prompt.text, *place, score, text)
-            for n, prompt in enumerate(self.prompts)
-            for place, score, text in zip(
-                [("none", "", None, 0.0), *places],
-                self.numbers[n].tolist(),
-                self.said[n] if self.said else [None] * (1 + len(places)),
-                strict=True,
-            )
-        ]
-        frame = pd.DataFrame(rows, columns=["prompt", "vector", "site", "layer", "strength", "score", "text"]).astype({"layer": "Int64"})
-        return frame if self.said else frame.drop(columns="text")
+        was generated. Without a vector there is no site, and the strength is 0."""
+        added = [(name, site, strength) for name in ("vector", "random") for site in self.sites for strength in self.strengths]
+        axes = {"prompt": self.prompts, "vector site strength": [("none", None, 0.0), *added]}
+        return tidy(axes, score=self.numbers, text=self.said or None)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The mean score over prompts: by strength with the controls for one site, a heat map of sites and strengths for several."""
@@ -105,10 +92,10 @@ class Steering(Result):
         return heat_map(ax, mean, words, sites, labels, names, limits=None, signed=signed, title=title)
 
     def view(self) -> View:
-        """The mean score of the vector, of a random one and of none, by site and strength; with what was generated, if it was."""
-        frame = self.to_frame()
-        table = View.table(frame.pivot_table("score", ["site", "strength"], "vector", sort=False), f"Mean {self.metric}")
-        return table + View.table(frame, "What was said") if self.said else table
+        """The mean score of the vector and of a random one, by site and strength, and without one; with what was generated, if it was."""
+        scores = {"vector": self.scores.mean(0), "random": self.random.mean(0), "none": self.base.mean()}
+        table = View.table(tidy({"site": self.sites, "strength": self.strengths}, **scores), f"Mean {self.metric}")
+        return table + View.table(self.to_frame(), "What was said") if self.said else table
 
 
 @recipe

@@ -1,1 +1,1 @@
-"""The vector of a task, the heads that carry it, and sums of vectors."""
+"""Vectors of tasks: the vector of a task, the heads that carry it, and sums of vectors."""

@@ -17,6 +17,7 @@ from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
+from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question, Task
 
@@ -51,12 +52,8 @@ class HeadEffects(Result):
         return [(at // self.mean.shape[1], at % self.mean.shape[1]) for at in self.mean.flatten().topk(k).indices.tolist()]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each task and head: `task`, `layer`, `head`, `effect`."""
-        import pandas as pd
-
-        _, layers, heads = self.effects.shape
-        places = [(task, layer, head) for task in self.tasks for layer in range(layers) for head in range(heads)]
-        return pd.DataFrame(places, columns=["task", "layer", "head"]).assign(effect=self.effects.flatten().tolist())
+        """One row for each task and head: `task`, `layer`, `head`, `indirect_effect`."""
+        return tidy({"task": self.tasks, "layer": self.effects.shape[1], "head": self.effects.shape[2]}, indirect_effect=self.effects)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """A heat map of the mean effect, heads by layers."""
@@ -76,7 +73,7 @@ class HeadEffects(Result):
 
     def view(self) -> View:
         """The heads with the largest effects."""
-        frame = self.to_frame().pivot_table("effect", ["layer", "head"], "task", sort=False)
+        frame = self.to_frame().pivot_table("indirect_effect", ["layer", "head"], "task", sort=False)
         frame = frame.assign(mean=frame.mean(axis=1)).sort_values("mean", ascending=False).head(20)
         return View.table(frame, "The heads with the largest mean effect")
 

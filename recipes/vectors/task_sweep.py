@@ -13,6 +13,7 @@ from hookbook.card import ModelCard
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result
 from hookbook.show.plots import lines, site_labels
+from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question, Splits
 from hookbook.vectors import Vector
@@ -64,18 +65,17 @@ class TaskSweep(Result):
         return Vector(self.card, self.sites[index], self.values[index].clone(), "-1", self.template, made, dict(self.settings))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each site: `site`, `layer`, `norm`, `validation`, `accuracy`, one column for each control, `zero_shot`,
+        """One row for each site: `site`, `layer`, `norm`, `validation`, `accuracy`, `control NAME` of each control, `zero_shot`,
         `few_shot`."""
-        import pandas as pd
-
-        columns: dict[str, Any] = {
-            "site": [str(site) for site in self.sites],
-            "layer": [site.layer for site in self.sites],
-            "norm": self.values.norm(dim=-1).tolist(),
-        }
-        columns |= {"validation": self.validation.tolist(), "accuracy": self.accuracy.tolist()}
-        columns |= {name: values.tolist() for name, values in self.controls.items()}
-        return pd.DataFrame(columns | {"zero_shot": float(self.zero_shot), "few_shot": float(self.few_shot)})
+        return tidy(
+            {"site": self.sites},
+            norm=self.values.norm(dim=-1),
+            validation=self.validation,
+            accuracy=self.accuracy,
+            **controls(self.controls),
+            zero_shot=self.zero_shot,
+            few_shot=self.few_shot,
+        )
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy by layer, with the controls, and the model's own accuracy with and without examples."""

@@ -11,7 +11,8 @@ import hookbook as hb
 from hookbook.models import packages
 from hookbook.models.doctor import check
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import HOOKED, real, real_hooked, require
+from tests.support.needs import HOOKED, require
+from tests.support.real import real, real_hooked
 
 MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
 TEXTS = ("The Eiffel Tower is located in the city of", "cat -> cat\n1135 -> 1135\nhello -> hello\n?", "Hi")

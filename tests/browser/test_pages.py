@@ -96,7 +96,8 @@ def test_a_view_draws_in_a_page_of_others(opened, tmp_path):
     late = opened(path, views=2)
     late.evaluate(
         """html => { const box = document.body.appendChild(document.createElement('div')); box.innerHTML = html;
-        box.querySelectorAll('script').forEach(old => { const made = document.createElement('script'); made.textContent = old.textContent; old.replaceWith(made) }) }""",
+        box.querySelectorAll('script').forEach(old => {
+            const made = document.createElement('script'); made.textContent = old.textContent; old.replaceWith(made) }) }""",
         view.html,
     )
     until(late, "[...document.querySelectorAll('[data-hookbook-view]')].filter(e => e.children.length).length == 3")

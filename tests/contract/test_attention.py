@@ -14,8 +14,9 @@ from hookbook.errors import Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy, toy_tokenizer
 from hookbook.travel.climb import Climb
-from tests.conftest import Case, require
 from tests.contract.test_forks import differ
+from tests.support.cases import Case
+from tests.support.needs import require
 
 EXACT = 1e-10
 TEXTS = ("The cat sat on the mat.", "Hi")
@@ -242,7 +243,8 @@ def test_patterns_of_a_model_with_fused_attention(tiny_folder, arch):
     fused, eager = traced(tiny_folder, arch, "sdpa"), traced(tiny_folder, arch, "eager")
     config, during = fused.module.config, []  # type: ignore[attr-defined]
     assert config._attn_implementation == "sdpa"
-    handle = fused.module.register_forward_pre_hook(lambda module, args: during.append(config._attn_implementation))  # type: ignore[attr-defined]
+    register = fused.module.register_forward_pre_hook  # type: ignore[attr-defined]
+    handle = register(lambda module, args: during.append(config._attn_implementation))
     prompts = [fused.encode(text) for text in TEXTS]
     edit = hb.Edit("attn_pattern.1", op="knock_out", keys=1, scope="all")
     rows = [Row(0), Row(1), Row(0, (edit,)), Row(1, (edit,))]

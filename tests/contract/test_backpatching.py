@@ -16,7 +16,7 @@ from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.recipes.hops.backpatching import BestPair, Rate
 from hookbook.relations import Relation
 from hookbook.tasks import Question
-from tests.conftest import Case
+from tests.support.cases import Case
 
 FIRST = Relation((("ab", "m"), ("cd", "n"), ("ef", "o"), ("gh", "p")), "first", templates=("{} in",), phrase="q{}r")
 SECOND = Relation((("m", "5"), ("n", "6"), ("o", "7"), ("p", "8")), "second", templates=("t{}is",))

@@ -17,7 +17,8 @@ from hookbook.errors import EditError, Refused
 from hookbook.request import OPS as EVERY_OP, PATTERN_OPS, Readout, Request, Row
 from hookbook.sites import SITES
 from hookbook.travel import decoding
-from tests.conftest import Case, flat
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 EXACT = 1e-10
 STEPS = 20

@@ -12,8 +12,8 @@ from hookbook.engine import planning, selfcheck
 from hookbook.engine.cost import total
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.testing import toy
-from tests.conftest import assert_plain
 from tests.contract.test_forks import direction, random_edits
+from tests.support.cases import assert_plain
 
 TEXT = "The cat sat on the mat."
 CAUSES = (

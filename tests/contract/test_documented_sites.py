@@ -13,7 +13,7 @@ import torch
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.sites import SITES
-from tests.conftest import marked, require
+from tests.support.needs import marked, require
 
 CLOSE = 2e-4
 """These models are float32."""

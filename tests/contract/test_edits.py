@@ -7,7 +7,7 @@ import torch
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import formula
+from tests.support.formulas import formula
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 

@@ -12,7 +12,9 @@ import hookbook as hb
 from hookbook.errors import ModelError, Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import ToyAdapter, toy, toy_tokenizer
-from tests.conftest import DTYPE, Case, assert_plain, require, tiny_config
+from tests.support.cases import Case, assert_plain
+from tests.support.needs import require
+from tests.support.tiny import DTYPE, tiny_config
 
 SMALL = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
 

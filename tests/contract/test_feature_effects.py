@@ -11,8 +11,8 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, EditError, ModelError, Refused, TokenError
-from tests.conftest import flat
 from tests.contract.test_sae import N, attached
+from tests.support.formulas import flat
 
 PROMPTS = ["a prompt", "another, longer"]
 
@@ -248,8 +248,10 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     sweep = hb.feature_sweep(sae, PROMPTS, strengths=[0.0, 3.0], tokens=["c"])
     frame = sweep.to_frame()
     assert len(frame) == 2 * N * 2 and frame.iloc[4 + 1].to_dict() | {"prompt": 0} == {
-        "prompt": 0, "feature": 2, "strength": 3.0, "activation": sweep.activations[2].item(), "kl": sweep.kl[2, 1].item(), "change c": sweep.changes[2, 1, 0].item(),
-        "plain_token": sweep.vocab[int(sweep.plain_ids[0, 0])], "token": sweep.vocab[int(sweep.token_ids[2, 1, 0])], "logprob": sweep.logprobs[2, 1, 0].item(),
+        "prompt": 0, "feature": 2, "strength": 3.0, "activation": sweep.activations[2].item(),
+        "kl": sweep.kl[2, 1].item(), "change c": sweep.changes[2, 1, 0].item(),
+        "plain_token": sweep.vocab[int(sweep.plain_ids[0, 0])], "token": sweep.vocab[int(sweep.token_ids[2, 1, 0])],
+        "logprob": sweep.logprobs[2, 1, 0].item(),
         "label": "about <b>", "link": "https://www.neuronpedia.org/m/1-res/2",
     }  # fmt: skip
     assert (
@@ -263,7 +265,7 @@ def test_results_frame_draw_and_keep_themselves(case, plt, tmp_path):
     assert [bar.get_width() for bar in bars] == one.changes[:N, 0, 0][one.changes[:N, 0, 0].abs().topk(2).indices].tolist()
     found = hb.feature_attribution(sae, PROMPTS, answer="c")
     line, token = found.to_frame().iloc[-1], found.prompts[1].strings[int(found.positions[-1])]
-    assert (line.prompt, line.token, line.attribution, line.feature) == (
+    assert (line.prompt, line.position_token, line.attribution, line.feature) == (
         PROMPTS[1],
         token,
         found.attributions[-1].item(),

@@ -16,8 +16,9 @@ from sae_lens.training.activation_scaler import ActivationScaler
 import hookbook as hb
 from hookbook.errors import DataError
 from hookbook.recipes.features import reading
-from tests.conftest import Case, flat
 from tests.contract.test_sae import N, attached
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 DRAW = random.Random(7)
 TEXTS = ["".join(DRAW.choices(ascii_lowercase + "  ", k=DRAW.randint(1, 20))) for _ in range(9)]
@@ -57,11 +58,11 @@ def test_activations_are_saelens_own_of_plain_runs(case, architecture, monkeypat
     assert len(frame) == int((read > 0).sum()) and {*found.prompts} == {case.adapter.encode(text) for text in TEXTS}
     for (row, at), some in frame.assign(row=found.rows.tolist()).groupby(["row", "position"]):
         best = wanted[row][at].topk(len(some))
-        assert some.feature.tolist() == best.indices.tolist() and some["rank"].tolist() == list(range(len(some)))
-        assert some.activation.tolist() == pytest.approx(best.values.tolist(), abs=exact(case)) and {*some.token} == {
+        assert some.feature.tolist() == best.indices.tolist() and some.feature_rank.tolist() == list(range(len(some)))
+        assert some.activation.tolist() == pytest.approx(best.values.tolist(), abs=exact(case)) and {*some.position_token} == {
             found.prompts[row].strings[at]
         }
-    assert found.top(2).equals(frame[frame["rank"] < 2].reset_index(drop=True))
+    assert found.top(2).equals(frame[frame.feature_rank < 2].reset_index(drop=True))
     with_special, last = hb.feature_activations(sae, TEXTS, special=True), hb.feature_activations(sae, TEXTS, position=-1)
     assert (with_special.dense(0) - wanted[0]).abs().max() < exact(case) and with_special.n_tokens == len(read) + len(TEXTS)
     assert (torch.stack([last.dense(i)[-1] for i in range(len(TEXTS))]) - torch.stack([x[-1] for x in wanted])).abs().max() < exact(case)
@@ -77,7 +78,7 @@ def test_a_contrast_is_the_difference_of_means(case):
     row: Any
     for row in frame.itertuples():
         sides = [float(x) for part in (here, there) for x in (part[:, row.feature].mean(), (part[:, row.feature] > 0).double().mean())]
-        assert [row.mean, row.share, row.other_mean, row.other_share] == pytest.approx(sides, abs=exact(case))
+        assert [row.mean_activation, row.density, row.other_mean_activation, row.other_density] == pytest.approx(sides, abs=exact(case))
         assert row.difference == pytest.approx(sides[0] - sides[2], abs=exact(case))
     with pytest.raises(DataError, match="another feature"):
         one.contrast(hb.feature_activations(attached(case, seed=5), TEXTS[:1]))
@@ -100,8 +101,8 @@ def test_examples_are_those_of_all_activations_at_once(case, batch):
         ]
         best = sorted(best)[:k]
         mine = frame[frame.feature == feature]
-        assert list(zip(mine.prompt, mine.position, strict=True)) == [(text, at) for _, text, at in best], feature
-        assert mine.activation.tolist() == pytest.approx([-x for x, _, _ in best], abs=exact(case)) and mine["rank"].tolist() == list(
+        assert list(zip(mine.text_index, mine.position, strict=True)) == [(text, at) for _, text, at in best], feature
+        assert mine.activation.tolist() == pytest.approx([-x for x, _, _ in best], abs=exact(case)) and mine.example.tolist() == list(
             range(len(best))
         )
         for at, (_, text, position) in zip(mine.index, best, strict=True):
@@ -111,7 +112,7 @@ def test_examples_are_those_of_all_activations_at_once(case, batch):
             near = [float(wanted[text][p, feature]) if ok and p else 0.0 for p, ok in zip(places, inside, strict=True)]
             assert found.context_activations[at].tolist() == pytest.approx(near, abs=exact(case))
             said = case.adapter.tokenizer.decode([ids[position]])
-            assert f"«{said}»" in frame.text[at]
+            assert f"«{said}»" in frame.context[at]
         values = read[:, feature][read[:, feature] > 0].numpy()
         for level, quantile in zip(levels, found.quantiles[:, feature].tolist(), strict=True):
             want = np.quantile(values, level, method="inverted_cdf") if len(values) else float("nan")

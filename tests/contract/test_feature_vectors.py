@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hookbook as hb
-from tests.conftest import flat
 from tests.contract.test_linear_relations import BETAS, LAYERS, SEED, TRAIN, at, greedy, planted, run
 from tests.contract.test_sae import attached
+from tests.support.formulas import flat
 
 TARGET = hb.prompts.Target("ab: one, cd: two, x", "x")
 

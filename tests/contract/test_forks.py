@@ -10,7 +10,8 @@ import hookbook as hb
 from hookbook.engine import planning, selfcheck
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.tokens import resolve
-from tests.conftest import assert_plain, flat
+from tests.support.cases import assert_plain
+from tests.support.formulas import flat
 
 EXACT = 1e-10
 TEXTS = ("The cat sat on the mat.", "Hi", "A longer prompt, with more of it.", "abc abc")

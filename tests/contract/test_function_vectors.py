@@ -11,7 +11,7 @@ import torch
 import hookbook as hb
 from hookbook.errors import DataError, EditError
 from hookbook.tasks import Task, Template
-from tests.conftest import Case
+from tests.support.cases import Case
 
 SHOTS, PROMPTS, TRIALS = 2, 4, 3
 LETTERS = Task(tuple((letter, letter.upper()) for letter in ascii_lowercase), "letters", Template("{}>", "{}", ";"))

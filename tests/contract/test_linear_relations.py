@@ -17,7 +17,8 @@ import hookbook as hb
 from hookbook.recipes.relations.linear_relations import OTHERS, _parts
 from hookbook.relations import Relation, Statement
 from hookbook.request import Readout, Request, Row
-from tests.conftest import Case, flat
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 EXACT, SEED, TRAIN = 1e-10, 3, 2
 BETAS, RANKS = (0.5, 1.0, 2.0), (1, 5, 16)
@@ -41,7 +42,8 @@ def planted(adapter: hb.Adapter, n_train: int = TRAIN, objects: int = 2, end: bo
         train = tuple((x, draw.choice(ascii_lowercase)) for x, _ in parts[0])
         relation = Relation(train, "planted", templates=(template,), answer="{}")
         prompts = [adapter.encode(relation.ask(x, train, "?").text) for part in parts[1:] for x, _ in part]
-        tokens = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1))).readout.topk_ids[:, 0].tolist()  # type: ignore[union-attr]
+        reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)))
+        tokens = reply.readout.topk_ids[:, 0].tolist()  # type: ignore[union-attr]
         pairs, known = list(train), []
         for part in parts[1:]:
             texts = [adapter.tokenizer.decode([tokens.pop(0)]) for _ in part]

@@ -16,7 +16,7 @@ from hookbook.request import LensReadout
 from hookbook.testing import toy
 from hookbook.tokens import beginnings, resolve
 from hookbook.travel import readout
-from tests.conftest import Case
+from tests.support.cases import Case
 
 PROMPTS = ["The cat sat", "Hi, a rather longer one", "The cat sat", "no"]
 WORDS = ["x", 7]
@@ -32,7 +32,8 @@ def logprobs(case: Case, state: Tensor) -> Tensor:
 def check(case: Case, lens: hb.LogitLens, position: object) -> None:
     """Everything in a lens is what its definition gives, one state after the other."""
     adapter, k = case.adapter, lens.token_ids.shape[-1]
-    assert lens.rows == tuple((n, at) for n, prompt in enumerate(lens.prompts) for at in resolve(position, prompt))  # type: ignore[arg-type]
+    rows = tuple((n, at) for n, prompt in enumerate(lens.prompts) for at in resolve(position, prompt))  # type: ignore[arg-type]
+    assert lens.rows == rows
     plain = {}
     for n, (prompt, at) in enumerate(lens.rows):
         ids = lens.prompts[prompt].ids

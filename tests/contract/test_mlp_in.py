@@ -12,7 +12,8 @@ import hookbook as hb
 from hookbook.errors import Refused
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy, toy_tokenizer
-from tests.conftest import ARCHITECTURES, DTYPE, build, require
+from tests.support.needs import require
+from tests.support.tiny import ARCHITECTURES, DTYPE, build
 
 EXACT = 1e-10
 IDS = [0, 41, 7, 99, 200, 3]

@@ -15,8 +15,10 @@ from hookbook.errors import EditError
 from hookbook.request import PATTERN_OPS, Each, Read, Readout, Request, Row, position_of
 from hookbook.sites import SITES
 from hookbook.testing import toy_tokenizer
-from tests.conftest import DTYPE, Case, assert_plain, require
 from tests.contract.test_forks import direction
+from tests.support.cases import Case, assert_plain
+from tests.support.needs import require
+from tests.support.tiny import DTYPE
 
 Draw = Any
 NOTHING = ("would never fire", "changes nothing", "attention to later tokens")

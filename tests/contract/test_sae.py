@@ -9,7 +9,8 @@ from sae_lens import SAE
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import SAES, assert_plain, flat
+from tests.support.cases import assert_plain
+from tests.support.formulas import SAES, flat
 
 N = 24
 ARCHITECTURES = ["standard", "jumprelu", "topk", "gated"]

@@ -12,7 +12,8 @@ import torch
 import hookbook as hb
 from hookbook.errors import ModelError
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import DTYPE, build, require, tiny_hooked
+from tests.support.needs import require
+from tests.support.tiny import DTYPE, build, tiny_hooked
 
 TEXTS = ("The cat sat on the mat", "Hi")
 KINDS = ("bridge", "hooked")
@@ -107,5 +108,8 @@ def test_a_model_that_was_spliced_when_it_was_first_run_is_not_remembered_as_one
 
 def test_wrapping_a_transformer_lens_model_does_not_import_sae_lens(tiny_folder):
     require("transformer_lens")
-    code = f"import sys, hookbook as hb; hb.load({str(tiny_folder('llama'))!r}, device='cpu'); assert 'transformer_lens' in sys.modules; assert 'sae_lens' not in sys.modules"
+    code = (
+        f"import sys, hookbook as hb; hb.load({str(tiny_folder('llama'))!r}, device='cpu'); "
+        "assert 'transformer_lens' in sys.modules; assert 'sae_lens' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,8 @@ import torch
 import hookbook as hb
 from hookbook.request import Request, Row
 from hookbook.testing import toy
-from tests.conftest import Case, flat
+from tests.support.cases import Case
+from tests.support.formulas import flat
 
 TOY = toy()
 STEPS = 6

@@ -9,7 +9,9 @@ import torch
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import assert_plain, build, flat
+from tests.support.cases import assert_plain
+from tests.support.formulas import flat
+from tests.support.tiny import build
 
 POSITIVE, NEGATIVE = ["good day", "goodly sum", "a good egg", "good"], ["bad day", "badly sum", "a bad egg", "bad"]
 TEXTS = ["ab", "A longer one", "cde"]

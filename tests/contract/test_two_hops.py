@@ -16,8 +16,8 @@ from hookbook.errors import DataError, Refused, TokenError
 from hookbook.recipes.hops.two_hops import WAYS
 from hookbook.relations import Relation
 from hookbook.tasks import Question
-from tests.conftest import Case
 from tests.contract.test_backpatching import letters, says
+from tests.support.cases import Case
 
 
 def relations(n: int) -> tuple[Relation, Relation]:
@@ -60,7 +60,7 @@ def test_the_cells_of_planted_questions(case):
         ]
     cells = found.cells()
     assert cells[["first", "second"]].values.tolist() == [[True, True], [True, False], [False, True], [False, False]]
-    assert cells[["n", "composed", "rate", "n_clean", "composed_clean", "rate_clean"]].values.tolist() == [[8, 4, 0.5, 2, 1, 0.5]] * 4
+    assert cells[["n", "answered", "rate", "n_clean", "answered_clean", "rate_clean"]].values.tolist() == [[8, 4, 0.5, 2, 1, 0.5]] * 4
     assert found.cells(by_chain=True).drop(columns="chain").equals(cells)
     chosen = found.select(first=True, second=False, composed=False, shortcut=False)
     assert [every[i] for i in chosen] == [(False, True, False, False, False)]
@@ -200,11 +200,13 @@ def test_rates_of_planted_windows(tmp_path):
     found = replace(found, clean=torch.tensor([True, True, False]), right=right)
     assert found.kept().tolist() == [[[0.5, 0.5, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 1]]]
     frame = found.to_frame().set_index(["edge", "control", "layer"])
-    assert frame.loc[("last to bridge", False, 2), "kept"] == 1 and frame.loc[("bridge to entity", True, 0), ["n", "kept"]].tolist() == [
+    assert frame.loc[("last to bridge", "edge", 2), "kept"] == 1 and frame.loc[
+        ("bridge to entity", "other tokens", 0), ["n", "kept"]
+    ].tolist() == [
         1,
         1,
     ]
-    assert frame.loc[("bridge to entity", False, 0), "n"] == 2 and len(frame) == 12
+    assert frame.loc[("bridge to entity", "edge", 0), "n"] == 2 and len(frame) == 12
     again = hb.HopKnockOut.load(found.save(tmp_path / "found"))
     assert again.to_frame().equals(found.to_frame())
 

@@ -1,4 +1,4 @@
-"""The site, built once as `make docs` builds it."""
+"""The site, as `make docs` builds it, and real models that are loaded once for all pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.docs.fences import ROOT
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the built site; a warning fails the build."""
+    """The folder of the built site: what `make docs` has just built for `make test-docs`, or built here. A warning fails the build."""
+    if "HOOKBOOK_SITE" in os.environ:
+        return ROOT / os.environ["HOOKBOOK_SITE"]
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})

@@ -8,14 +8,17 @@ from unittest.mock import MagicMock
 
 import pytest
 
+import hookbook as hb
 from hookbook.models.packages import PACKAGES, find
-from tests.conftest import require
 from tests.docs.fences import CHECKS, PAGES, SERVER_PAGES, fences, run_page
+from tests.support.needs import require
+from tests.support.real import shared, undisturbed
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A folder of its own; names of the hub are the same models from packages."""
+    """A folder of its own; names of the hub are the same models from packages; and what pages load by name is loaded once for all, which
+    no page may leave changed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,6 +35,9 @@ def offline(monkeypatch, tmp_path):
     here = {package.hub_name: name for name, package in PACKAGES.items()}
     boot = TransformerBridge.boot_transformers
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **more: boot(str(find(here.get(name, name))), **more))
+    monkeypatch.setattr(hb, "load", shared)
+    with undisturbed():
+        yield
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python") and page not in SERVER_PAGES])

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.conftest import require
+from tests.support.needs import require
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "run_notebooks.py"))
 

@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 
 import hookbook as hb
-from tests.conftest import build, require
+from tests.support.needs import require
+from tests.support.tiny import build
 
 PAIRS = [("I am happy", "I am sad"), ("What joy", "What grief"), ("good", "bad")]
 

@@ -11,7 +11,7 @@ import pytest
 import hookbook as hb
 from hookbook import cli
 from hookbook.cli import recipes
-from tests.conftest import real
+from tests.support.real import real
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 import hookbook as hb
 from hookbook.asking import encode_questions
-from tests.conftest import real
+from tests.support.real import real
 
 
 def tasks(*names: str) -> list[hb.Task]:

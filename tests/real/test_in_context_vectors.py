@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 import hookbook as hb
+from tests.support.real import real
 
 
 @pytest.fixture(scope="module")
 def gemma() -> hb.Adapter:
-    return hb.load("gemma-3-270m")
+    return real("gemma-3-270m")
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,6 @@ def test_a_middle_layer_holds_the_task(gemma, name, mode):
 
 
 def test_on_another_model():
-    model = hb.load("smollm2-135m-instruct")
+    model = real("smollm2-135m-instruct")
     found = hb.task_vector(model, hb.tasks.load("singular_plural"), layers=[21], mode="difference", queries=30, n_prompts=32)
     assert found.accuracy[0] >= 0.55 and found.controls["random"][0] <= 0.1

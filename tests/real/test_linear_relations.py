@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 import hookbook as hb
-from tests.conftest import real
+from tests.support.real import real
 
 LESSER = ("logit lens", "bias", "least squares", "random")
 

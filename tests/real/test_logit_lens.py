@@ -7,7 +7,7 @@ import torch
 
 import hookbook as hb
 from hookbook.tokens import beginnings
-from tests.conftest import real
+from tests.support.real import real
 
 SENTENCE = "The Eiffel Tower is located in the city of"
 

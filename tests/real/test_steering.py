@@ -8,7 +8,7 @@ import torch
 
 import hookbook as hb
 from hookbook.request import Readout, Request, Row
-from tests.conftest import real
+from tests.support.real import real
 
 GOOD, BAD = [" good", " great", " wonderful", " excellent", " amazing"], [" bad", " terrible", " awful", " horrible", " poor"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hookbook as hb
-from tests.conftest import real
+from tests.support.real import real
 
 SOURCES, TARGETS = (12, 14, 16), (4, 7, 10)
 

@@ -89,7 +89,10 @@ def test_the_wheel_holds_one_name(wheel):
 def test_the_wheel_resolves_and_imports_on_every_python_that_is_promised(minor, wheel, tmp_path):
     call(interpreter(minor), "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     call(*pip(tmp_path / "venv"), "install", "--no-deps", wheel, cwd=tmp_path)
-    code = "import sys, hookbook as hb, hookbook.sites; print(sys.version_info[1], 'site-packages' in hb.__file__, hb.__version__, hb.Site.parse('mlp_out.3'))"
+    code = (
+        "import sys, hookbook as hb, hookbook.sites; "
+        "print(sys.version_info[1], 'site-packages' in hb.__file__, hb.__version__, hb.Site.parse('mlp_out.3'))"
+    )
     said = call(tmp_path / "venv/bin/python", "-c", code, cwd=tmp_path).stdout.split()
     assert said == [minor.partition(".")[2], "True", wheel.name.split("-")[1], "mlp_out.3"]
     call(

@@ -133,7 +133,7 @@ class Server:
             "HF_HOME": str(HOME / "hf"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_ENABLE_FORK_SUPPORT": "0",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
             **_QUIET,
         }
 
@@ -164,10 +164,14 @@ class Server:
                 self._wait(name)
             resources = {"head": 10, "cuda_memory_bytes": 8_000_000_000, "cpu_memory_bytes": 8_000_000_000}
             self._start(
-                "ray", binaries / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=1", f"--resources={json.dumps(resources)}",
-                f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}", f"--object-manager-port={ports['objects']}", "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={ports['dashboard']}", f"--dashboard-agent-grpc-port={ports['agent']}", f"--dashboard-agent-listen-port={ports['listen']}",
-                f"--metrics-export-port={ports['metrics']}", "--object-store-memory=300000000", f"--temp-dir={HOME / 'ray'}", "--disable-usage-stats", NDIF_SERVICE="ray",
+                "ray", binaries / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=1",
+                f"--resources={json.dumps(resources)}",
+                f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}", f"--object-manager-port={ports['objects']}",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={ports['dashboard']}", f"--dashboard-agent-grpc-port={ports['agent']}",
+                f"--dashboard-agent-listen-port={ports['listen']}",
+                f"--metrics-export-port={ports['metrics']}", "--object-store-memory=300000000", f"--temp-dir={HOME / 'ray'}",
+                "--disable-usage-stats", NDIF_SERVICE="ray",
             )  # fmt: skip
             for name in ("gcs", "client", "dashboard"):
                 self._wait(name)

@@ -13,7 +13,7 @@ TOOL = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "run_notebooks.py
 
 @pytest.mark.skipif(
     os.environ.get("HOOKBOOK_TEST_SERVER") == "sandbox",
-    reason="it is written for a trusted key; recipes in a sandbox are in test_remote.py",
+    reason="it is written for a trusted key; recipes in a sandbox are in test_recipes.py",
 )
 def test_the_notebook_runs():
     (name,) = TOOL["SERVER"]

@@ -26,7 +26,7 @@ from hookbook.cli import demo, output, recipes, tables
 from hookbook.models import doctor, loading
 from hookbook.reproduce import suite
 from hookbook.testing import toy, toy_tokenizer
-from tests.conftest import require
+from tests.support.needs import require
 
 PAIRS = [[x, x.upper()] for x in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx")]
 TEXTS = {"positive": ["ab", "ac", "ad", "ae"], "negative": ["xb", "xc", "xd", "xe"]}
@@ -89,18 +89,19 @@ COMMANDS = {
     'patchscope one "[/red] two" --target-layers all --source-layers 0,-1 -k 2': lambda model: hb.patchscope(
         model, ["one", "[/red] two"], target_layers="all", source_layers=[0, -1], k=2
     ),
-    'patchscope one none --source-layers mlp_out.1 --target-layers 0-1 --source-position ne --target "a [x] b" --target-position x --generate 3 --token " "': lambda model: (
-        hb.patchscope(
-            model,
-            ["one", "none"],
-            source_layers=["mlp_out.1"],
-            target_layers=[0, 1],
-            source_position=-1,
-            target="a [x] b",
-            target_position="x",
-            generate=3,
-            tokens=[" "],
-        )
+    (
+        'patchscope one none --source-layers mlp_out.1 --target-layers 0-1 --source-position ne --target "a [x] b" '
+        '--target-position x --generate 3 --token " "'
+    ): lambda model: hb.patchscope(
+        model,
+        ["one", "none"],
+        source_layers=["mlp_out.1"],
+        target_layers=[0, 1],
+        source_position=-1,
+        target="a [x] b",
+        target_position="x",
+        generate=3,
+        tokens=[" "],
     ),
     "patchscope one --target ENTITY_DESCRIPTION --generate 2 --backend nnsight": lambda model: hb.patchscope(
         model, "one", target=hb.prompts.ENTITY_DESCRIPTION, generate=2
@@ -126,12 +127,14 @@ COMMANDS = {
         model, hb.hops.chain("city_country", "country_capital", 4, seed=3), position="bridge", seed=3
     ),
     "backpatch -n 1 --generate 2": lambda model: hb.backpatch(model, hb.hops.questions(1), generate=2),
-    'steer texts.json --prompt ab --prompt the --layers 1-2 --position all --held-out 0.5 --site resid_pre --toward a --against b --against "["': lambda model: (
-        steered(model, tokens=(["a"], ["b", "["]))
-    ),
-    "steer texts.json --prompt ab --prompt the --layers 1,2 --position all --held-out 0.5 --site resid_pre --score refusal --generate 3 --strength -1 --strength 0.5": lambda model: (
-        steered(model, score=hb.scores.refusal_score, generate=3, strengths=[-1, 0.5])
-    ),
+    (
+        "steer texts.json --prompt ab --prompt the --layers 1-2 --position all --held-out 0.5 --site resid_pre "
+        '--toward a --against b --against "["'
+    ): lambda model: steered(model, tokens=(["a"], ["b", "["])),
+    (
+        "steer texts.json --prompt ab --prompt the --layers 1,2 --position all --held-out 0.5 --site resid_pre "
+        "--score refusal --generate 3 --strength -1 --strength 0.5"
+    ): lambda model: steered(model, score=hb.scores.refusal_score, generate=3, strengths=[-1, 0.5]),
 }
 
 

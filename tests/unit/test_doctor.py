@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from hookbook.models import doctor
 from hookbook.sites import SITES, Site
 from hookbook.testing import toy_tokenizer
-from tests.conftest import require
+from tests.support.needs import require
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[2] / "docs/generate.py"))["families"]()
 REFUSED = {

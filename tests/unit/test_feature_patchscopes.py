@@ -72,7 +72,9 @@ def test_a_patchscope_of_features_goes_through_a_file_and_is_drawn(tmp_path, plt
     same(hb.FeaturePatchscope.load(found.save(tmp_path / "x.safetensors")), found)
     frame = found.to_frame()
     assert len(frame) == 3 * 4 * 5 and frame.label.unique().tolist() == ["<i>five", "three", ""]
-    line = frame[(frame.feature == 3) & (frame.site == "resid_post.1") & (frame.strength == 2) & (frame["rank"] == 1)].iloc[0]
+    line = frame[
+        (frame.feature == 3) & (frame.site == "resid_post") & (frame.layer == 1) & (frame.strength == 2) & (frame["rank"] == 1)
+    ].iloc[0]
     assert (line.token, line.logprob, line.text) == (found.token(1, 3, 1), float(found.logprobs[1, 3, 1]), found.texts[1][3])
     assert (line.random_token, line.random_text) == (found.vocab[int(found.random_ids[3, 1])], found.random_texts[3])
     assert (line.control_token, line.control_text) == (found.vocab[int(found.control_ids[1])], found.control_texts[0])

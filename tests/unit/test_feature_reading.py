@@ -52,7 +52,7 @@ def linear(sign: float) -> Any:
 def test_planted_features_are_found_on_their_letters():
     sae = planted(labels={1: "the letter b"})
     found = hb.feature_activations(sae, TEXTS).to_frame()
-    assert [LETTERS[i] for i in found.feature] == list("".join(TEXTS)) == found.token.tolist()
+    assert [LETTERS[i] for i in found.feature] == list("".join(TEXTS)) == found.position_token.tolist()
     assert found.activation.tolist() == pytest.approx([2.0**i for i in found.feature])
     assert {*found.label[found.feature == 1]} == {"the letter b"} and {*found.label[found.feature != 1]} == {""}
     contrast = hb.feature_activations(sae, ["ab"]).contrast(hb.feature_activations(sae, ["aadd"]))
@@ -65,10 +65,10 @@ def test_examples_of_equal_activations_are_of_the_earliest_texts_once_each():
     sae = planted()
     found = hb.feature_examples(sae, [*TEXTS, "bbb"], k=2, context=1, batch=2)
     frame: Any = found.to_frame()
-    assert frame[frame.feature == 1][["prompt", "position", "text"]].values.tolist() == [[0, 2, "a«b»b"], [2, 1, "<s>«b»a"]]
+    assert frame[frame.feature == 1][["text_index", "position", "context"]].values.tolist() == [[0, 2, "a«b»b"], [2, 1, "<s>«b»a"]]
     assert (
         found.texts.dtype == torch.long
-        and frame[frame.feature == 2][["prompt", "position"]].values.tolist() == [[0, 6], [2, 5]]
+        and frame[frame.feature == 2][["text_index", "position"]].values.tolist() == [[0, 6], [2, 5]]
         and not (frame.feature > 4).any()
     )
     assert (found.maxima[5:] == 0).all() and (found.density[5:] == 0).all() and found.quantiles[:, 5:].isnan().all()

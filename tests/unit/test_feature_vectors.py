@@ -110,7 +110,7 @@ def test_shares_of_a_pursuit_sum_to_what_is_explained():
         found = vector(draw(WIDTH, seed=3)).decompose(sized(), k=5, nonnegative=nonnegative)
         frame = found.to_frame()
         assert 0.2 < float(found.explained) < 1 - 1e-3 and frame.share.sum() == pytest.approx(float(found.explained), abs=1e-12)
-        assert frame.value.abs().is_monotonic_decreasing and (frame.value.min() < 0) is not nonnegative
+        assert frame.coefficient.abs().is_monotonic_decreasing and (frame.coefficient.min() < 0) is not nonnegative
         assert (found.rows @ found.residual).abs().max() < 1e-10
 
 

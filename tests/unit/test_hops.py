@@ -9,7 +9,7 @@ from hookbook import hops
 from hookbook.errors import DataError, TokenError
 from hookbook.relations import Relation
 from hookbook.tokens import covering
-from tests.conftest import real
+from tests.support.real import real
 
 COUNTRY = Relation(
     (

@@ -20,7 +20,8 @@ from hookbook import interop
 from hookbook.errors import EditError, Refused, ResultError, SiteError
 from hookbook.request import Readout, Request, Row
 from hookbook.testing import toy
-from tests.conftest import build, require
+from tests.support.needs import require
+from tests.support.tiny import build
 
 EVERYWHERE = slice(None)
 

@@ -9,7 +9,7 @@ import torch
 from zstandard import ZstdCompressor
 
 from hookbook.errors import RemoteError
-from tests.conftest import require
+from tests.support.needs import require
 
 
 @pytest.fixture

@@ -173,10 +173,10 @@ def test_the_best_layer_is_the_first_that_validation_prefers():
     assert one.best_index == 1 and one.best == one.sites[1] and one.place() == 1
     assert one.place(-1) == 2 and one.place("resid_pre.0") == 0 and one.place(one.sites[1]) == 1
     frame = one.to_frame()
-    assert frame.validation.tolist() == pytest.approx([0.3, 0.6, 0.6]) and frame.site.tolist() == [
-        "resid_pre.0",
-        "resid_post.1",
-        "resid_post.2",
+    assert frame.validation.tolist() == pytest.approx([0.3, 0.6, 0.6]) and [*zip(frame.site, frame.layer, strict=True)] == [
+        ("resid_pre", 0),
+        ("resid_post", 1),
+        ("resid_post", 2),
     ]
     assert "<td class=number>0.6</td>" in one.view().html
 
@@ -214,13 +214,13 @@ def test_the_best_edit_is_chosen_by_validation_alone():
     frame = one.said_frame()
     assert (
         frame.said.tolist() == ["d", "h", "x"]
-        and frame.success.tolist() == [True, True, False]
-        and frame.part.tolist() == ["validation"] * 2 + ["test"]
+        and frame.right.tolist() == [True, True, False]
+        and frame.split.tolist() == ["validation"] * 2 + ["test"]
     )
     assert frame.wanted.tolist() == ["d", "h", "l"] and frame.object.tolist() == ["b", "f", "j"]
     row = one.to_frame().iloc[3]
-    assert (row.site, row.layer, row["rank"], row.validation, row.success) == ("resid_post.1", 1, 4, 1, 0)
-    assert (row.random, row.kl, row.random_kl, row.substituted) == (0.75, 1.75, 2.75, 0.25)
+    assert (row.site, row.layer, row.matrix_rank, row.validation, row.success) == ("resid_post", 1, 4, 1, 0)
+    assert (row["control random"], row.kl, row.random_kl, row["control substituted"]) == (0.75, 1.75, 2.75, 0.25)
     assert "said" in one.view().html
 
 

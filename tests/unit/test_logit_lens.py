@@ -10,13 +10,13 @@ import torch
 
 import hookbook as hb
 from hookbook.errors import DataError, TokenError
-from hookbook.show import html as report
+from hookbook.show.cells import grid_table
 from hookbook.testing import toy
 from hookbook.tokens import beginnings
-from tests.conftest import require
+from tests.support.needs import require
 
 PROMPTS = ["abc", "hi, you"]
-COLUMNS = ["prompt", "position", "after", "own_token", "site", "layer", "rank", "token", "logprob", "own_logprob", "entropy", "kl"]
+COLUMNS = ["prompt", "position", "position_token", "own_token", "site", "layer", "rank", "token", "logprob", "own_logprob", "entropy", "kl"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_frame_has_a_row_for_each_prompt_token_layer_and_rank(lens):
     for at, row in enumerate(frame.itertuples()):
         (n, s), r = divmod(at // 3, 3), at % 3
         prompt, position = lens.rows[n]
-        assert (row.prompt, row.position, row.after) == (PROMPTS[prompt], position, lens.prompts[prompt].strings[position])
+        assert (row.prompt, row.position, row.position_token) == (PROMPTS[prompt], position, lens.prompts[prompt].strings[position])
         assert (
             (row.site, row.layer, row.rank) == ("resid_post", s, r)
             and row.token == lens.token(n, s, r)
@@ -107,7 +107,7 @@ def test_views_and_tables_hold_what_is_drawn(lens):
     html = lens.view(prompt=1)._repr_html_()
     assert "unpkg.com" not in html and json.dumps("7 u") in html and '"Token"' in html and '"Layer"' in html
     require("jinja2")
-    table = report.grid_table(hb.logit_lens(toy(), "abc", k=2))
+    table = grid_table(hb.logit_lens(toy(), "abc", k=2))
     assert "prompt down, layer across" in table and ">abc<" in table
 
 

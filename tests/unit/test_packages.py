@@ -17,7 +17,7 @@ import pytest
 
 from hookbook.errors import ModelError
 from hookbook.models.packages import MANIFEST, PACKAGES, Package, _whole, cache_folder, find
-from tests.conftest import require
+from tests.support.needs import require
 
 NAME = "smollm2-135m-instruct"
 

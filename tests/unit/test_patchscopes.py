@@ -14,7 +14,7 @@ from hookbook.errors import EditError, SiteError, TokenError
 from hookbook.prompts import Target
 from hookbook.sites import Site
 from hookbook.testing import ToyAdapter, toy, toy_tokenizer
-from tests.conftest import Case
+from tests.support.cases import Case
 
 EXACT = 1e-10
 TOY = Case("toy", toy())
@@ -149,7 +149,8 @@ def test_the_control_is_the_target_unpatched():
 
 def test_the_placeholder_the_position_or_the_last_token_is_patched():
     asked: list[tuple[Any, Any, int]] = [
-        (Target("a?b", "?"), None, 2), (Target("?a?b", "?"), None, 3), (Target("a?b", "?"), 0, 0), ("a?b", None, 3), ("a?b", "?", 2), ("a?b", hb.At("a?", "first"), 1), ("a?b", -2, 2),
+        (Target("a?b", "?"), None, 2), (Target("?a?b", "?"), None, 3), (Target("a?b", "?"), 0, 0), ("a?b", None, 3),
+        ("a?b", "?", 2), ("a?b", hb.At("a?", "first"), 1), ("a?b", -2, 2),
     ]  # fmt: skip
     for target, position, want in asked:
         out = hb.patchscope(TOY.adapter, "hi", target=target, target_position=position, source_layers=1, k=1)
@@ -469,10 +470,14 @@ def test_what_cannot_be_asked_is_refused_before_the_model_runs():
     runs: list[int] = []
     handle = TOY.adapter.model.register_forward_pre_hook(lambda *_: runs.append(1))
     bad: list[tuple[dict[str, Any], type[Exception]]] = [
-        ({"source_layers": 3}, SiteError), ({"target_layers": "resid_pots.1"}, SiteError), ({"source_position": "zz"}, TokenError), ({"source_position": slice(0, 2)}, TokenError),
-        ({"target_position": 9}, TokenError), ({"target_position": [0, 1]}, TokenError), ({"target": []}, TokenError), ({"target": ["a", "b", "c"]}, TokenError),
-        ({"target": Target("éab", "é")}, TokenError), ({"tokens": ["xy"]}, TokenError), ({"tokens": [""]}, TokenError), ({"tokens": [258]}, TokenError), ({"tokens": [-1]}, TokenError),
-        ({"k": 0}, TokenError), ({"generate": -1}, TokenError), ({"generate": 99}, TokenError), ({"chat": True}, TokenError), ({"map": affine(24, 16)}, EditError),
+        ({"source_layers": 3}, SiteError), ({"target_layers": "resid_pots.1"}, SiteError), ({"source_position": "zz"}, TokenError),
+        ({"source_position": slice(0, 2)}, TokenError),
+        ({"target_position": 9}, TokenError), ({"target_position": [0, 1]}, TokenError), ({"target": []}, TokenError),
+        ({"target": ["a", "b", "c"]}, TokenError),
+        ({"target": Target("éab", "é")}, TokenError), ({"tokens": ["xy"]}, TokenError), ({"tokens": [""]}, TokenError),
+        ({"tokens": [258]}, TokenError), ({"tokens": [-1]}, TokenError),
+        ({"k": 0}, TokenError), ({"generate": -1}, TokenError), ({"generate": 99}, TokenError),
+        ({"chat": True}, TokenError), ({"map": affine(24, 16)}, EditError),
     ]  # fmt: skip
     for more, error in bad:
         with pytest.raises(error):

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 
-from hookbook.results import show
 from hookbook.show import fonts
 from hookbook.show.fonts import FAMILY, families, spelt
 from hookbook.show.plots import SMALLEST, bars, drawing, heat_map, ink, lines
-from tests.conftest import require
+from hookbook.show.text import show
+from tests.support.needs import require
 
 WORDS = ["the", " Princess", "characterization", "1997", ",", "Королева", "مرحبا", "北京", "🙂"]
 

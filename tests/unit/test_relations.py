@@ -13,7 +13,7 @@ from hookbook.errors import DataError
 from hookbook.relations import Relation
 from hookbook.tasks import QA, Task
 from hookbook.testing import toy
-from tests.conftest import real
+from tests.support.real import real
 
 PAIRS = (("Peru", "Lima"), ("Cuba", "Havana"), ("Chad", "N'Djamena"))
 SENTENCE = "The capital of {} is"

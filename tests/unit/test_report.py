@@ -15,8 +15,8 @@ from hookbook.errors import Refused, ResultError
 from hookbook.show import html as report
 from hookbook.show.page import LARGEST, pictures
 from hookbook.testing import toy
-from tests.conftest import require
 from tests.makers import MAKERS, kinds, result
+from tests.support.needs import require
 
 KINDS = kinds()
 
@@ -104,7 +104,7 @@ def test_a_report_is_one_small_page_that_needs_nothing_else(kind, tmp_path):
 def test_a_report_says_which_paper_and_which_controls():
     from hookbook.show import page as reporting
 
-    page = reporting.of(result("Patchscope"))
+    page = reporting.of(result("Patchscope"), result("Patchscope").view)
     assert '<a href="https://arxiv.org/abs/2401.06102">' in page and "control logprobs" in page and "Tokens" in page and "sources 1" in page
     assert 'data-hookbook-view="' in page and page.count("DecompressionStream") == 1
 
@@ -121,9 +121,9 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     from hookbook.show import page as reporting
 
     made = result("Patchscope")
-    whole = reporting.of(made)
+    whole = reporting.of(made, made.view)
     monkeypatch.setattr(reporting, "LARGEST", len(whole.encode()))
-    assert "data-hookbook-view" not in (cut := reporting.of(made)) and "<img" in cut and "<h2>View</h2><p>Left out" in cut
+    assert "data-hookbook-view" not in (cut := reporting.of(made, made.view)) and "<img" in cut and "<h2>View</h2><p>Left out" in cut
     assert "Left out" not in whole
 
 
@@ -184,7 +184,7 @@ def test_a_report_is_never_larger_than_promised(tmp_path, monkeypatch):
     assert len(page.encode()) < LARGEST and page.count("rows after the first 100 are left out") >= 2
     without = page[: page.index("<h2>Tokens</h2>")], page[page.index("<h2>Controls</h2>") :]
     monkeypatch.setattr(reporting, "LARGEST", sum(map(len, without)))
-    cut = reporting.of(lens)
+    cut = reporting.of(lens, lens.view)
     assert not re.search('class="box grid"|data-hookbook-view="', cut) and len(re.findall("<h2>(?:Tokens|View)</h2><p>Left out", cut)) == 2
     monkeypatch.setattr(reporting, "LARGEST", 1000)
     with pytest.raises(ResultError, match="at most 1,000 open quickly"):

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 import hookbook as hb
 from hookbook.errors import ResultError, TokenError
-from hookbook.results import Result, View, show
+from hookbook.results import Result, View
+from hookbook.show.text import show
 from hookbook.storage import FORMAT
 from hookbook.testing import toy
-from tests.conftest import require
+from tests.support.needs import require
 
 PROMPTS = ["ab", "abcd", "e"]
 ODD = ["北京", "é\n", "\x00\x1b", "\t", " ", "", "$x", "a$\\frac$b", "<b>&amp;", "\u202eab", "�", "🙂", "\"'\\"]
@@ -220,7 +221,7 @@ def test_a_result_is_frozen(grid):
 COLUMNS = [
     "prompt",
     "position",
-    "source_site",
+    "site",
     "layer",
     "target_site",
     "target_layer",
@@ -282,7 +283,7 @@ def test_a_frames_words_are_the_tokens(grid):
         assert row.token == decode([int(grid.token_ids[i, p, row.rank])]) == grid.token(i, p, row.rank)
         assert row.control_token == decode([int(grid.control_ids[i, row.rank])]) and row.source_token == decode([int(grid.source_ids[i])])
         assert row.text == grid.texts[i][p] and row.control_text == grid.control_texts[i]
-        assert (row.source_site, row.target_site) == ("resid_post", "resid_post")
+        assert (row.site, row.target_site) == ("resid_post", "resid_post")
 
 
 def test_a_frame_without_precision_and_surprisal_says_so(grid):

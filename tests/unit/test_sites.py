@@ -8,7 +8,7 @@ import torch
 from hookbook.errors import HookbookError, SiteError
 from hookbook.sites import SITES, Site, layers_to_sites
 from hookbook.testing import toy
-from tests.conftest import Case
+from tests.support.cases import Case
 
 LAYERED = [name for name, spec in SITES.items() if spec.layered]
 UNITS = [name for name, spec in SITES.items() if spec.unit]

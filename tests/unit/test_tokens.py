@@ -10,7 +10,7 @@ import torch
 from hookbook.errors import TokenError
 from hookbook.testing import toy, toy_tokenizer
 from hookbook.tokens import At, Tokens, adds_bos, answer_ids, encode, fingerprint, resolve
-from tests.conftest import require
+from tests.support.needs import require
 
 TOY = toy_tokenizer()
 A, B, C = (TOY.convert_tokens_to_ids(letter) for letter in "abc")

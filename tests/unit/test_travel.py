@@ -74,7 +74,8 @@ try:
     raise SystemExit("this package can be imported here")
 except ModuleNotFoundError:
     pass
-model = TransformersModel({folder!r}, task="text-generation", tokenizer={folder!r}, dtype="float32", dispatch=True, device_map="cpu", attn_implementation="sdpa")
+model = TransformersModel({folder!r}, task="text-generation", tokenizer={folder!r}, dtype="float32", dispatch=True,
+                          device_map="cpu", attn_implementation="sdpa")
 model._module.requires_grad_(False)
 blob = open({blob!r}, "rb").read()
 tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), {compress!r})

@@ -11,8 +11,9 @@ from rich.text import Text
 
 import hookbook as hb
 from hookbook.cli.output import load, step
-from hookbook.results import show
 from hookbook.show import html as report
+from hookbook.show.cells import grid_table
+from hookbook.show.text import show
 
 
 def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> None:
@@ -49,13 +50,19 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
     console.print(table)
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers
-    saved = f"{pairs} runs cost {cost['token_layers']:,} token-layers in {cost['climbs']} climbs; run one by one they cost {plain:,}, {plain / cost['token_layers']:.0f} times as many."
+    saved = (
+        f"{pairs} runs cost {cost['token_layers']:,} token-layers in {cost['climbs']} climbs; run one by one they cost {plain:,}, "
+        f"{plain / cost['token_layers']:.0f} times as many."
+    )
     console.print(saved, highlight=False, markup=False)
     description = report.table(["layer", "description"], [[str(read.layer), said.texts[0][p]] for p, (read, _) in enumerate(said.pairs)])
     control = f" Unpatched, the target says {said.control_texts[0]!r}: what resembles it says nothing about the name."
     away = ""
     if card.n_layers > 1:
-        away = f" From the layer below the last, the model's own answer is still {float(lens.kl[0, -2]):.1f} nats away; from the first, {float(lens.kl[0, 0]):.1f}."
+        away = (
+            f" From the layer below the last, the model's own answer is still {float(lens.kl[0, -2]):.1f} nats away; "
+            f"from the first, {float(lens.kl[0, 0]):.1f}."
+        )
     path = report.write(
         out,
         report.page(
@@ -66,12 +73,12 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
                     "The state of the last token at a source layer replaces the state of “?” at a target layer of a prompt that "
                     f"repeats words; each cell shows the next token. {saved} Unpatched, the target says "
                     f"{show(grid.vocab[int(grid.control_ids[0, 0])])!r}.",
-                    report.grid_table(grid),
+                    grid_table(grid),
                 ),
                 (
                     "The same states through the logit lens",
                     "Straight to the final norm and the unembedding." + away,
-                    report.grid_table(lens),
+                    grid_table(lens),
                 ),
                 (
                     f"Entity description by layer: {name!r}",

@@ -72,7 +72,7 @@ class Output:
         chosen = {kind: path for kind, path in files.items() if path is not None}
         for kind, path in chosen.items():
             check_file(f"--{kind}", path, SUFFIXES[kind], force)
-        from hookbook.results import need
+        from hookbook.show.text import need
 
         if chosen.keys() & {"plot", "report"}:
             need("matplotlib", "a picture").use("Agg")

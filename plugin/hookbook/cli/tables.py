@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hookbook.reproduce.suite import number
-from hookbook.results import ending, show
+from hookbook.show.text import ending, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,22 +80,20 @@ def lens(result: LogitLens, width: int) -> Tables:
 
 def task_vector(result: TaskVectors, width: int) -> Tables:
     """Accuracy by layer beside the controls; the chosen layer is marked."""
-    at, frame = result.best_index, result.to_frame()
-    names = ["layer", "validation", "accuracy", *result.controls]
+    at, names = result.best_index, ["validation", "accuracy"]
     place = f"At {result.sites[at]}, chosen on validation pairs, the vector answers {float(result.accuracy[at]):.0%} of test queries"
     controls = [f"{name} {float(x[at]):.0%}" for name, x in result.controls.items()]
     levels = [f"without it {float(result.zero_shot):.0%}", f"with {result.settings['shots']} examples instead {float(result.few_shot):.0%}"]
-    return [_sites(f"{result.task}, {result.mode}: accuracy", frame, names, at), Text(f"{place}; {', '.join([*controls, *levels])}.")]
+    return [_sites(f"{result.task}, {result.mode}: accuracy", result, names, at), Text(f"{place}; {', '.join([*controls, *levels])}.")]
 
 
 def relation(result: LinearRelation, width: int) -> Tables:
     """Faithfulness by layer beside lesser maps; the chosen layer is marked."""
-    at, frame = result.best_index, result.to_frame()
+    at, names = result.best_index, ["beta", "validation", "faithfulness"]
     known = f"of the {int(result.test_known.sum())} of {len(result.test)} test objects that the model says itself"
     place = f"At {result.best}, chosen on validation pairs, the map says {float(result.faithfulness[at]):.0%} {known}"
     controls = [f"{name} {float(x[at]):.0%}" for name, x in result.controls.items()]
-    names = ["layer", "beta", "validation", "faithfulness", *result.controls]
-    return [_sites(f"{result.relation}: faithfulness", frame, names, at), Text(f"{place}; {', '.join(controls)}.")]
+    return [_sites(f"{result.relation}: faithfulness", result, names, at), Text(f"{place}; {', '.join(controls)}.")]
 
 
 def backpatch(result: Backpatch, width: int) -> Tables:
@@ -157,11 +155,13 @@ def table(
     return drawn
 
 
-def _sites(title: str, frame: Any, names: Sequence[str], mark: int) -> Table:
-    """Some columns of a frame with a row for each site."""
-    sites = frame["site"] if frame["layer"].duplicated().any() or frame["layer"].isna().any() else frame["layer"].astype(str)
-    rows = [[site, *map(number, values)] for site, values in zip(sites, frame[names[1:]].itertuples(index=False), strict=True)]
-    return table(title, names, rows, mark)
+def _sites(title: str, result: TaskVectors | LinearRelation, names: Sequence[str], mark: int) -> Table:
+    """Some columns of a result's frame, which has a row for each site, and its controls."""
+    layers = [site.layer for site in result.sites]
+    sites = result.sites if len({*layers} - {None}) < len(layers) else layers
+    values = result.to_frame()[[*names, *(f"control {name}" for name in result.controls)]].itertuples(index=False)
+    rows = [[str(site), *map(number, line)] for site, line in zip(sites, values, strict=True)]
+    return table(title, ["layer", *names, *result.controls], rows, mark)
 
 
 def _likeliest(tops: Sequence[str], logprob: Any, text: str | None = None) -> list[str]:

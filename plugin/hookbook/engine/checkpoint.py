@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookbook import storage
 from hookbook.engine.planning import Part
+from hookbook.engine.seam import Backend
 from hookbook.errors import ResultError
 from hookbook.request import Edit, FeatureChange, Reply
 from hookbook.travel.climb import Climb
-
-if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
 
 KIND = "Checkpoint"
 
@@ -29,14 +27,14 @@ class Checkpoint:
     is refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], adapter: Adapter) -> None:
-        self.folder, self.card = Path(folder), adapter.card
+    def __init__(self, folder: str | os.PathLike[str], backend: Backend) -> None:
+        self.folder, self.card = Path(folder), backend.card
         if self.folder.exists() and not self.folder.is_dir():
             raise ResultError(f"checkpoint={str(folder)!r}", "it is a file", "give a folder")
-        last, one = adapter.card.n_layers, torch.tensor([1])
+        last, one = backend.card.n_layers, torch.tensor([1])
         climb = Climb(1, {}, {}, {("resid_post", last - 1): [("x", one - 1, one)]}, last)
         with torch.no_grad():
-            adapter.forward(torch.tensor([[adapter.pad_id + 1, adapter.pad_id + 2]]), None, climb)
+            backend.forward(torch.tensor([[backend.pad_id + 1, backend.pad_id + 2]]), None, climb)
         self.probe = climb.found["x"][0].float().cpu()
 
     def load(self, part: Part) -> Reply | None:

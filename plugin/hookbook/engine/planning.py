@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hookbook.deferred import hold
 from hookbook.engine.cost import total
+from hookbook.engine.seam import Backend
 from hookbook.errors import EditError, TokenError, check_counts
 from hookbook.request import Each, Edit, FeatureChange, Request, Sampling, position_of
 from hookbook.sites import Site
@@ -29,7 +30,6 @@ from hookbook.tokens import Position, Tokens, resolve
 from hookbook.travel.layout import NEVER, Layout
 
 if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
     from hookbook.card import ModelCard
 
 BUDGET_BYTES = int(os.environ.get("HOOKBOOK_BUDGET_BYTES", str(2 << 30)))
@@ -320,20 +320,20 @@ def peak_bytes(
     return int(total)
 
 
-def plan(adapter: Adapter, request: Request, held: int = 0) -> list[Part]:
+def plan(backend: Backend, request: Request, held: int = 0) -> list[Part]:
     """Check a request and cut it into climbs that fit the budget beside `held` bytes. Runs nothing.
 
     Raises:
         HookbookError: Something asked for is not in the model or a prompt, cannot be done, or would change nothing.
     """
-    rows = check(adapter, request)
+    rows = check(backend, request)
     lengths = [len(request.prompts[row.prompt]) for row in rows]
     if max(lengths) != min(lengths):
         rows.sort(key=lambda row: (len(request.prompts[row.prompt]), row.prompt))  # neighbours need little padding
-    each = [row.numbers(request, adapter.card) for row in rows]
-    numbers, answer = max(each), sum(each) * adapter.card.itemsize
+    each = [row.numbers(request, backend.card) for row in rows]
+    numbers, answer = max(each), sum(each) * backend.card.itemsize
     if request.readout is not None and request.readout.logits:
-        answer += 4 * len(rows) * adapter.card.d_vocab
+        answer += 4 * len(rows) * backend.card.d_vocab
     budget = max(BUDGET_BYTES - answer - held, BUDGET_BYTES // 8)  # the answer grows from climb to climb
     parts: list[list[PlannedRow]] = []
     used: dict[int, int] = {}  # prompts of the part, and their lengths
@@ -347,23 +347,23 @@ def plan(adapter: Adapter, request: Request, held: int = 0) -> list[Part]:
             continue
         trunk, wide = {**used, row.prompt: n}, max(width, here)
         more = len(parts[-1]) + 1 if parts else 1
-        need = peak_bytes(request, adapter.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0, numbers)
+        need = peak_bytes(request, backend.card, more, len(trunk), len(trunk) + more, n, n - wide if wide else 0, numbers)
         if not parts or need > budget or sum(n - m for m in trunk.values()) > PASS_TOKENS + sum(trunk.values()) / 4:
             parts.append([])
             trunk, wide, more = {row.prompt: n}, here, 1
-            need = peak_bytes(request, adapter.card, 1, 1, 2, n, n - wide if wide else 0, numbers)
+            need = peak_bytes(request, backend.card, 1, 1, 2, n, n - wide if wide else 0, numbers)
         parts[-1].append(row)
         used, width, room = trunk, wide, more * budget // max(1, need)  # it grows no faster than the number of rows
-    laid_out = [Part(request, adapter.card, part) for part in parts]
-    if any(max(part.pack, part.pack_decoding) > 1 for part in laid_out) and not adapter.packs:
+    laid_out = [Part(request, backend.card, part) for part in parts]
+    if any(max(part.pack, part.pack_decoding) > 1 for part in laid_out) and not backend.packs:
         for part in laid_out:
             part.pack = part.pack_decoding = 1
     return laid_out
 
 
-def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
+def check(backend: Backend, request: Request) -> list[PlannedRow]:
     """Raise for what can be known to be wrong; return the rows with their positions resolved."""
-    card, ask = adapter.card, request.readout
+    card, ask = backend.card, request.readout
     if not request.rows:
         raise EditError("a request without rows", "there is nothing to run", "give at least one row")
     check_counts(0, generate=request.generate)
@@ -414,7 +414,7 @@ def check(adapter: Adapter, request: Request) -> list[PlannedRow]:
         _check_acts(planned, request, n)
         rows.append(planned)
     for site in sites:
-        adapter.require(site.check(card))
+        backend.require(site.check(card))
     return rows
 
 

@@ -6,16 +6,17 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook import deferred
-from hookbook.engine import cost, planning, selfcheck
+from hookbook.engine import cost, planning, questions, selfcheck
 from hookbook.engine.checkpoint import Checkpoint
 from hookbook.engine.planning import Part, join_place
+from hookbook.engine.seam import Backend, RemoteBackend
 from hookbook.errors import EditError, Refused
 from hookbook.request import Edit, FeatureChange, Reading, Reply, Request, Sampling, TokenReadout
 from hookbook.sites import Site
@@ -24,37 +25,34 @@ from hookbook.travel.climb import Climb
 from hookbook.travel.decoding import edited
 from hookbook.travel.edits import group_edits, take
 
-if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
 
-
-def run(adapter: Adapter, request: Request, *, progress: bool | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Reply:
+def run(backend: Backend, request: Request, *, progress: bool | None = None, checkpoint: str | os.PathLike[str] | None = None) -> Reply:
     """Run a request. Every check that can be made before the first forward pass is made before it.
 
     Args:
-        adapter: The model.
+        backend: The model.
         request: What to run.
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
         checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
-    if not adapter.remote and planning.account() is None:
+    if not backend.remote and planning.account() is None:
         request = _here(request)
-    parts = planning.plan(adapter, request)
+    parts = planning.plan(backend, request)
     if checkpoint is not None and request.grad:
         raise EditError("a checkpoint of a request with gradients", "a file keeps values, not their graph", "leave one of them out")
-    if checkpoint is not None and adapter.remote:
+    if checkpoint is not None and backend.remote:
         raise Refused(
             "a checkpoint of a remote run", "it is one job, which is done or not", "submit it: recipe.submit(...), and save the handle"
         )
     if (account := planning.account()) is not None:
         account.add(parts)
-        if not adapter.remote:
+        if not backend.remote:
             return _blank(request, parts)
-    if adapter.remote and deferred.current() is None:
+    if isinstance(backend, RemoteBackend) and deferred.current() is None:
         with deferred.recording() as record:
-            reply = deferred.settle(_run(adapter, request, parts, progress, None), record)
+            reply = deferred.settle(_run(backend, request, parts, progress, None), record)
     else:
-        reply = _run(adapter, request, parts, progress, checkpoint)
+        reply = _run(backend, request, parts, progress, checkpoint)
     cost.spend(reply.cost)
     return reply
 
@@ -73,24 +71,24 @@ def _here(request: Request) -> Request:
     return request
 
 
-def _run(adapter: Adapter, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
+def _run(backend: Backend, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
     sites = {site for row in request.rows for edit in row.edits for site in edit.touches} | {read.site for read in request.reads}
-    selfcheck.check(adapter, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
+    selfcheck.check(backend, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
     steps = len(parts) * (1 + request.generate)
-    quiet = adapter.remote or not (steps > 8 if progress is None else progress)
-    if adapter.remote:
-        deferred.tape(adapter).progress = progress
+    quiet = backend.remote or not (steps > 8 if progress is None else progress)
+    if isinstance(backend, RemoteBackend):
+        deferred.tape(backend).progress = progress
     with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
-        store = None if checkpoint is None else Checkpoint(checkpoint, adapter)
+        store = None if checkpoint is None else Checkpoint(checkpoint, backend)
         done, logits = [], None
-        if request.readout is not None and request.readout.logits and len(parts) > 1 and not adapter.remote and not request.grad:
+        if request.readout is not None and request.readout.logits and len(parts) > 1 and not backend.remote and not request.grad:
             logits = torch.empty(
-                len(request.rows), adapter.card.d_vocab, dtype=torch.promote_types(getattr(torch, adapter.card.dtype), torch.float32)
+                len(request.rows), backend.card.d_vocab, dtype=torch.promote_types(getattr(torch, backend.card.dtype), torch.float32)
             )
         for part in parts:
             reply = None if store is None else store.load(part)
             if reply is None:
-                reply = _run_part(adapter, part, bar)
+                reply = _run_part(backend, part, bar)
                 if store is not None:
                     store.save(part, reply)
             else:
@@ -120,20 +118,11 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
     readout = None
     if ask is not None:
         m = 0 if ask.tokens is None else ask.tokens.shape[1]
-        readout = blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
+        readout = questions.blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
     if not request.generate:
         return Reply(tuple(readings), readout, cost=cost.total())
     tokens, logprobs = (deferred.Deferred.of(tape, (n, request.generate), dtype) for dtype in (torch.long, torch.float64))
     return Reply(tuple(readings), readout, tokens, logprobs, cost.total())
-
-
-def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
-    """A readout of promises that nobody keeps."""
-    tape = deferred.Tape()
-    ids, *values = (
-        deferred.Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab)))
-    )
-    return TokenReadout(ids, values[0], values[1], values[2] if d_vocab else None)
 
 
 def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
@@ -175,12 +164,12 @@ def _sorted(x: Any, order: Tensor) -> Any:
     return x if torch.equal(order, torch.arange(len(order))) else x[order]
 
 
-def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
-    request, n_prompts, split, top = part.request, len(part.prompts), part.split, adapter.card.n_layers - 1
-    edits = group_edits([item for item, _ in _items(adapter, part)])
+def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
+    request, n_prompts, split, top = part.request, len(part.prompts), part.split, backend.card.n_layers - 1
+    edits = group_edits([item for item, _ in _items(backend, part)])
     collect = _Collector(part, top)
-    pack = part.pack if part.pack > 1 and selfcheck.packs(adapter) else 1
-    ids = _ids(adapter, part)
+    pack = part.pack if part.pack > 1 and selfcheck.packs(backend) else 1
+    ids = _ids(backend, part)
     mask = part.mask
     pads = None if mask is None else mask == 0
 
@@ -188,10 +177,10 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
     if split:
         climb = Climb(n_prompts, {}, {}, collect.reads(0), part.last, None if pads is None else pads[:, :split])
         with torch.no_grad():
-            kept = adapter.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=1)
+            kept = backend.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=1)
         climbs.append(climb)
     body = Climb(n_prompts, part.layout.joining(), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
-    kept = adapter.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate)
+    kept = backend.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate)
     climbs.append(body)
     bar.update()
     n_groups = sum(map(len, edits.values()))
@@ -199,51 +188,51 @@ def _run_part(adapter: Adapter, part: Part, bar: Any) -> Reply:
         raise EditError(
             "an edit never fired",
             f"{n_groups - body.fired} of {n_groups} groups of edits were not reached",
-            "report this: the adapter did not visit a site",
+            "report this: the backend did not visit a site",
         )
 
     found = {slot: value for climb in climbs for slot, value in climb.found.items()}
     del climbs
-    readings = tuple(_reading(adapter, part, collect, i, found) for i in range(len(request.reads)))
+    readings = tuple(_reading(backend, part, collect, i, found) for i in range(len(request.reads)))
     said = len(part.rows) * (request.readout is not None)
     spent = cost.total({"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": said})
     readout = tokens = logprobs = None
     if request.readout is not None:
         ask = request.readout
-        normed = _normed(adapter, part, collect.gather("readout", found))
+        normed = _normed(backend, part, collect.gather("readout", found))
         wanted = None if ask.tokens is None else ask.tokens[[row.number for row in part.rows]]
-        readout = adapter.readout(normed.values, k=ask.k, tokens=wanted, logits=ask.logits, normed=True)
+        readout = questions.readout(backend, normed.values, ask.k, wanted, ask.logits, normed=True)
     if request.generate:
-        normed = _normed(adapter, part, collect.gather("next", found)).values
+        normed = _normed(backend, part, collect.gather("next", found)).values
         found.clear()
-        tokens, logprobs, more = adapter.decode(kept, normed, _todo(adapter, part), bar.update)
+        tokens, logprobs, more = backend.decode(kept, normed, _todo(backend, part), bar.update)
         spent = deferred.later(_decoded, spent, more)
     return Reply(readings, readout, tokens, logprobs, spent)
 
 
-def _item(adapter: Adapter, edit: Edit, row: int, columns: list[int]) -> dict[str, Any]:
+def _item(backend: Backend, edit: Edit, row: int, columns: list[int]) -> dict[str, Any]:
     """An edit of some tokens of a row of the batch, as `group_edits` takes it."""
     site = edit.site
     item = {"row": row, "cols": columns, "site": (site.name, site.layer), "op": edit.op, "value": edit.value, "to": edit.to}
     if isinstance(edit.value, FeatureChange):
         item["value"] = edit.value.plain
     if site.name == "attn_pattern":
-        item["heads"] = list(range(adapter.card.n_heads)) if site.unit is None else [site.unit]
+        item["heads"] = list(range(backend.card.n_heads)) if site.unit is None else [site.unit]
         return item
-    item["width"] = site.width(adapter.card)
+    item["width"] = site.width(backend.card)
     if site.unit is not None:
-        item["unit"], item["n_units"] = site.unit, site.units(adapter.card)[0]
+        item["unit"], item["n_units"] = site.unit, site.units(backend.card)[0]
     return item
 
 
-def _items(adapter: Adapter, part: Part) -> list[tuple[dict[str, Any], int]]:
+def _items(backend: Backend, part: Part) -> list[tuple[dict[str, Any], int]]:
     """What acts on the prompts' tokens from the first edited one on, and on which row."""
     items = []
     for i, row in enumerate(part.rows):
         trunk = part.trunk_of[i]
         pad = part.pads[trunk]
         for edit, positions in row.edits:
-            item = _item(adapter, edit, part.layout.batch_row[i], [pad + p - part.split for p in positions])
+            item = _item(backend, edit, part.layout.batch_row[i], [pad + p - part.split for p in positions])
             if edit.site.name == "attn_pattern":
                 seen = _seen(part, trunk, edit)
                 # a token attends to those that are not after it
@@ -252,9 +241,9 @@ def _items(adapter: Adapter, part: Part) -> list[tuple[dict[str, Any], int]]:
     return items
 
 
-def _ids(adapter: Adapter, part: Part) -> Tensor:
+def _ids(backend: Backend, part: Part) -> Tensor:
     """The tokens of the trunk, `[trunk row, pos]`."""
-    return torch.tensor([[adapter.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
+    return torch.tensor([[backend.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
 
 
 def _seen(part: Part, trunk: int, edit: Edit) -> list[int] | None:
@@ -312,10 +301,10 @@ class _Collector:
         return Reading(Site("final_norm"), values, rows, positions)
 
 
-def _reading(adapter: Adapter, part: Part, collect: _Collector, i: int, found: dict) -> Reading:
+def _reading(backend: Backend, part: Part, collect: _Collector, i: int, found: dict) -> Reading:
     site, got = part.request.reads[i].site, collect.gather(i, found)
     if site.name == "final_norm":
-        return _normed(adapter, part, got)
+        return _normed(backend, part, got)
     values = got.values
     if site.name == "attn_pattern":
         pads = torch.tensor([part.pads[part.trunk_of[row]] for row in got.rows.tolist()])
@@ -324,19 +313,19 @@ def _reading(adapter: Adapter, part: Part, collect: _Collector, i: int, found: d
         values = values.gather(-1, index) * (columns < values.shape[-1])[:, None].to(values.device)
         values = torch.nn.functional.pad(values, (0, part.n - values.shape[-1]))
     if site.unit is not None:
-        units, width = site.units(adapter.card)
+        units, width = site.units(backend.card)
         values = values[:, site.unit] if site.name == "attn_pattern" else values.unflatten(-1, (units, width))[:, site.unit]
     return Reading(site, values, got.rows, got.positions)
 
 
-def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
+def _normed(backend: Backend, part: Part, got: Reading) -> Reading:
     """The final norm of what was read, under the edits there."""
-    values = adapter.final_norm(got.values)
+    values = backend.final_norm(got.values)
     items = []
     for at, (i, position) in enumerate(zip(got.rows.tolist(), got.positions.tolist(), strict=True)):
         for edit, positions in part.rows[i].finals:
             if position in positions:
-                item = _item(adapter, edit, at, [0])
+                item = _item(backend, edit, at, [0])
                 if isinstance(edit.value, Tensor) and edit.value.dim() == 2 and len(edit.value) > 1:
                     item["value"] = edit.value[positions.index(position)]
                 items.append(item)
@@ -347,18 +336,18 @@ def _normed(adapter: Adapter, part: Part, got: Reading) -> Reading:
     return Reading(got.site, values, got.rows, got.positions)
 
 
-def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
+def _todo(backend: Backend, part: Part) -> dict[str, Any]:
     """What `decode` needs to know."""
     request, late = part.request, []
     items = (
-        [({**item, "cols": [column + part.split for column in item["cols"]]}, number) for item, number in _items(adapter, part)]
-        if adapter.remote
+        [({**item, "cols": [column + part.split for column in item["cols"]]}, number) for item, number in _items(backend, part)]
+        if backend.remote
         else []
     )
     for i, row in enumerate(part.rows):
         late.append([])
         for edit in row.late:
-            item = _item(adapter, edit, 0, [])
+            item = _item(backend, edit, 0, [])
             item["join"] = None if edit.site.name == "final_norm" else min(map(join_place, edit.touches))
             item["at"] = edit.scope if isinstance(edit.scope, tuple) else None
             if edit.site.name == "attn_pattern":
@@ -366,18 +355,18 @@ def _todo(adapter: Adapter, part: Part) -> dict[str, Any]:
             late[-1].append(item)
     return {
         "steps": request.generate,
-        "ends": sorted(adapter.eos_ids),
+        "ends": sorted(backend.eos_ids),
         "sampling": _draws(request.sampling, request.generate, [row.number for row in part.rows]),
-        "rows_at_once": planning.rows_at_once(adapter.card),
-        "last": adapter.card.n_layers,
+        "rows_at_once": planning.rows_at_once(backend.card),
+        "last": backend.card.n_layers,
         "groups": part.groups,
         "joins": {i: row.join for i, row in enumerate(part.rows)},
         "lengths": [len(tokens) for tokens in part.prompts],
         "pads": part.pads,
-        "ids": _ids(adapter, part),
+        "ids": _ids(backend, part),
         "mask": part.mask,
         "width": part.n,
-        "pack": 1 if part.pack_decoding == 1 or not selfcheck.packs(adapter) else part.pack_decoding,
+        "pack": 1 if part.pack_decoding == 1 or not selfcheck.packs(backend) else part.pack_decoding,
         "items": [[item for item, number in items if number == i] for i in range(len(part.rows))],
         "late": late,
     }

@@ -8,18 +8,17 @@ padding and rows that join the batch give what whole separate passes give; do at
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookbook import deferred
+from hookbook.engine.seam import Backend, RemoteBackend
 from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
-
-if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
 
 _answers: weakref.WeakKeyDictionary[Any, dict[str, HookbookError | None]] = weakref.WeakKeyDictionary()
 """What models that were asked said, by question: an error, or None."""
@@ -28,7 +27,7 @@ _packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Models that were asked whether rows may be packed, and whether they may."""
 
 
-def check(adapter: Adapter, sites: set[Site] = frozenset(), knock_out: bool = False) -> None:  # type: ignore[assignment]
+def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = False) -> None:
     """Raise unless a model can be run exactly, and unless the sites that are asked for are what they should be.
 
     Of a model on a server the questions are part of the job, until it answered them once.
@@ -37,44 +36,44 @@ def check(adapter: Adapter, sites: set[Site] = frozenset(), knock_out: bool = Fa
         ModelError: The forked pass would not be exact on this model, or the model was changed since.
         Refused: A site is asked for, and is not what it should be in this model's blocks.
     """
-    adapter.ready()
+    backend.ready()
     names = {site.name for site in sites}
     inner = sorted(names & {"head_z", "mlp_in", "mlp_act", "attn_pattern"})
     asked = ["runs"] + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + inner + ["knock_out"] * knock_out
     for question in asked:
-        if adapter.remote:
-            tape = deferred.tape(adapter)
-            if question not in adapter.verified | tape.verified:  # type: ignore[attr-defined]
+        if isinstance(backend, RemoteBackend):
+            tape = deferred.tape(backend)
+            if question not in backend.verified | tape.verified:
                 tape.verified.add(question)
-                for condition, error in _conditions(adapter, question):
+                for condition, error in _conditions(backend, question):
                     deferred.hold(condition, error)
             continue
-        known = _answers.setdefault(adapter.model, {})
+        known = _answers.setdefault(backend.model, {})
         if question not in known:
             with torch.no_grad():
-                known[question] = next((error for condition, error in _conditions(adapter, question) if not bool(condition)), None)
+                known[question] = next((error for condition, error in _conditions(backend, question) if not bool(condition)), None)
         error = known[question]
         if error is not None:
             raise error
 
 
-def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookError]]:
+def _conditions(backend: Backend, question: str) -> list[tuple[Any, HookbookError]]:
     """What must hold, and what is raised if it does not."""
     if question == "runs":
-        return _runs(adapter)
-    architecture = adapter.card.architecture
+        return _runs(backend)
+    architecture = backend.card.architecture
     if question == "sublayers":
         error = Refused(
             f"attn_out and mlp_out of {architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post"
         )
-        return [(_add_up(adapter), error)]
+        return [(_add_up(backend), error)]
     if question == "knock_out":
         why = "its patterns leave a part to a sink, which would have to share, too"
-        return [(_sums_to_one(adapter), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
+        return [(_sums_to_one(backend), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
     if question == "mlp_in":
         return [
             (
-                _feeds(adapter),
+                _feeds(backend),
                 Refused(
                     f"mlp_in of {architecture}",
                     "nothing shows that what is written there is all that its MLPs take",
@@ -85,7 +84,7 @@ def _conditions(adapter: Adapter, question: str) -> list[tuple[Any, HookbookErro
     source, out = _inner_sites(question)
     return [
         (
-            _reaches(adapter, question, source, out),
+            _reaches(backend, question, source, out),
             Refused(f"{question} of {architecture}", "what is written there does not reach the stream as it should", f"use {out}"),
         )
     ]
@@ -95,10 +94,10 @@ def _inner_sites(name: str) -> tuple[str, str]:
     return ("mlp_act", "mlp_out") if name == "mlp_act" else ("head_z", "attn_out")
 
 
-def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
+def _reaches(backend: Backend, name: str, source: str, out: str) -> Any:
     """Whether what is written at a site inside a block reaches what the block adds to the stream, and nothing else does."""
-    n, card = torch.tensor, adapter.card
-    if adapter.refuses(Site(source, 0)) is not None or adapter.refuses(Site(out, 0)) is not None:
+    n, card = torch.tensor, backend.card
+    if backend.refuses(Site(source, 0)) is not None or backend.refuses(Site(out, 0)) is not None:
         return False
     width = Site(source, 0).width(card)
     rows, cols = n([1]), n([1])
@@ -118,8 +117,8 @@ def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
     reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in {source, out, name}}
     climb = Climb(1, {0: (None, n([0]))}, {(name, 0): [edit]}, reads, 1)
     try:
-        adapter.forward(_two(adapter), None, climb)
-        project, norm = adapter.writer(source, 0)
+        backend.forward(_two(backend), None, climb)
+        project, norm = backend.writer(source, 0)
         inside, outside = climb.found[source], climb.found[out]
         if inside.shape[-1] != width or climb.fired != 1:
             return False
@@ -131,17 +130,17 @@ def _reaches(adapter: Adapter, name: str, source: str, out: str) -> Any:
     return _close(card.itemsize, written, outside) & moved
 
 
-def _feeds(adapter: Adapter) -> Any:
+def _feeds(backend: Backend) -> Any:
     """Whether what is written at the MLP's input is all that it makes its addition of: two tokens that are given the same get the same."""
-    n, card = torch.tensor, adapter.card
-    if adapter.refuses(Site("mlp_in", 0)) is not None or adapter.refuses(Site("mlp_out", 0)) is not None:
+    n, card = torch.tensor, backend.card
+    if backend.refuses(Site("mlp_in", 0)) is not None or backend.refuses(Site("mlp_out", 0)) is not None:
         return False
     rows, cols, value = n([1, 1]), n([0, 1]), torch.linspace(-1, 1, card.d_model)[None]
     edit = {"op": "set", "rows": rows, "cols": cols, "value": value, "of": n([0, 0])}
     reads = {(site, 0): [(site, rows, cols)] for site in ("mlp_in", "mlp_out")}
     climb = Climb(1, {0: (None, n([0]))}, {("mlp_in", 0): [edit]}, reads, 1)
     try:
-        adapter.forward(_two(adapter), None, climb)
+        backend.forward(_two(backend), None, climb)
         inside, outside = climb.found["mlp_in"], climb.found["mlp_out"]
         first, second = outside / outside.abs().max().clamp(min=1e-30)  # of a model that was not trained it may be very small
     except Exception:  # whatever a family does instead, and however its library says so
@@ -149,42 +148,42 @@ def _feeds(adapter: Adapter) -> Any:
     return _close(card.itemsize, inside, value.expand(2, -1)) & _close(card.itemsize, first, second)
 
 
-def _sums_to_one(adapter: Adapter) -> Any:
+def _sums_to_one(backend: Backend) -> Any:
     """Whether a pattern is all of the attention there is."""
     n = torch.tensor
     climb = Climb(1, {}, {}, {("attn_pattern", 0): [("x", n([0]), n([1]))]}, 1)
-    adapter.forward(_two(adapter), None, climb)
+    backend.forward(_two(backend), None, climb)
     sums = climb.found["x"][0].sum(-1)
-    return _close(adapter.card.itemsize, sums, torch.ones_like(sums))
+    return _close(backend.card.itemsize, sums, torch.ones_like(sums))
 
 
-def _add_up(adapter: Adapter) -> Any:
+def _add_up(backend: Backend) -> Any:
     """Whether attention and MLP are what a block adds to the stream."""
     n = torch.tensor
-    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if adapter.refuses(Site(name, 0)) is None), "resid_post"]
+    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if backend.refuses(Site(name, 0)) is None), "resid_post"]
     if len(names) < 4:
         return True
     climb = Climb(1, {}, {}, {(name, 0): [(name, n([0]), n([1]))] for name in names}, 1)
-    adapter.forward(_two(adapter), None, climb)
+    backend.forward(_two(backend), None, climb)
     before, *added, after = (climb.found[name] for name in names)
-    return _close(adapter.card.itemsize, before + sum(added), after)
+    return _close(backend.card.itemsize, before + sum(added), after)
 
 
-def _two(adapter: Adapter) -> Tensor:
-    return torch.tensor([[adapter.pad_id + 1, adapter.pad_id + 2]])
+def _two(backend: Backend) -> Tensor:
+    return torch.tensor([[backend.pad_id + 1, backend.pad_id + 2]])
 
 
-def packs(adapter: Adapter) -> bool:
+def packs(backend: Backend) -> bool:
     """Whether rows packed as tokens that do not see each other give what separate rows give; asked once for each model."""
-    if adapter.model not in _packs:
+    if backend.model not in _packs:
         with torch.no_grad():
-            _packs[adapter.model] = _check_packs(adapter)
-    return _packs[adapter.model]
+            _packs[backend.model] = _check_packs(backend)
+    return _packs[backend.model]
 
 
-def _check_packs(adapter: Adapter) -> bool:
-    n, last, d_model = torch.tensor, adapter.card.n_layers, adapter.card.d_model
-    tokens, found = n([[adapter.pad_id + 1, adapter.pad_id + 2]]), []
+def _check_packs(backend: Backend) -> bool:
+    n, last, d_model = torch.tensor, backend.card.n_layers, backend.card.d_model
+    tokens, found = n([[backend.pad_id + 1, backend.pad_id + 2]]), []
     value = torch.linspace(-1, 1, 5 * d_model).reshape(5, d_model).roll(7, 1)
     edit = {"rows": n([1, 2, 3, 4, 5]), "cols": n([0] * 5), "op": "add", "value": value, "to": n([0.0] * 5)}
     reads = {("resid_post", last - 1): [("x", n([0, 1, 2, 3, 4, 5]), n([0] * 6))]}
@@ -192,17 +191,17 @@ def _check_packs(adapter: Adapter) -> bool:
         prefix = Climb(1, {}, {}, {}, last)
         body = Climb(1, {0: (None, n([0] * 5))}, {("resid_pre", 0): [edit]}, reads, last, pack=pack)
         try:
-            adapter.forward(tokens[:, 1:], None, body, kept=adapter.forward(tokens[:, :1], None, prefix, keep=1))
+            backend.forward(tokens[:, 1:], None, body, kept=backend.forward(tokens[:, :1], None, prefix, keep=1))
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False
         found.append(body.found["x"])
-    return bool(_close(adapter.card.itemsize, *found))
+    return bool(_close(backend.card.itemsize, *found))
 
 
-def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
+def _runs(backend: Backend) -> list[tuple[Any, HookbookError]]:
     """Whether kept tokens, padding, forks and the unembedding give what separate plain runs give."""
-    card, n, last = adapter.card, torch.tensor, adapter.card.n_layers
-    pad, site = adapter.pad_id, ("resid_post", adapter.card.n_layers - 1)
+    card, n, last = backend.card, torch.tensor, backend.card.n_layers
+    pad, site = backend.pad_id, ("resid_post", backend.card.n_layers - 1)
     tokens, mask = n([[pad + 1, pad + 2], [pad, pad + 3]]), n([[1, 1], [0, 1]])
     pads = mask == 0
     alone = Climb(1, {}, {}, {site: [("x", n([0, 0]), n([0, 1]))]}, last)
@@ -211,14 +210,14 @@ def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
     rest = Climb(2, {min(1, last - 1): (None, n([0, 1]))}, {}, {site: [("x", n([0, 1, 2, 3]), n([0, 0, 0, 0]))]}, last, pads[:, 1:])
     short = Climb(1, {}, {}, {site: [("x", n([0]), n([0]))]}, last)
     try:
-        adapter.forward(tokens[:1], None, alone)
-        adapter.forward(tokens, mask, whole)
-        kept = adapter.forward(tokens[:, :1], mask[:, :1], prefix, keep=1)
-        adapter.forward(tokens[:, 1:], mask, rest, kept=kept)
-        adapter.forward(tokens[1:, 1:], None, short)
-        normed, half = adapter.final_norm(alone.found["x"]), adapter.splits() // 2
+        backend.forward(tokens[:1], None, alone)
+        backend.forward(tokens, mask, whole)
+        kept = backend.forward(tokens[:, :1], mask[:, :1], prefix, keep=1)
+        backend.forward(tokens[:, 1:], mask, rest, kept=kept)
+        backend.forward(tokens[1:, 1:], None, short)
+        normed, half = backend.final_norm(alone.found["x"]), backend.splits() // 2
         logits = (
-            torch.cat([adapter.unembed(normed, part) for part in (slice(half), slice(half, None))], -1) if half else adapter.unembed(normed)
+            torch.cat([backend.unembed(normed, part) for part in (slice(half), slice(half, None))], -1) if half else backend.unembed(normed)
         )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
@@ -226,14 +225,14 @@ def _runs(adapter: Adapter) -> list[tuple[Any, HookbookError]]:
     a, b = whole.found["x"], torch.cat([prefix.found["x"], rest.found["x"]])
     c, d = torch.cat([a[:2], a[2:3]]), torch.cat([alone.found["x"], short.found["x"]])
     others = f"{card.architecture} gives other numbers for kept tokens, padding or rows of a batch than for separate runs"
-    unknown = f"{card.architecture} does something to them that this adapter does not know"
+    unknown = f"{card.architecture} does something to them that this backend does not know"
     return [
         (
             _close(card.itemsize, a, b) & _close(card.itemsize, c, d),
             ModelError(f"{card.model_id} cannot be run as forks", others, _INSTEAD),
         ),
         (
-            _close(card.itemsize, logits, adapter.plain_logits(tokens[:1])[0]),
+            _close(card.itemsize, logits, backend.plain_logits(tokens[:1])[0]),
             ModelError(f"the logits of {card.model_id} are not the unembedding of its last block's output", unknown, _INSTEAD),
         ),
     ]

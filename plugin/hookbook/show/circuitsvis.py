@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hookbook.errors import Refused
-from hookbook.results import need
+from hookbook.show.text import need
 
 _CALL = re.compile(r"CircuitsVis\.render\(\s*\"[^\"]*\",\s*CircuitsVis\.(\w+),\s*(\{.*\})\s*\)\s*</script>\s*$", re.DOTALL)
 
@@ -55,9 +55,13 @@ def drawn(source: str) -> str:
     parts = {"KEY": key, "BUNDLE": _packed(), "NAME": name, "PROPS": props}
     script = re.sub("|".join(parts), lambda part: parts[part[0]], _DRAW)
     style = "background:#fff;color:#000;color-scheme:light;padding:.5rem;overflow-x:auto"
-    room = '<style>[data-hookbook-view] > div[style*="600px"] { padding-bottom: 10rem !important }</style>'  # for what is shown beside a token, not for a screen
+    # for what is shown beside a token, not for a screen
+    room = '<style>[data-hookbook-view] > div[style*="600px"] { padding-bottom: 10rem !important }</style>'
     words = "This picture needs scripts: in a notebook, trust it or run the cell; in a browser, allow them for this page."
-    return f'{room}<div data-hookbook-view="{key}" role=region tabindex=0 aria-label="interactive picture" style="{style}">{words}</div><script>{script}</script>'
+    return (
+        f'{room}<div data-hookbook-view="{key}" role=region tabindex=0 aria-label="interactive picture" style="{style}">'
+        f"{words}</div><script>{script}</script>"
+    )
 
 
 @cache

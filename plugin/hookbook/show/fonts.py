@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from hookbook.results import need
+from hookbook.show.text import need
 
 FAMILY = "DejaVu Sans"
 """What comes with matplotlib."""

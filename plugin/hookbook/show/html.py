@@ -9,53 +9,47 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from hookbook.results import need, show
 from hookbook.show.circuitsvis import once, policy
+from hookbook.show.text import show
 from hookbook.storage import whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hookbook.show.plots import Cells
-
-GRID_ROWS = 100
-"""How many rows of a coloured table a page shows."""
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --soft: #595959; --line: #d0d0d0; --box: #f2f2f2; --link: #0a58a8 }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --page: #16181c; --soft: #a8a8a8; --line: #444; --box: #262a30; --link: #8ab8f0 } }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #16181c; --soft: #a8a8a8; --line: #444; --box: #262a30; --link: #8ab8f0 }
+}
 * { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem; color: var(--text); background: var(--page); overflow-wrap: anywhere }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 p { max-width: 50rem } a { color: var(--link) } code { background: var(--box); padding: 0 .25em; border-radius: 3px }
 .box { overflow-x: auto; max-width: 100%; margin: .75rem 0 } .box:focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
 .box > img { display: block; height: auto; max-width: max(100%, 44rem); background: #fff; border-radius: 4px }
-table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal } caption { text-align: left; padding-bottom: .5rem; color: var(--soft) }
-th { font-weight: 600; text-align: left; vertical-align: top; white-space: nowrap } th[scope=row] { white-space: normal; min-width: 6rem; max-width: 24rem } th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line) }
-td { vertical-align: top; min-width: 3rem; max-width: 40rem; overflow-wrap: break-word } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.grid th { white-space: nowrap; min-width: 0 } .grid th, .grid td { padding: .2rem .4rem; border: 1px solid var(--page) } .grid td { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
+caption { text-align: left; padding-bottom: .5rem; color: var(--soft) }
+th { font-weight: 600; text-align: left; vertical-align: top; white-space: nowrap }
+th[scope=row] { white-space: normal; min-width: 6rem; max-width: 24rem }
+th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line) }
+td { vertical-align: top; min-width: 3rem; max-width: 40rem; overflow-wrap: break-word }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.grid th { white-space: nowrap; min-width: 0 } .grid th, .grid td { padding: .2rem .4rem; border: 1px solid var(--page) }
+.grid td { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .box:has(> table) { max-height: 40rem; overflow-y: auto } @media print { .box:has(> table) { max-height: none } }
 footer { margin-top: 3rem; font-size: .85rem; color: var(--soft) }
 """
 
 
-class Grid(Protocol):
-    """A result with likeliest tokens in cells, such as a patchscope."""
-
-    @property
-    def logprobs(self) -> Tensor: ...
-
-    def cells(self, prompt: int = 0) -> Cells: ...
-
-    def token(self, n: int, p: int, rank: int = 0, /) -> str: ...
-
-
 def box(content: str, name: str, kind: str = "") -> str:
     """What may be wider than the page: it scrolls by itself, by keyboard too. Outside our pages, such as in a notebook, as well."""
-    return f'<div class="box{kind and " " + kind}" role=region tabindex=0 aria-label="{html.escape(name)}" style="overflow-x:auto">{content}</div>'
+    return (
+        f'<div class="box{kind and " " + kind}" role=region tabindex=0 aria-label="{html.escape(name)}" '
+        f'style="overflow-x:auto">{content}</div>'
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, headers: int = 1, numbers: Sequence[int] = ()) -> str:
@@ -104,42 +98,6 @@ def _cell(value: Any) -> str:
     if value is True or value is False or type(value).__name__ == "bool_":
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def grid_table(result: Grid, prompt: int = 0) -> str:
-    """The likeliest token in each cell of what `result.plot` draws, coloured by probability; of the first `GRID_ROWS` rows."""
-    from hookbook.show.plots import MAGNITUDES, ink
-
-    colours = need("matplotlib", "a report").colormaps[MAGNITUDES]
-    rows, columns, row_name, column_name, cells = result.cells(prompt)
-    lines = []
-    for label, line in list(zip(rows, cells, strict=True))[:GRID_ROWS]:
-        tokens = []
-        for n, p in line:
-            chance = float(result.logprobs[n, p, 0].exp())
-            red, green, blue, _ = colour = colours(chance)
-            others = ", ".join(show(result.token(n, p, r)) for r in range(result.logprobs.shape[-1]))
-            style = f"background:rgb({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f});color:{ink(colour)}"
-            tokens.append(
-                f'<td style="{style}" title="{html.escape(f"{100 * chance:.0f} %: {others}")}">{html.escape(show(result.token(n, p)))}</td>'
-            )
-        lines.append(f"<tr><th scope=row>{html.escape(show(label))}</th>{''.join(tokens)}</tr>")
-    head = "".join(f"<th scope=col>{html.escape(column)}</th>" for column in ("", *columns))
-    words = f"{row_name} down, {column_name} across; dark is unlikely, bright is likely"
-    words += f"; rows after the first {GRID_ROWS} are left out" if len(rows) > GRID_ROWS else ""
-    return box(
-        f"<table><caption>{html.escape(words)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
-        words,
-        "grid",
-    )
-
-
-def grid_sections(result: Grid, texts: Sequence[str]) -> list[tuple[str, str, str]]:
-    """The likeliest tokens of the first prompts, or of all prompts in one table if it has a row for each, as a section of a report."""
-    if result.cells()[2] == "prompt":
-        return [("Tokens", "", grid_table(result))]
-    more = "" if len(texts) == 1 else f"Of the first {len(texts)} prompts."
-    return [("Tokens", more, "".join(f"<h3>{html.escape(show(text[-200:]))}</h3>{grid_table(result, n)}" for n, text in enumerate(texts)))]
 
 
 def picture(png: bytes, alt: str) -> str:

@@ -8,32 +8,35 @@ import io
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import hookbook
 from hookbook.card import ModelCard
 from hookbook.errors import HookbookError, ResultError
-from hookbook.results import Result, need, show
+from hookbook.show.brief import Shown
 from hookbook.show.html import frame_table, page, picture, prose, table
 from hookbook.show.plots import described
+from hookbook.show.text import need, show
+from hookbook.show.view import View
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
 LARGEST = 5_000_000
 """Bytes of a report."""
 _CONTROL = re.compile(
-    r"control|random|shuffled|swapped|shortcut|other|misled|substituted|^base$|zero_shot|few_shot|clean|own_|(?<!ex)plain|^loss$|^loss_zero$|wrong"
+    r"control|random|shuffled|swapped|shortcut|other|misled|substituted|^base$|zero_shot|few_shot|clean|own_|"
+    r"(?<!ex)plain|^loss$|^loss_zero$|wrong"
 )
 _SHOWN_ELSEWHERE = {"vocab", "labels", "links", "settings"}
 
 
-def of(result: Result) -> str:
+def of(result: Shown, view: Callable[[], View] | None = None) -> str:
     """The whole page; of a result that is too large for one, without the view, then with fewer rows, then without the result's own
     sections. It says what is left out.
 
@@ -46,17 +49,17 @@ def of(result: Result) -> str:
     models = " and ".join(dict.fromkeys(card.model_id for card in cards))
     before = [("What this is", "", _what(result)), ("Pictures", "", "".join(_drawn(result)))]
     own = result.sections()
-    view = [] if type(result).view is Result.view else [("View", "", result.view().html)]
+    drawn = [] if view is None else [("View", "", view().html)]
     after = (
         [("Controls", "What the numbers above are compared with; each is the mean of what was measured.", found)]
         if (found := _controls(result))
         else []
     )
     ends = [*_texts(result), ("Settings", "", _settings(result)), ("Model", "", "".join(map(_model, cards)))]
-    made_with = cards[0].versions.get("hookbook", "") if cards else hookbook.__version__
-    no_own, no_view = ([(head, "Left out: with it this page would be too large.", "") for head, *_ in some] for some in (own, view))
+    made_with = cards[0].versions.get("hookbook", "") if cards else version("hookbook")
+    no_own, no_view = ([(head, "Left out: with it this page would be too large.", "") for head, *_ in some] for some in (own, drawn))
     size = 0
-    for more, rows in (([*own, *view], 200), ([*own, *no_view], 200), ([*own, *no_view], 20), ([*no_own, *no_view], 20)):
+    for more, rows in (([*own, *drawn], 200), ([*own, *no_view], 200), ([*own, *no_view], 20), ([*no_own, *no_view], 20)):
         sections = [*before, *more, *after, ("Numbers", "", _numbers(result, rows)), *ends]
         made = page(f"{title}, {models}" if models else title, sections, f"Made with hookbook {made_with}.")
         if (size := len(made.encode())) < LARGEST:
@@ -68,7 +71,7 @@ def of(result: Result) -> str:
     )
 
 
-def pictures(result: Result) -> Iterator[tuple[str, str, bytes]]:
+def pictures(result: Shown) -> Iterator[tuple[str, str, bytes]]:
     """Of `plot`, and of every other `plot_...` that needs no argument: its name, what is on it in words, and the PNG."""
     plt = need("matplotlib.pyplot", "a report")
     named = [method for name, method in inspect.getmembers(type(result), inspect.isfunction) if name == "plot" or name.startswith("plot_")]
@@ -91,7 +94,7 @@ def pictures(result: Result) -> Iterator[tuple[str, str, bytes]]:
         yield plot.__name__, " ".join(words.split()), drawn.getvalue()
 
 
-def _drawn(result: Result) -> Iterator[str]:
+def _drawn(result: Shown) -> Iterator[str]:
     try:
         for name, words, png in pictures(result):
             yield picture(png, f"{name.replace('_', ' ').capitalize()}: {words}")
@@ -99,7 +102,7 @@ def _drawn(result: Result) -> Iterator[str]:
         yield f"<p>{prose(str(error))}</p>"
 
 
-def _what(result: Result) -> str:
+def _what(result: Shown) -> str:
     """The recipe's module in a sentence, the recipes that give such results, and the papers."""
     kind = type(result)
     module = sys.modules[kind.__module__]
@@ -121,7 +124,7 @@ def _first(thing: Any) -> str:
     return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
 
 
-def _numbers(result: Result, rows: int) -> str:
+def _numbers(result: Shown, rows: int) -> str:
     frame = result.to_frame()
     more = (
         ""
@@ -135,7 +138,7 @@ def _numbers(result: Result, rows: int) -> str:
 def _meanings(kind: type) -> dict[str, str]:
     """The docstrings of a class's fields and properties, by name."""
     found: dict[str, str] = {}
-    for one in reversed([base for base in kind.__mro__ if issubclass(base, Result)]):
+    for one in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
         except (OSError, TypeError, ValueError, SyntaxError):  # defined where no source is kept
@@ -147,7 +150,7 @@ def _meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def _controls(result: Result) -> str:
+def _controls(result: Shown) -> str:
     """What a result's fields, properties and parts of them are named after a control."""
     kind = type(result)
     rows, meanings = [], _meanings(kind)
@@ -167,7 +170,7 @@ def _controls(result: Result) -> str:
     return table(["control", "mean", "what it is"], rows, "Controls", numbers=[1]) if rows else ""
 
 
-def _texts(result: Result) -> Iterator[tuple[str, str, str]]:
+def _texts(result: Shown) -> Iterator[tuple[str, str, str]]:
     """Prompts and other texts, as they were used."""
     rows = []
     for f in fields(result):
@@ -183,7 +186,7 @@ def _texts(result: Result) -> Iterator[tuple[str, str, str]]:
         yield "Texts as used", more, table(["text", "tokens", "as it was used"], rows[:100], "Prompts and templates", numbers=[1])
 
 
-def _settings(result: Result) -> str:
+def _settings(result: Shown) -> str:
     """What was asked for, and every plain fact of the result."""
     facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _SHOWN_ELSEWHERE}
     facts = {name: _plain(value) for name, value in facts.items()} | {

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hookbook.results import View, need, show
 from hookbook.show.fonts import FAMILY, families, spelt
+from hookbook.show.text import need, show
+from hookbook.show.view import View
 from hookbook.sites import Site
 
 if TYPE_CHECKING:
@@ -247,7 +248,10 @@ def described(ax: Axes) -> str:
         values: Any = torch.as_tensor(np.ma.filled(ax.images[0].get_array(), float("nan")))
         known = values[values.isfinite()]
         reach = f", values from {float(known.min()):.3g} to {float(known.max()):.3g}" if len(known) else ""
-        return f"{ax.get_title('left')}: a heat map of {values.shape[0]} by {values.shape[1]} cells, {ax.get_ylabel()} by {ax.get_xlabel()}{reach}."
+        return (
+            f"{ax.get_title('left')}: a heat map of {values.shape[0]} by {values.shape[1]} cells, "
+            f"{ax.get_ylabel()} by {ax.get_xlabel()}{reach}."
+        )
     if not ax.lines and not ax.collections and not ax.patches:
         return ""
     parts = []

@@ -1,0 +1,90 @@
+"""What a backend is asked beside requests: what states say about the next token, and slopes. Counted in a plan, promised elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookbook.deferred import Deferred, Tape, here
+from hookbook.engine import cost, planning, selfcheck
+from hookbook.engine.seam import Backend, vjp_shapes
+from hookbook.request import LensReadout, TokenReadout
+
+
+def readout(backend: Backend, resid: Tensor, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
+    """See `hookbook.adapter.Adapter.readout`."""
+    if (account := planning.account()) is not None:
+        if not normed:
+            account.add([], unembedded=len(resid))
+        if not backend.remote:
+            return blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], backend.card.d_vocab if logits else 0)
+    if not normed:
+        selfcheck.check(backend)
+        cost.spend({"unembedded": len(resid)})
+    rows = planning.rows_at_once(backend.card)
+    if not backend.remote:
+        resid, tokens = here((resid, tokens))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
+        return backend.token_readout(resid, rows, k, tokens, logits, normed)
+
+
+def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
+    """A readout of promises that nobody keeps."""
+    tape = Tape()
+    ids, *values = (
+        Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab)))
+    )
+    return TokenReadout(ids, values[0], values[1], values[2] if d_vocab else None)
+
+
+def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
+    """See `hookbook.adapter.Adapter.lens`."""
+    card = backend.card
+    if (account := planning.account()) is not None:
+        n = states.shape[0] * states.shape[1]
+        held = 2 * n * card.d_model * card.itemsize + 3 * min(4 * n * card.d_vocab, planning.logits_bytes())
+        account.add([], unembedded=n, peak_bytes=held)
+        if not backend.remote:
+            shapes = LensReadout.shapes(states, card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
+            return LensReadout(*Tape().note("lens", {}, shapes))
+    selfcheck.check(backend)
+    cost.spend({"unembedded": states.shape[0] * states.shape[1]})
+    rows = planning.rows_at_once(card)
+    if not backend.remote:
+        states, tokens = here((states, tokens))
+    with torch.no_grad():
+        return backend.lens_readout(states, rows, k, tokens, ranked)
+
+
+def gradient(backend: Backend, value: Tensor, leaf: Tensor) -> Tensor:
+    """See `hookbook.adapter.Adapter.gradient`."""
+    if (account := planning.account()) is not None:
+        account.add([], vjps=1)
+        if not backend.remote:
+            return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
+    cost.spend({"vjps": 1})
+    return backend.slope(value, leaf)
+
+
+def vjps(
+    backend: Backend,
+    out: Tensor,
+    leaves: Sequence[Tensor],
+    states: Sequence[Tensor],
+    chunk: int,
+    mean: bool,
+    tick: Callable[[int], Any] | None,
+    into: Sequence[Tensor] | None,
+    rows: Any,
+) -> list[Tensor]:
+    """See `hookbook.adapter.Adapter.vjps`."""
+    spent = {"vjps": out.shape[0] * out.shape[1]}
+    if (account := planning.account()) is not None:
+        account.add([], **spent)
+        if not backend.remote:
+            return list(Tape().note("vjps", {}, vjp_shapes(out, leaves, mean)))
+    cost.spend(spent)
+    return backend.pull_back(out, leaves, states, chunk, mean, tick, into, rows)
