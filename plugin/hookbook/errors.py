@@ -79,5 +79,12 @@ def check_prompt(prompt: int, n: int) -> int:
     return prompt % n
 
 
+def check_feature(feature: int, n: int) -> int:
+    """A feature of an SAE of `n`, or `DataError`."""
+    if not 0 <= feature < n:
+        raise DataError(f"no feature {feature}", f"this SAE has features 0 to {n - 1}", "use one of them")
+    return feature
+
+
 class Refused(HookbookError, NotImplementedError):
     """This adapter cannot do what was asked."""

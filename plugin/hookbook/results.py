@@ -12,9 +12,11 @@ from hookbook import storage
 from hookbook.show import brief, html, page
 from hookbook.show.view import View as View
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
+if TYPE_CHECKING:  # what results are annotated with; neither is imported before something is drawn or listed
+    from matplotlib.axes import Axes as Axes
+    from pandas import DataFrame as DataFrame
+else:
+    Axes = DataFrame = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Result:
         return brief.rows(self)
 
     @abstractmethod
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """The numbers, long and tidy."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,17 +22,13 @@ from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about, feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing, token_values
 from hookbook.show.tidy import at_tokens, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 from hookbook.travel.features import sized
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -85,7 +81,7 @@ class FeatureAttribution(Result):
             return float("nan")
         return float(torch.corrcoef(torch.stack([self.attributions[known], self.effects[known]]).double())[0, 1])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt, token and active feature: `prompt`, `position`, `position_token`, `feature`, `activation`, `gradient`,
         `attribution`, `effect`, `label`, `link`."""
         return tidy(
@@ -98,7 +94,7 @@ class FeatureAttribution(Result):
             **about(self.features, self.labels, self.links),
         )
 
-    def top(self, n: int = 20, by: Literal["attribution", "effect"] = "attribution") -> pd.DataFrame:
+    def top(self, n: int = 20, by: Literal["attribution", "effect"] = "attribution") -> DataFrame:
         """The `n` rows of `to_frame()` that add or take away most."""
         if by not in ("attribution", "effect"):
             raise DataError(f"by={by!r}", "", "use 'attribution' or 'effect'")

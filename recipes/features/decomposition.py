@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.errors import DataError, EditError, Refused, SiteError, check_counts
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE
 from hookbook.sae.saelens import checked_sae, directions, encode, link, name_of, places, reconstruct
 from hookbook.show.plots import bars
@@ -20,8 +20,6 @@ from hookbook.sites import Site
 from hookbook.vectors import Vector
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
     from sae_lens import SAE
 
     Features = AttachedSAE | SAE
@@ -158,7 +156,7 @@ class FeatureVector(Result):
         mine, theirs = (dict(zip(x.features.tolist(), x.values.tolist(), strict=True)) for x in (self, other))
         return sum(value * theirs.get(i, 0.0) for i, value in mine.items()) / float(self.values.norm() * other.values.norm())
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each feature: `feature`, `coefficient` (see `values`), `share` (of the squared length, see `shares`), `cosine`,
         `label`, `link`."""
         numbers = {"coefficient": self.values, "share": self.shares, "cosine": self.cosines}

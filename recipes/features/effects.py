@@ -11,30 +11,25 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import wanted_ids, wanted_words
 from hookbook.engine import planning
 from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars, lines
 from hookbook.show.text import ending, show
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 CHANGES = ("to", "add", "scale", "times_max")
 CHUNK = 128
@@ -85,7 +80,7 @@ class FeatureSweep(Result):
     """Their pages on Neuronpedia."""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt, feature and strength.
 
         Columns: `prompt`, `feature`, `strength`, `activation` (before), `kl`, for each wanted token `t` `change t`, `plain_token` and
@@ -103,7 +98,7 @@ class FeatureSweep(Result):
             **{name: Over("prompt", texts) for name, texts in about(self.features, self.labels, self.links).items()},
         )
 
-    def top(self, n: int = 20, by: str = "kl") -> pd.DataFrame:
+    def top(self, n: int = 20, by: str = "kl") -> DataFrame:
         """The `n` rows of `to_frame()` with the most.
 
         Args:

@@ -7,27 +7,23 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookbook.errors import DataError, check_counts
+from hookbook.errors import DataError, check_counts, check_feature
 from hookbook.recipe import ModelCard, recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing
 from hookbook.show.text import show
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 BINS = 16
 """Of the histogram of activations, for each doubling: what is read off it is wrong by a factor of at most `2 ** (1 / 32)`, 2.2 %."""
@@ -85,11 +81,9 @@ class FeatureExamples(Result):
 
     def _of(self, feature: int) -> list[int]:
         """Which examples are a feature's."""
-        if not 0 <= feature < self.n_features:
-            raise DataError(f"no feature {feature}", f"this SAE has features 0 to {self.n_features - 1}", "use one of them")
-        return (self.features == feature).nonzero()[:, 0].tolist()
+        return (self.features == check_feature(feature, self.n_features)).nonzero()[:, 0].tolist()
 
-    def to_frame(self, features: Sequence[int] | None = None) -> pd.DataFrame:
+    def to_frame(self, features: Sequence[int] | None = None) -> DataFrame:
         """One row for each example, of some features or of all.
 
         Columns: `feature`, `example` (0 has the largest activation), `activation`, `context` (with the token marked), `text_index` (which

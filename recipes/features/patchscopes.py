@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,17 +22,13 @@ from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import feature_names
 from hookbook.recipes.steering.steering import check_strengths
 from hookbook.request import Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.sae.saelens import directions
 from hookbook.show.plots import Cells, heat_map, samples
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded, vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +82,7 @@ class FeaturePatchscope(Result):
     """The one of the target prompt without a patch."""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each feature, site, strength and rank.
 
         Columns: `feature`, `label`, `site`, `layer`, `strength`, `rank`, `token`, `logprob`, `random_token`, `random_logprob`,

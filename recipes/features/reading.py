@@ -10,27 +10,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook.engine import planning
-from hookbook.errors import DataError, TokenError, check_counts, check_prompt
+from hookbook.errors import DataError, TokenError, check_counts, check_feature, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import heat_map, token_values
 from hookbook.show.tidy import at_tokens, tidy
 from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 CHUNK_BYTES = 64 << 20
 """How many bytes of activations are dense at once."""
@@ -68,12 +64,12 @@ class FeatureActivations(Result):
         """How many tokens were read."""
         return sum(map(len, self.read))
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each active feature of each token: `prompt`, `position`, `position_token`, `feature_rank` (0 the most active),
         `feature`, `activation`, `label`, `link`."""
         return self._frame(torch.arange(len(self.features)))
 
-    def top(self, k: int = 5) -> pd.DataFrame:
+    def top(self, k: int = 5) -> DataFrame:
         """The same of the `k` most active features of each token."""
         check_counts(k=k)
         return self._frame((self._ranks() < k).nonzero()[:, 0])
@@ -83,7 +79,7 @@ class FeatureActivations(Result):
         tokens = self.rows * (1 << 32) + self.positions
         return place(tokens)
 
-    def _frame(self, chosen: Tensor) -> pd.DataFrame:
+    def _frame(self, chosen: Tensor) -> DataFrame:
         features = self.features[chosen]
         return tidy(
             {"prompt position position_token": at_tokens(self.prompts, self.rows[chosen], self.positions[chosen])},
@@ -95,9 +91,7 @@ class FeatureActivations(Result):
 
     def of(self, feature: int) -> list[Tensor]:
         """A feature's activation on every token of each prompt, `[pos]`; 0 where it is not active and where nothing was read."""
-        if not 0 <= feature < self.n_features:
-            raise DataError(f"no feature {feature}", f"this SAE has features 0 to {self.n_features - 1}", "use one of them")
-        mine = self.features == feature
+        mine = self.features == check_feature(feature, self.n_features)
         rows, positions, values = self.rows[mine], self.positions[mine], self.values[mine]
         found = [torch.zeros(len(prompt), dtype=values.dtype) for prompt in self.prompts]
         for row in rows.unique().tolist():
@@ -131,7 +125,7 @@ class FeatureActivations(Result):
         found.index_put_((self.rows[mine], place[mine]), self.values[mine].double(), accumulate=True)
         return found / torch.tensor([[max(1, len(read))] for read in self.read])
 
-    def contrast(self, other: FeatureActivations) -> pd.DataFrame:
+    def contrast(self, other: FeatureActivations) -> DataFrame:
         """The features that are active here or in other texts, by how much more they are here, the largest difference first.
 
         Columns: `feature`, `difference` (of mean activations), `mean_activation`, `other_mean_activation`, `density`, `other_density`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,11 @@ from hookbook.errors import DataError, Refused
 from hookbook.recipe import ModelCard, recipe
 from hookbook.recipes.features.reading import Stream, batches, chunks, readable
 from hookbook.request import Each, Edit, Read, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +65,7 @@ class SAEReport(Result):
         """Whether the SAE does better than knowing nothing: than the mean state at reconstructing, and than zeros at predicting."""
         return self.fvu <= 1 and (self.loss_zero <= self.loss or self.loss_recovered >= 0)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each number: `metric`, `value`, `verdict` (empty if there is nothing wrong), `meaning`."""
         misses = "does not fit: the mean state is closer than the reconstruction" if not self.fvu <= 1 else ""
         harms = "does not fit: the model predicts worse than with zeros" if self.loss_recovered < 0 else ""

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import Asked, as_question, one_token, pose
 from hookbook.controls import check_controls, other_questions, random_like
 from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import need
 from hookbook.show.tidy import tidy
@@ -33,11 +34,7 @@ from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, vocabulary
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from hookbook.adapter import Adapter
 
 CONTROLS = ("shuffled", "random", "swapped")
 
@@ -156,7 +153,7 @@ class Backpatch(Result):
             source, target, float(chosen_at), {name: float(right[test, at].float().mean()) for name, right in self.right.items()}, len(test)
         )
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> DataFrame:
         """What to report. One row for the patch and each control: `any` and `mean` over pairs of the questions that were not answered, the
         `best` pair (chosen on one half of them, judged on the other; NaN if there are fewer than two), `kept` (mean over pairs of those
         that were), and `explained`, the row's mean as a share of the patch's: as much of the effect needs no state of the question's own
@@ -173,7 +170,7 @@ class Backpatch(Result):
         ]
         return pd.DataFrame(rows, columns=["control", "any", "mean", "best", "kept", "explained"])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each pair and control: `control`, `layer` (of the source), `target_layer`, `fixed` (of the questions that were not
         answered), `kept` (of those that were)."""
         rows = [(name, *(pair[::-1] if name == "swapped" else pair)) for name in self.right for pair in self.pairs]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,11 @@ from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Edit, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import COLOURS, legend, lines, token_values
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, covering
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 EDGES = (("last", "entity"), ("last", "bridge"), ("last", "second"), ("bridge", "first"))
 """Who attends, and to what, as they are chosen by default."""
@@ -67,7 +63,7 @@ class HopKnockOut(Result):
         """`[edge, 2, window]`: of the questions that were answered, and have such tokens, the share that still is."""
         return self.right[self.clean].nanmean(0)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each edge, window and control: `edge`, `control` (`edge` without it, `other tokens` without as many others),
         `layer` (the centre), `first_layer`, `last_layer`, `n` (questions that were answered and have such tokens), `kept` (the share of
         them that still is), `probability` (mean of the answer's first token) and `clean_probability`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,12 @@ from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Each, Edit, Read, Request, Row
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, decoded
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 PLACES = ("bridge", "last")
 """The last token of the phrase that stands for the bridge, and the last token of the prompt."""
@@ -59,7 +55,7 @@ class HopReadability(Result):
     """The descriptions, by question, place and site."""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each place, site and name: `place`, `site`, `layer`, `name`, `probability` (mean), `lens` and `described` (shares
         of questions)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,11 @@ from hookbook.errors import DataError
 from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.tidy import spelled, tidy
 from hookbook.tasks import Question
 from hookbook.tokens import Tokens, vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 WAYS = ("composed", "first", "second", "entity_shortcut", "relation_shortcut")
 """The question itself, its two hops, the second relation of the entity, and the question without the entity."""
@@ -73,7 +69,7 @@ class TwoHops(Result):
             chosen &= found == want if want is not None else True
         return chosen.nonzero()[:, 0].tolist()
 
-    def cells(self, by_chain: bool = False) -> pd.DataFrame:
+    def cells(self, by_chain: bool = False) -> DataFrame:
         """The four cells: `first`, `second`, `n` (questions), `answered` (how many of them), `rate`, and of those without a shortcut
         `n_clean`, `answered_clean`, `rate_clean`.
 
@@ -99,7 +95,7 @@ class TwoHops(Result):
                     rows.append(row)
         return pd.DataFrame(rows)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each question: `chain`, `prompt`, `entity`, `bridge`, `answer`, and for each of `WAYS` whether it is answered and,
         as `said NAME`, the likeliest token."""
         questions = [*zip(self.chains, self.prompts, self.entities, self.bridges, self.answers, strict=True)]

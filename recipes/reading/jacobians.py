@@ -8,25 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hookbook.adapter import Adapter
 from hookbook.engine import planning
 from hookbook.errors import EditError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
 from hookbook.tokens import Tokens, resolve
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 MOST = 128
 """How many output dimensions go through one backward pass at most; more is no faster."""
@@ -56,7 +51,7 @@ class Jacobian(Result):
         """`[source, n]`, or `[source, 1]` of means: the Frobenius norm of each matrix."""
         return torch.stack([matrix.flatten(-2).norm(dim=-1).reshape(-1) for matrix in self.matrices])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each source and prompt: `prompt`, `position`, `site`, `layer` (of the source), `norm` (of the matrix, or of the
         mean), `input_norm`, `product_norm` and `output_norm` (of vectors)."""
         import pandas as pd

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,13 @@ from hookbook.asking import encode_prompts, wanted_ids, wanted_words
 from hookbook.errors import DataError, SiteError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Read, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, lines, samples, site_labels
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, beginnings, resolve, vocabulary, words
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 SITES = ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post")
 """What is in the stream, or added to it. The output of the final norm is not: it would be normed twice."""
@@ -89,7 +85,7 @@ class LogitLens(Result):
         """The text of a token of a row and a site."""
         return self.vocab[int(self.token_ids[n, site, rank])]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt, position, site and rank.
 
         Columns: `prompt`, `position`, `position_token`, `own_token` (the model's next), `site`, `layer`, `rank`, `token`, `logprob`,
@@ -275,8 +271,7 @@ def logit_lens(
     request = Request(list(distinct), [Row(distinct[prompt]) for prompt in coded], [Read(site, each) for site in reads])
     reply = adapter.run(request, progress=progress, checkpoint=checkpoint)
     states = torch.stack([reading.values for reading in reply.readings], 1)
-    asked = torch.cat([wanted, language_ids.clamp(min=0).flatten(1)], 1)
-    said = adapter.lens(states, k=k, tokens=asked, ranked=len(tokens))
+    said = adapter.lens(states, k=k, tokens=torch.cat([wanted, language_ids.clamp(min=0).flatten(1)], 1), ranked=len(tokens))
     chosen = [reads.index(site) for site in sites]
     token_ids, own_ids, known = said.topk_ids[:, chosen], said.topk_ids[:, -1, 0], said.token_logprobs[:, chosen]
     by_language = known[..., len(tokens) :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +22,13 @@ from hookbook.errors import EditError, SiteError, TokenError, check_prompt
 from hookbook.maps import Affine, Map
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, samples, site_labels
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens, decoded, vocabulary, words
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +75,7 @@ class Patchscope(Result):
     """`[n]`"""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt, pair and rank.
 
         Columns: `prompt`, `position`, `site`, `layer` (of the source), `target_site`, `target_layer`, `rank`,

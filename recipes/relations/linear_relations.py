@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions
 from hookbook.controls import random_like
 from hookbook.deferred import Deferred, Later
@@ -24,16 +25,12 @@ from hookbook.recipes.reading.jacobians import Jacobian, jacobian
 from hookbook.recipes.relations.subjects import SubjectStates, subject_states
 from hookbook.relations import Relation, Statement
 from hookbook.request import Each, Read
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
     from hookbook.recipes.steering.generation import Generation
 
 Pair = tuple[str, str]
@@ -176,7 +173,7 @@ class LinearRelation(Result):
         """The relation's prompt about any subject, behind the training pairs."""
         return Relation(self.train, self.relation, templates=(self.template,), answer=self.answer).ask(subject, self.train, answer)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each site: `site`, `layer`, `beta`, `validation`, `faithfulness`, `control NAME` of each other map, `known`,
         `asked`."""
         return tidy(
@@ -284,9 +281,7 @@ def linear_relation(
     for site in sites:
         if site.name not in ("resid_pre", "resid_post", "resid_mid", "embed"):
             raise SiteError(f"a subject's state at {site}", "a relation maps states of the stream", "use resid_pre or resid_post")
-    check_counts(n_train=n_train)
-    if queries is not None:
-        check_counts(queries=queries)
+    check_counts(n_train=n_train, **{} if queries is None else {"queries": queries})
     if ridge < 0 or not betas:
         raise TokenError(
             f"ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use a ridge of 0 or more, and at least one beta"

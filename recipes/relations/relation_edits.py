@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.recipe import ModelCard, later, plain, recipe, wrap
@@ -21,17 +22,11 @@ from hookbook.recipes.relations.subjects import subject_states
 from hookbook.recipes.steering.generation import Generation, generate
 from hookbook.relations import Relation, Statement
 from hookbook.request import Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import Over, controls, spelled, tidy
 from hookbook.sites import Site
 from hookbook.tokens import vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 RANKS = (10, 30, 60, 100, 150, 200, 300)
 UNRELATED = ("Yesterday I read something about {} and", "They talked about {} for a long time, because")
@@ -91,7 +86,7 @@ class RelationEdits(Result):
         site, rank = self.best_index
         return self.sites[site], self.ranks[rank]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each site and rank of the map: `site`, `layer`, `matrix_rank`, `validation`, `success`, `control random` and
         `control substituted` (the same of noise and of the other subject's state), `kl`, `random_kl`."""
         return tidy(
@@ -103,7 +98,7 @@ class RelationEdits(Result):
             random_kl=self.random_divergence,
         )
 
-    def said_frame(self) -> pd.DataFrame:
+    def said_frame(self) -> DataFrame:
         """What each change came to at the best site and rank: `subject`, `object`, `wanted`, `said`, `right`, `split`."""
         site, rank = self.best_index
         said = self.said[:, site, rank]

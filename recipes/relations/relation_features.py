@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions
 from hookbook.errors import DataError, Refused, SiteError, check_counts
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import decompose, feature_names
 from hookbook.recipes.relations.linear_relations import LinearRelation
 from hookbook.recipes.relations.subjects import subject_states
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
 from hookbook.show.tidy import tidy
@@ -28,11 +29,6 @@ from hookbook.vectors import Vector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +80,7 @@ class RelationFeatures(Result):
     """Features' pages on Neuronpedia, if the release has them."""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each feature, and then one for each other part: `part`, `feature`, `activation`, `contribution`, `says` (the
         likeliest tokens), `label`, `link`."""
         says = [" ".join(self.vocab[i].strip() for i in line) for line in self.token_ids.tolist()]

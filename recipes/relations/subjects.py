@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions
 from hookbook.relations import Statement
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
-
-if TYPE_CHECKING:
-    from hookbook.adapter import Adapter
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import mean_states
 from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import heat_map, lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 SHUFFLES = 20
 """How often the classes are shuffled for the control."""
@@ -76,7 +71,7 @@ class ContrastVectors(Result):
             return self.positions.index(str(position))
         raise TokenError(f"no vector at the position {position!r}", f"there are vectors at {', '.join(self.positions)}", "name one of them")
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each position and site: `place` (the position as it was given), `site`, `layer`, `norm`, `positive_norm`,
         `negative_norm`, `auroc`, `control shuffled` (the same with shuffled classes)."""
         positive, negative = self.norms
@@ -159,7 +154,7 @@ def contrast_vector(
     """
     adapter = wrap(model)
     classes = [_encoded(adapter, texts, name, bos, chat) for texts, name in ((positive, "positive"), (negative, "negative"))]
-    splits = _splits(classes, held_out, seed)
+    train, test = _splits(classes, held_out, seed)
     sites = layers_to_sites(layers, adapter.card, site)
     if len({s.width(adapter.card) for s in sites}) > 1 or any(s.name == "attn_pattern" for s in sites):
         raise SiteError(
@@ -170,7 +165,6 @@ def contrast_vector(
     if not positions:
         raise TokenError("no positions", "there is nothing to read", "give a position, or a list of them")
     states = mean_states(adapter, prompts, sites, positions, progress=progress)
-    train, test = splits
     weights = torch.zeros(1 + SHUFFLES, len(prompts), dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed)
     held: list[list[Tensor]] = [[], []]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,15 +13,11 @@ from hookbook.asking import encode_prompts
 from hookbook.errors import EditError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.request import Edit, Request, Row, Sampling
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import ending, need, show
 from hookbook.show.tidy import tidy
 from hookbook.tokens import Tokens, decoded, lines, vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +43,7 @@ class Generation(Result):
     """What was done, in words."""
     settings: dict[str, Any]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt: `prompt`, `text`, `logprob` (of the whole text, in nats), `control_text`, `control_logprob`."""
         said = {"text": self.texts, "logprob": [sum(line) for line in self.logprobs]}
         controls = {"control_text": self.control_texts, "control_logprob": [sum(line) for line in self.control_logprobs]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,11 @@ from hookbook.asking import mean_states
 from hookbook.errors import DataError, EditError
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Edit
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.vectors import Vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +56,7 @@ class InContextVectors(Result):
             Edit(Site("mlp_out", site.layer), strength * units[i], "rotate", slice(None), scope="all") for i, site in enumerate(self.sites)
         ]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each layer: `site`, `layer`, `norm`, and the mean difference's: `mean_norm`, and `mean_cosine` to the vector."""
         cosine = torch.nn.functional.cosine_similarity(self.values, self.means, dim=-1)
         norm, mean_norm = self.values.norm(dim=-1), self.means.norm(dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,11 @@ from hookbook.errors import DataError, EditError, SiteError
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.vectors import Vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 EPS = 1e-8
 TOP = 0.8
@@ -88,7 +84,7 @@ class DirectionChoice(Result):
             self.card, self.sites[s], self.values[p, s], self.positions[p], self.template, "select_direction", dict(self.settings)
         )
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each candidate: `place` (the position as it was given), `site`, `layer`, `ablation`, `addition`, `kl`, `discarded`
         (why, or nothing)."""
         numbers = {"ablation": self.ablation, "addition": self.addition, "kl": self.kl}

@@ -5,29 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_prompts, grouped_texts, wanted_ids
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, SiteError, TokenError, check_counts
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row, Scope
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +60,7 @@ class Steering(Result):
     def _both(self) -> Tensor:
         return self.numbers[:, 1:].unflatten(1, (2, len(self.sites), len(self.strengths)))
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each prompt, vector (`none`, `vector` or `random`), site and strength: those, `layer`, `score`, and `text` if one
         was generated. Without a vector there is no site, and the strength is 0."""
         added = [(name, site, strength) for name in ("vector", "random") for site in self.sites for strength in self.strengths]

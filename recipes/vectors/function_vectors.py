@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.recipe import ModelCard, hold, later, plain, recipe, wrap
 from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
 from hookbook.request import Edit, Read, Readout, Request, Row
-from hookbook.results import Result, View
+from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
 from hookbook.tasks import Question, Task
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +46,7 @@ class HeadEffects(Result):
             raise EditError(f"{k} heads", f"the model has {self.mean.numel()}", "ask for some of them")
         return [(at // self.mean.shape[1], at % self.mean.shape[1]) for at in self.mean.flatten().topk(k).indices.tolist()]
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each task and head: `task`, `layer`, `head`, `indirect_effect`."""
         return tidy({"task": self.tasks, "layer": self.effects.shape[1], "head": self.effects.shape[2]}, indirect_effect=self.effects)
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions, mean_states
 from hookbook.card import ModelCard
 from hookbook.request import Edit, Readout, Request, Row
-from hookbook.results import Result
+from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question, Splits
 from hookbook.vectors import Vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-    from hookbook.adapter import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +59,7 @@ class TaskSweep(Result):
         made = f"{type(self).__name__} of {self.task}, {self.mode}"
         return Vector(self.card, self.sites[index], self.values[index].clone(), "-1", self.template, made, dict(self.settings))
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> DataFrame:
         """One row for each site: `site`, `layer`, `norm`, `validation`, `accuracy`, `control NAME` of each control, `zero_shot`,
         `few_shot`."""
         return tidy(
