@@ -96,7 +96,7 @@ MAKERS: dict[str, Any] = {
     "HopReadability": lambda: hb.hop_readability(toy(n_ctx=128), hops(), generate=0),
     "InContextVectors": lambda: hb.in_context_vector(toy(), [("bad", "good"), ("sad", "glad"), ("no", "yes")]),
     "Jacobian": lambda: hb.jacobian(
-        toy(), ["ab", "北京"], Read("resid_post.2"), [Read("embed", Each((1, -2))), Read("resid_post.1", slice(2, 3))]
+        toy(), ["ab", "北京"], Read("resid_post.2"), [Read("resid_pre.1", Each((1, -2))), Read("resid_post.1", slice(2, 3))]
     ),
     "LinearRelation": lambda: relation(toy()),
     "LogitLens": lambda: hb.logit_lens(

@@ -37,8 +37,12 @@ from .recipes.reading.jacobians import Jacobian as Jacobian, jacobian as jacobia
 from .recipes.reading.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
 from .recipes.reading.patchscopes import Patchscope as Patchscope, patchscope as patchscope
 from .recipes.relations.attribute_lens import attribute_lens as attribute_lens
-from .recipes.relations.linear_relations import LinearRelation as LinearRelation, linear_relation as linear_relation
-from .recipes.relations.relation_edits import RelationEdits as RelationEdits, change_answer as change_answer, edit_relation as edit_relation
+from .recipes.relations.linear_relations import (
+    LinearRelation as LinearRelation,
+    change_answer as change_answer,
+    linear_relation as linear_relation,
+)
+from .recipes.relations.relation_edits import RelationEdits as RelationEdits, edit_relation as edit_relation
 from .recipes.relations.relation_features import RelationFeatures as RelationFeatures, relation_features as relation_features
 from .recipes.steering.contrast_vectors import ContrastVectors as ContrastVectors, contrast_vector as contrast_vector
 from .recipes.steering.generation import Generation as Generation, generate as generate

@@ -21,6 +21,7 @@ from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
 from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
+from hookbook.show.tidy import Over, tidy
 from hookbook.tokens import Tokens, resolve
 
 MOST = 128
@@ -52,17 +53,15 @@ class Jacobian(Result):
         return torch.stack([matrix.flatten(-2).norm(dim=-1).reshape(-1) for matrix in self.matrices])
 
     def to_frame(self) -> DataFrame:
-        """One row for each source and prompt: `prompt`, `position`, `site`, `layer` (of the source), `norm` (of the matrix, or of the
-        mean), `input_norm`, `product_norm` and `output_norm` (of vectors)."""
-        import pandas as pd
-
-        rows = []
-        for norms, read, inputs, products in zip(self.norms.tolist(), self.wrt, self.inputs, self.products, strict=True):
-            for n, prompt in enumerate(self.prompts):
-                place = (prompt.text, resolve(position_of(read.position, n), prompt)[0], read.site.name, read.site.layer)
-                rows.append((*place, norms[n % len(norms)], *(float(x[n].norm()) for x in (inputs, products, self.output))))
-        names = ["prompt", "position", "site", "layer", "norm", "input_norm", "product_norm", "output_norm"]
-        return pd.DataFrame(rows, columns=names)
+        """One row for each source and prompt: `site`, `layer` (of the source), `prompt`, `position`, `matrix_norm` (of means, the mean's),
+        `input_norm`, `product_norm` and `output_norm`."""
+        at = [[resolve(position_of(read.position, n), prompt)[0] for n, prompt in enumerate(self.prompts)] for read in self.wrt]
+        lengths = {
+            f"{name}_norm": torch.stack([x.norm(dim=-1) for x in values])
+            for name, values in (("input", self.inputs), ("product", self.products))
+        }
+        lengths |= {"matrix_norm": self.norms.expand(-1, len(self.prompts)), "output_norm": Over("prompt", self.output.norm(dim=-1))}
+        return tidy({"site": [read.site for read in self.wrt], "prompt": self.prompts}, position=at, **lengths)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The norm of the matrix by source, the mean over prompts."""

@@ -6,34 +6,28 @@ subjects that were not among them, beside maps that know less.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookbook.adapter import Adapter
 from hookbook.asking import encode_questions
-from hookbook.controls import random_like
-from hookbook.deferred import Deferred, Later
+from hookbook.deferred import Later
 from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError, check_counts
 from hookbook.maps import Affine
 from hookbook.recipe import ModelCard, hold, later, plain, recipe, wrap
-from hookbook.recipes.reading.jacobians import Jacobian, jacobian
-from hookbook.recipes.relations.subjects import SubjectStates, subject_states
+from hookbook.recipes.reading.jacobians import jacobian
+from hookbook.recipes.relations.subjects import OTHERS, Pair, others, share, split, subject_states
+from hookbook.recipes.steering.generation import Generation, generate
 from hookbook.relations import Relation, Statement
-from hookbook.request import Each, Read
+from hookbook.request import Each, Edit, Read
 from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
 
-if TYPE_CHECKING:
-    from hookbook.recipes.steering.generation import Generation
-
-Pair = tuple[str, str]
 BETAS = tuple(round(0.25 * i, 2) for i in range(21))
 
 
@@ -126,6 +120,13 @@ class LinearRelation(Result):
         inverse = torch.where(s > torch.finfo(s.dtype).eps * s[0], 1 / s, 0)[:keep]
         return u[:, :keep].T * inverse[:, None], v[:keep].T
 
+    def moves(self, change: Tensor, ranks: Sequence[int], layer: Any = None) -> Tensor:
+        """What is added to subjects' states for changes of the output `[n, d_model]`: `W+` times these, `[rank, n, d_model]`."""
+        wide = torch.promote_types(change.dtype, torch.float32)
+        back, into = (factor.to(wide) for factor in self.factors(max(ranks), layer))
+        along = change.to(wide) @ back.T
+        return torch.stack([along[:, :rank] @ into[:, :rank].T for rank in ranks])
+
     def pairs(self, part: str) -> list[Pair]:
         """The pairs of a part, `validation` or `test`, which the model knows."""
         every, known = {"validation": (self.validation, self.validation_known), "test": (self.test, self.test_known)}[part]
@@ -164,8 +165,6 @@ class LinearRelation(Result):
     def edit(self, model: Any, subject: str, answer: str, **settings: Any) -> Generation:
         """Make the model answer something else about a subject; see `hookbook.change_answer`, which also has a plan and can be
         submitted."""
-        from hookbook.recipes.relations.relation_edits import change_answer
-
         relation: Any = self
         return change_answer(model, relation, subject, answer, **settings)
 
@@ -287,7 +286,7 @@ def linear_relation(
             f"ridge={ridge}, {len(betas)} betas", "there is nothing to choose from", "use a ridge of 0 or more, and at least one beta"
         )
     betas = sorted({float(beta) for beta in betas})
-    train, validation, test = _parts(relation, n_train, queries, seed)
+    train, validation, test = split(relation, n_train, queries, seed)
     shown = [relation.ask(x, train) for x, _ in train]
     prompts, _ = encode_questions(adapter, shown)
     around = [Read(site, Each(tuple(asked.subject_at(tokens) for asked, tokens in zip(shown, prompts, strict=True)))) for site in sites]
@@ -298,23 +297,19 @@ def linear_relation(
     first, second = slice(0, len(validation)), slice(len(validation), None)
     known = {"validation": states.known[first], "test": states.known[second]}
     for name, some in known.items():
-        nothing = DataError(
-            f"the model says none of the {name} objects of {relation.name!r}",
-            "there is nothing to judge by",
-            "use another relation or template",
-        )
-        hold(some.any(), nothing)
+        nothing = f"the model says none of the {name} objects of {relation.name!r}"
+        hold(some.any(), DataError(nothing, "there is nothing to judge by", "use another relation or template"))
     beta_values = torch.tensor(betas, dtype=found.output.dtype)
     chosen_by, chosen, told = [], [], []
     for k, (weight, bias) in enumerate(zip(found.matrices, biases, strict=True)):
         mapped = states.subject[k] @ weight.T
-        said = _share(adapter, beta_values[:, None, None] * mapped[first] + bias, states.answers[first], known["validation"])
+        said = share(adapter, beta_values[:, None, None] * mapped[first] + bias, states.answers[first], known["validation"])
         beta = beta_values.index_select(0, said.argmax()[None])
         maps = {"": beta * mapped[second] + bias, "beta = 1": mapped[second] + bias}
-        maps |= _others(found, k, beta, bias, states, first, second, ridge, seed)
+        maps |= others(found, k, beta, bias, states, first, second, ridge, seed)
         chosen_by.append(said)
         chosen.append(beta)
-        told.append(_share(adapter, torch.stack(list(maps.values())), states.answers[second], known["test"]))
+        told.append(share(adapter, torch.stack(list(maps.values())), states.answers[second], known["test"]))
     names = ("", "beta = 1", *OTHERS)
     measured = {name: torch.stack(values) for name, values in zip(names, zip(*told, strict=True), strict=True)}
     return LinearRelation(
@@ -339,50 +334,64 @@ def linear_relation(
     )
 
 
-OTHERS = ("logit lens", "shift", "bias", "least squares", "least squares, validation", "random")
+@recipe
+def change_answer(
+    model: Any,
+    relation: LinearRelation,
+    subject: str,
+    answer: str,
+    *,
+    sentence: str | None = None,
+    layer: Any = None,
+    rank: int = 100,
+    max_new_tokens: int = 10,
+    progress: bool | None = None,
+) -> Generation:
+    """Make the model answer something else about a subject, and go on from there; beside what it says unedited.
 
+    Args:
+        model: The model that the relation is of.
+        relation: What `hookbook.linear_relation` returned.
+        subject: Any subject.
+        answer: Another object of the relation, which the subject is moved to.
+        sentence: Where to try it, with `{}` for the subject; None: the relation's own prompt, behind its training pairs.
+        layer: Where the subject's state is edited; None: where the relation is best. `RelationEdits.best` may be another.
+        rank: Of the inverse.
+        max_new_tokens: How many tokens to decode at most.
+        progress: Show a progress bar; None: for long work only.
 
-def _others(
-    found: Jacobian, k: int, beta: Tensor, bias: Tensor, states: SubjectStates, first: slice, second: slice, ridge: float, seed: int
-) -> dict[str, Tensor]:
-    """What other maps make of the test subjects' states at a site, `[n, d_model]` each."""
-    s, train, weight = states.subject[k][second], found.inputs[k], found.matrices[k]
-    noise = random_like(weight, seed + k, whole=True)
-    fits = least_squares(train, found.output, s, ridge), least_squares(states.subject[k][first], states.final[first], s, ridge)
-    said = (s, s + (found.output - train).mean(0), bias.expand(len(s), -1), *fits, beta * (s @ noise.T) + bias)
-    return dict(zip(OTHERS, said, strict=True))
+    Raises:
+        EditError: The relation is of another model, or has no such rank.
+        DataError: No pair of the relation has this answer, or it is the subject's own, or the sentence has no place for the subject.
 
+    Source: Hernandez et al. 2023, arXiv:2308.09124, section 5.
 
-def least_squares(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
-    """Ridge regression with a bias from `x` `[n, d_in]` to `y` `[n, d_out]`, at `new` `[m, d_in]`; the penalty is `ridge` times the mean
-    squared norm of centred `x`."""
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x, y, new = x.to(wide), y.to(wide), new.to(wide)
-    centre, middle = x.mean(0), y.mean(0)
-    u, s, v = torch.linalg.svd(x - centre, full_matrices=False)
-    penalty = ridge * (s**2).sum() / len(x)
-    shrunk = torch.where(s > torch.finfo(wide).eps * s[0], s / (s**2 + penalty), 0)
-    return ((new - centre) @ v.T * shrunk @ u.T @ (y - middle) + middle).to(dtype)
+    Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
 
-
-def _share(adapter: Adapter, outputs: Tensor, answers: Tensor, known: Tensor) -> Tensor:
-    """Of outputs `[map, n, d_model]` how often each map says the answer, over what is known, `[map]`."""
-    if not isinstance(known, Deferred):  # the others need not be read; while it is not here which these are, all are
-        outputs, answers, known = outputs[:, known], answers[known], known[known]
-    said = adapter.readout(outputs.flatten(0, 1), k=1).topk_ids[:, 0].unflatten(0, (len(outputs), -1))
-    return ((said == answers) & known).sum(1).double() / known.sum().clamp(min=1)
-
-
-def _parts(relation: Relation, n_train: int, queries: int | None, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...], tuple[Pair, ...]]:
-    """Pairs to expand around, to choose by and to judge by; the same for the same seed, whatever the order of the pairs."""
-    if len(relation) < n_train + 2:
+    Example:
+        found = hb.linear_relation(model, hb.relations.load("country_capital"))
+        hb.change_answer(model, found, "France", "Rome").texts
+    """
+    adapter = wrap(model)
+    relation.check_model(adapter.card)
+    every = (*relation.train, *relation.validation, *relation.test)
+    if (subject, answer) in every:
+        raise DataError(f"{answer!r} for {subject!r}", "this is what the relation has already", "use another object")
+    donors = [pair for pair in every if pair[1] == answer]
+    if not donors:
+        objects = ", ".join(sorted({y for _, y in every})[:8])
         raise DataError(
-            f"{len(relation)} pairs of {relation.name!r}",
-            f"{n_train} are to train, and others to choose and to judge by",
-            "give more pairs, or use a smaller n_train",
+            f"no subject of {relation.relation!r} whose object is {answer!r}",
+            "its state says what to move to",
+            f"use another object, such as {objects}",
         )
-    pairs = sorted(relation.pairs)
-    random.Random(f"{seed} {relation.name}").shuffle(pairs)
-    train, rest = pairs[:n_train], pairs[n_train:]
-    half = len(rest) // 2
-    return tuple(train), tuple(rest[:half][:queries]), tuple(rest[half:][:queries])
+    check_counts(max_new_tokens=max_new_tokens)
+    site = relation.sites[relation.place(layer)]
+    relation.check_rank(rank)
+    own = relation.ask(subject)
+    said = own if sentence is None else Relation(((subject, answer),), "sentence", templates=(sentence,)).ask(subject)
+    prompt = adapter.encode(said.text)
+    place = said.subject_at(prompt)
+    states = subject_states(adapter, [own, relation.ask(*donors[0])], [site], progress)
+    (move,) = relation.moves(states.final[1:] - states.final[:1], [rank], site)
+    return generate(adapter, prompt, edits=[Edit(site, move[0], "add", place)], max_new_tokens=max_new_tokens, progress=progress)

@@ -17,9 +17,8 @@ from hookbook.adapter import Adapter
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.recipe import ModelCard, later, plain, recipe, wrap
-from hookbook.recipes.relations.linear_relations import LinearRelation, Pair
-from hookbook.recipes.relations.subjects import subject_states
-from hookbook.recipes.steering.generation import Generation, generate
+from hookbook.recipes.relations.linear_relations import LinearRelation
+from hookbook.recipes.relations.subjects import Pair, subject_states
 from hookbook.relations import Relation, Statement
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
@@ -227,7 +226,7 @@ def edit_relation(
     }
     states = subject_states(adapter, [relation.ask(*pair) for pair in subjects], sites, progress)
     own, other = [subjects[x, y] for x, y, _, _ in every], [subjects[x, y] for _, _, x, y in every]
-    moves = torch.stack([_moves(relation, site, states.final[other] - states.final[own], ranks) for site in sites])
+    moves = torch.stack([relation.moves(states.final[other] - states.final[own], ranks, site) for site in sites])
     noise = random_like(moves.flatten(0, 2), seed).view(moves.shape)
     asked = [(i, prompt, states.places[prompt]) for i, prompt in enumerate(own)]
     tested = asked[n_validation:]
@@ -271,14 +270,6 @@ def _changes(pairs: Sequence[Pair], n: int, part: str, name: str, seed: int) -> 
     return [(*pair, *draw.choice([one for one in pairs if one[1] != pair[1]])) for pair in draw.sample(pairs, min(n, len(pairs)))]
 
 
-def _moves(relation: LinearRelation, site: Site, change: Tensor, ranks: Sequence[int]) -> Tensor:
-    """What is added at a site for changes of the output `[n, d_model]`, `[rank, n, d_model]`."""
-    wide = torch.promote_types(change.dtype, torch.float32)
-    back, into = (factor.to(wide) for factor in relation.factors(max(ranks), site))
-    along = change.to(wide) @ back.T
-    return torch.stack([along[:, :rank] @ into[:, :rank].T for rank in ranks])
-
-
 def _rows(sites: Sequence[Site], values: Tensor, asked: Sequence[tuple[int, int, int]]) -> list[Row]:
     """For each change, prompt and place in `asked` every site and rank of `values` `[site, rank, change, d_model]`."""
     apart = [[some.unbind(0) for some in value.unbind(0)] for value in values.unbind(0)]
@@ -303,66 +294,3 @@ def _divergence(
     edited = edited.unflatten(0, (len(kinds), len(prompts), -1)).transpose(0, 1).flatten(1, 2)
     found = adapter.lens(torch.cat([edited, clean[:, None]], 1)).kl[:, :-1]
     return found.mean(0).unflatten(0, (len(kinds), len(sites), -1))
-
-
-@recipe
-def change_answer(
-    model: Any,
-    relation: LinearRelation,
-    subject: str,
-    answer: str,
-    *,
-    sentence: str | None = None,
-    layer: Any = None,
-    rank: int = 100,
-    max_new_tokens: int = 10,
-    progress: bool | None = None,
-) -> Generation:
-    """Make the model answer something else about a subject, and go on from there; beside what it says unedited.
-
-    Args:
-        model: The model that the relation is of.
-        relation: What `hookbook.linear_relation` returned.
-        subject: Any subject.
-        answer: Another object of the relation, which the subject is moved to.
-        sentence: Where to try it, with `{}` for the subject; None: the relation's own prompt, behind its training pairs.
-        layer: Where the subject's state is edited; None: where the relation is best. `RelationEdits.best` may be another.
-        rank: Of the inverse.
-        max_new_tokens: How many tokens to decode at most.
-        progress: Show a progress bar; None: for long work only.
-
-    Raises:
-        EditError: The relation is of another model, or has no such rank.
-        DataError: No pair of the relation has this answer, or it is the subject's own, or the sentence has no place for the subject.
-
-    Source: Hernandez et al. 2023, arXiv:2308.09124, section 5.
-
-    Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
-
-    Example:
-        found = hb.linear_relation(model, hb.relations.load("country_capital"))
-        hb.change_answer(model, found, "France", "Rome").texts
-    """
-    adapter = wrap(model)
-    relation.check_model(adapter.card)
-    every = (*relation.train, *relation.validation, *relation.test)
-    if (subject, answer) in every:
-        raise DataError(f"{answer!r} for {subject!r}", "this is what the relation has already", "use another object")
-    donors = [pair for pair in every if pair[1] == answer]
-    if not donors:
-        objects = ", ".join(sorted({y for _, y in every})[:8])
-        raise DataError(
-            f"no subject of {relation.relation!r} whose object is {answer!r}",
-            "its state says what to move to",
-            f"use another object, such as {objects}",
-        )
-    check_counts(max_new_tokens=max_new_tokens)
-    site = relation.sites[relation.place(layer)]
-    relation.check_rank(rank)
-    own = relation.ask(subject)
-    said = own if sentence is None else Relation(((subject, answer),), "sentence", templates=(sentence,)).ask(subject)
-    prompt = adapter.encode(said.text)
-    place = said.subject_at(prompt)
-    states = subject_states(adapter, [own, relation.ask(*donors[0])], [site], progress)
-    (move,) = _moves(relation, site, states.final[1:] - states.final[:1], [rank])
-    return generate(adapter, prompt, edits=[Edit(site, move[0], "add", place)], max_new_tokens=max_new_tokens, progress=progress)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.recipes.relations.linear_relations import OTHERS, _parts
+from hookbook.recipes.relations.subjects import OTHERS, split
 from hookbook.relations import Relation, Statement
 from hookbook.request import Readout, Request, Row
 from tests.support.cases import Case
@@ -38,7 +38,7 @@ def planted(adapter: hb.Adapter, n_train: int = TRAIN, objects: int = 2, end: bo
     for mark in (*punctuation.replace("{", "").replace("}", ""), *digits, *ascii_letters):
         draw, template = random.Random(mark), f"say{mark}{{}}" if end else "{}" + mark
         subjects = sorted({"".join(draw.sample(ascii_lowercase, draw.randrange(2, 8))) for _ in range(20)})
-        parts = _parts(Relation(tuple((x, "?") for x in subjects), "planted", templates=(template,), answer="{}"), n_train, None, SEED)
+        parts = split(Relation(tuple((x, "?") for x in subjects), "planted", templates=(template,), answer="{}"), n_train, None, SEED)
         train = tuple((x, draw.choice(ascii_lowercase)) for x, _ in parts[0])
         relation = Relation(train, "planted", templates=(template,), answer="{}")
         prompts = [adapter.encode(relation.ask(x, train, "?").text) for part in parts[1:] for x, _ in part]
@@ -124,7 +124,7 @@ def found(case) -> Iterator[Found]:
 
 
 def test_pairs_are_parted_whatever_their_objects(found):
-    parts = _parts(Relation(tuple((x, "?") for x, _ in found.relation.pairs), "planted", templates=("{}",)), TRAIN, None, SEED)
+    parts = split(Relation(tuple((x, "?") for x, _ in found.relation.pairs), "planted", templates=("{}",)), TRAIN, None, SEED)
     ours = (found.result.train, found.result.validation, found.result.test)
     assert [[x for x, _ in part] for part in ours] == [[x for x, _ in part] for part in parts]
     assert {pair for part in ours for pair in part} == {*found.relation.pairs} and sum(map(len, ours)) == len(found.relation)

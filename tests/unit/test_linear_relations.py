@@ -12,7 +12,7 @@ import torch
 import hookbook as hb
 from hookbook.deferred import Later
 from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError
-from hookbook.recipes.relations.linear_relations import least_squares
+from hookbook.recipes.relations.subjects import least_squares
 from hookbook.relations import Relation
 from hookbook.testing import ToyModel, toy
 from tests.contract.test_linear_relations import BETAS, LAYERS, SEED, TRAIN, planted

@@ -93,6 +93,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "positive_norm": ("float64", "the mean length of the states of positive texts"),
     "negative_norm": ("float64", "of those of negative texts"),
     "mean_norm": ("float64", "the length of the mean difference"),
+    "matrix_norm": ("float64", "the Frobenius norm of a Jacobian"),
+    "input_norm": ("float64", "the length of the state of which it is the derivative"),
+    "product_norm": ("float64", "the length of the Jacobian times this state"),
+    "output_norm": ("float64", "the length of the output"),
     "mean_cosine": ("float64", "the cosine of the vector and the mean difference"),
     # features of an SAE
     "feature": ("Int64", "the number of a feature; nothing in rows that are of none"),
