@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_written_after_all_is_an_error(run, monkeypatch, t
     assert (code, out) == (1, "") and err.endswith("Error: no more\n")
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.whole)])
 def test_data_is_utf8_whatever_the_terminal_has(folder, encoding):
     for option, read in (("--json", json.loads), ("--csv", lambda text: rows(pd.read_csv(io.StringIO(text))))):
         words = [sys.executable, "-m", "hookbook", "lens", "北京 é", "--model", str(folder), "--layers", "0", option]
