@@ -140,8 +140,10 @@ def columns() -> str:
     """The table of columns of frames."""
     rows = [f"| `{name}` | `{kind}` | {meaning} |" for name, (kind, meaning) in COLUMNS.items()]
     return "\n".join([
-        "# Columns of frames", "", "`result.to_frame()` gives one row for each cell, and a name means the same in the frames of all results. Sites are [here](sites.md); names in braces are the result's "
-        "own: `logprob {token}` is `logprob  Paris` for the token ` Paris`, with its space. The docstring of each `to_frame` says which columns it has. "
+        "# Columns of frames", "",
+        "`result.to_frame()` gives one row for each cell, and a name means the same in the frames of all results. Sites are "
+        "[here](sites.md); names in braces are the result's own: `logprob {token}` is `logprob  Paris` for the token ` Paris`, with its "
+        "space. The docstring of each `to_frame` says which columns it has. "
         "Of texts the dtype is what your pandas calls them; `Int64` and `boolean` may have `<NA>`, numbers `NaN`.", "",
         "| column | dtype | meaning |", "|---|---|---|", *rows, "",
     ])  # fmt: skip

@@ -29,7 +29,7 @@ class ModelCard:
     tokenizer: str
     """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
     remote: bool = False
-    versions: dict[str, str] = field(default_factory=dict, compare=False)
+    versions: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def itemsize(self) -> int:

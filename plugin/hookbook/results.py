@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hookbook import storage
 from hookbook.show import html, page
@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Result:
     """Base of results. Subclasses are frozen dataclasses of tensors (on the CPU), plain data, cards, tokens and sites."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.__repr__ = cls.__repr__  # a dataclass makes none, with every number, where its class has one
+
+    def __repr__(self) -> str:
+        """Kind, model, sizes and shapes in one line."""
+        from hookbook.show.brief import line
+
+        return line(self)
+
+    def _repr_html_(self) -> str:
+        """In notebooks the first rows of `to_frame()`."""
+        from hookbook.show.brief import rows
+
+        return rows(self)
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class Tokens:
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     """Each token decoded by itself."""
-    offsets: tuple[tuple[int, int], ...] | None = None
+    offsets: tuple[tuple[int, int], ...] | None = field(default=None, repr=False)
     """Where each token's characters are in `text`; None if the prompt came as ids."""
 
     def __len__(self) -> int:

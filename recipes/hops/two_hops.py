@@ -77,8 +77,8 @@ class TwoHops(Result):
         return chosen.nonzero()[:, 0].tolist()
 
     def cells(self, by_chain: bool = False) -> pd.DataFrame:
-        """The four cells: `first`, `second`, `n` (questions), `answered` (how many of them), `rate`, and of those without a shortcut `n_clean`,
-        `answered_clean`, `rate_clean`.
+        """The four cells: `first`, `second`, `n` (questions), `answered` (how many of them), `rate`, and of those without a shortcut
+        `n_clean`, `answered_clean`, `rate_clean`.
 
         Args:
             by_chain: For each pair of relations, too.

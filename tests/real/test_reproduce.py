@@ -8,7 +8,7 @@ from tests.support.real import real
 
 def test_one_effect_is_reproduced(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "load", real)
-    (line,) = suite.run(vectors.SUITE, "smollm2-135m-instruct", tmp_path / "new", ["sentiment"])
+    (line,) = suite.lines_of(suite.run(vectors.SUITE, "smollm2-135m-instruct", tmp_path / "new", ["sentiment"]))
     assert line.holds == "yes" and line.counts and line.measured >= line.controls["random +2"] + 3
     assert {path.name for path in (tmp_path / "new").iterdir()} >= {
         "report.html",

@@ -42,7 +42,7 @@ SHARES = {
 SHARES |= {"probability", "clean_probability"}
 
 
-def frames(kind: str) -> list[pd.DataFrame]:
+def frames(kind: str) -> list[Any]:
     made: Any = result(kind)
     return [made.to_frame(), *(more(made) for name, more in MORE.items() if kind.endswith(name))]
 
@@ -53,7 +53,7 @@ def prompts(made: Result) -> dict[str, Tokens]:
     return {one.text: one for value in values if isinstance(value, tuple) for one in value if isinstance(one, Tokens)}
 
 
-def within(values: pd.Series, n: int) -> bool:
+def within(values: Any, n: int) -> bool:
     return values.dropna().between(0, n - 1).all()
 
 

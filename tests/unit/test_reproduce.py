@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +18,12 @@ from hookbook.recipes.steering.generation import Generation
 from hookbook.recipes.vectors.function_vectors import HeadEffects
 from hookbook.recipes.vectors.task_vectors import Composition, TaskVectors
 from hookbook.reproduce import suite, vectors
-from hookbook.reproduce.suite import Line
-from hookbook.reproduce.vectors import EFFECTS, Setup
+from hookbook.reproduce.effect import Effect, Expected, Line, least
+from hookbook.reproduce.suite import Suite
+from hookbook.reproduce.vectors import Setup
 from hookbook.testing import toy
 
+EFFECTS = vectors.SUITE.effects
 SETUP = Setup(layer=1, dead=(0, 2))
 
 
@@ -114,20 +117,21 @@ def test_only_what_was_expected_decides():
 
 
 def test_a_model_that_is_no_chat_model_has_no_refusal_to_look_for():
-    results, (line,) = EFFECTS["refusal"][1](toy(), Setup())
+    results, (line,) = vectors.refusal(toy(), Setup())
     assert not results and line.holds == "not run" and not line.counts and suite.number(line.measured) == "–"
 
 
-def planted_effect(line, fails=None):
+def planted_effect(key, line=None, fails=None):
     """An effect of one real result of the toy model."""
 
-    def effect(model, setup):
+    def find(model, setup):
         """What is planted."""
+        print("noise")
         if fails is not None:
             raise fails
         return {"lens": hb.logit_lens(model, "ab")}, [line]
 
-    return "Planted", effect
+    return Effect(key, "Planted", find, 1)
 
 
 @pytest.fixture
@@ -136,9 +140,8 @@ def command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "load", lambda name: print("loading") or toy())
     for name in EFFECTS:
-        monkeypatch.setitem(
-            EFFECTS, name, planted_effect(Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),)))
-        )
+        line = Line(name, "it", 0.9, {"random": 0.0, "none": float("nan")}, "works", (("it >= 0.5", True),))
+        monkeypatch.setitem(EFFECTS, name, planted_effect(name, line))
 
     def run(*words: str) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["hookbook", "reproduce", "vectors", *words])
@@ -168,8 +171,8 @@ def test_json_is_all_that_is_printed(command, capsys, tmp_path):
 
 
 def test_what_effects_and_libraries_print_is_no_json(command, capsys, monkeypatch):
-    title, effect = planted_effect(Line("sums", "it", float("inf"), {}, "works", (("it >= 0.5", True),)))
-    monkeypatch.setitem(EFFECTS, "sums", (title, lambda model, setup: print("noise") or effect(model, setup)))
+    line = Line("sums", "it", float("inf"), {}, "works", (("it >= 0.5", True),))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", line))
     assert command("--only", "sums", "--json") == 0
     out, err = capsys.readouterr()
     assert json.loads(out, parse_constant=pytest.fail)[0]["measured"] is None and "noise" in err
@@ -177,7 +180,7 @@ def test_what_effects_and_libraries_print_is_no_json(command, capsys, monkeypatc
 
 def test_brackets_in_names_are_no_markup(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "[/it]", 0.9, {}, "[/b]", (("it >= 0.5", True),))))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", Line("sums", "[/it]", 0.9, {}, "[/b]", (("it >= 0.5", True),))))
     assert command("--only", "sums", "--model", "runs/[/v2]", "--out", "[/new]") == 0
     out = capsys.readouterr().out
     assert "runs/[/v2]" in out and "[/it]" in out and "[/b]" in out and "[/new]/report.html" in out
@@ -189,14 +192,16 @@ def test_a_model_has_its_setup_by_any_of_its_names(name):
 
 
 def test_the_exit_code_is_1_if_something_expected_does_not_hold(command, monkeypatch, capsys):
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),))))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),))))
     assert command("--only", "sums", "--out", "a") == 1
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),), counts=False)))
+    monkeypatch.setitem(
+        EFFECTS, "sums", planted_effect("sums", Line("sums", "it", 0.1, {}, "works", (("it >= 0.5", False),), counts=False))
+    )
     assert command("--only", "sums", "--out", "b") == 0
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=hb.errors.Refused("heads", "it has none", "use another model")))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", fails=hb.errors.Refused("heads", "it has none", "use another model")))
     assert command("--only", "sums", "--only", "french", "--json", "--out", "c") == 1  # the others run all the same
     assert "heads: it has none" in capsys.readouterr().out
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=ZeroDivisionError("by nothing")))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", fails=ZeroDivisionError("by nothing")))
     assert command("--only", "sums", "--only", "french", "--json", "--out", "d") == 1
     failed, ran = sorted(json.loads(capsys.readouterr().out), key=lambda line: line["holds"])
     assert failed["note"] == "ZeroDivisionError: by nothing" and ran["holds"] == "yes" and Path("d/lens.csv").exists()
@@ -212,7 +217,7 @@ def test_a_folder_with_something_in_it_is_refused_before_any_work(command, capsy
 
 
 def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
-    monkeypatch.setitem(EFFECTS, "sums", planted_effect(None, fails=KeyboardInterrupt()))
+    monkeypatch.setitem(EFFECTS, "sums", planted_effect("sums", fails=KeyboardInterrupt()))
     (tmp_path / "new").mkdir()
     with pytest.raises(KeyboardInterrupt):
         suite.run(vectors.SUITE, "toy", tmp_path / "new", ["sums"])
@@ -221,7 +226,7 @@ def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
 
 
 def test_every_module_with_effects_is_a_command():
-    modules = {path.stem for path in Path(reproduce.__file__).parent.glob("*.py")} - {"__init__", "suite"}
+    modules = {path.stem for path in Path(reproduce.__file__).parent.glob("*.py")} - {"__init__", "effect", "suite"}
     assert modules == set(reproduce.SUITES)
 
 
@@ -254,7 +259,8 @@ def test_every_picture_that_needs_no_argument_is_drawn(monkeypatch, tmp_path):
             raise AssertionError("nobody said which")
 
     monkeypatch.setattr(suite, "load", lambda name: toy())
-    planted = suite.Suite("Pictures", {"one": ("One", lambda model, setup: ({"lens": Pictured(**vars(found))}, []))}, {}, suite.Expected())
+    planted = Suite("Pictures", {}, Expected())
+    planted.effect("One", minutes=1, key="one")(lambda model, setup: ({"lens": Pictured(**vars(found))}, []))
     suite.run(planted, "toy", tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "lens.csv",
@@ -268,5 +274,79 @@ def test_every_picture_that_needs_no_argument_is_drawn(monkeypatch, tmp_path):
 
 
 def test_steering_to_french_runs_on_any_model():
-    results, (line,) = EFFECTS["french"][1](toy(n_ctx=160), Setup())
+    results, (line,) = vectors.french(toy(n_ctx=160), Setup())
     assert set(results) == {"contrast_french", "steer_french"} and line.holds == "no" and line.counts
+
+
+TEMPORARY = Suite("Temporary", {"small": Expected(counted=frozenset())}, Expected(), "Numbers are shares.")
+
+
+@TEMPORARY.effect("Whether the lens reads the end", minutes=0.1)
+def last_layer(model, setup):
+    """Does the last layer say
+    what the model says?"""
+    found = hb.logit_lens(model, ["ab", "cd"], k=1)
+    same = float((found.token_ids[:, -1, 0] == found.own_ids).double().mean())
+    return {"lens": found}, [Line("lens", "the last layer", same, {}, "", (least("share", same, 1),), setup.expects("lens"))]
+
+
+@TEMPORARY.effect("What cannot be", minutes=0.1, key="never")
+def breaks(model, setup):
+    """Does it break?"""
+    return {"lens": hb.logit_lens(model, "ab"), "broken": None}, []  # it is found, and cannot be drawn
+
+
+def test_an_effect_is_one_function_and_one_line():
+    assert {key: one.heading for key, one in TEMPORARY.effects.items()} == {
+        "last-layer": "Whether the lens reads the end",
+        "never": "What cannot be",
+    }
+    outcome = TEMPORARY.effects["last-layer"].run(toy(), TEMPORARY.setup("anything"))
+    (line,) = outcome.lines
+    assert outcome.effect.question == "Does the last layer say what the model says?" and outcome.effect.minutes == 0.1
+    assert (outcome.holds, outcome.error, line.measured, line.counts) == ("yes", "", 1, True)
+    assert outcome.results["lens"].prompts[1].text == "cd" and 0 < outcome.seconds < 60
+    assert [(file.name, bool(file.words)) for file in outcome.files] == [("lens.csv", False), ("lens.png", True)]
+    (line,) = TEMPORARY.effects["last-layer"].run(toy(), TEMPORARY.setup("small")).lines
+    assert line.holds == "yes" and not line.counts  # by the data of that model
+
+
+def test_an_effect_that_fails_is_an_outcome_with_its_error():
+    outcome = TEMPORARY.effects["never"].run(toy(), Expected())
+    (line,) = outcome.lines
+    assert outcome.holds == line.holds == "no" and line.effect == "never" and outcome.seconds > 0
+    assert outcome.error == line.note and outcome.error.startswith("AttributeError: ")
+    assert [file.name for file in outcome.files] == ["lens.csv", "lens.png"] and "<img" not in suite.section(outcome)[2]
+
+
+def test_a_suite_runs_its_effects_in_the_order_of_their_lines(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "load", lambda name: toy())
+    outcomes = suite.run(TEMPORARY, "toy", tmp_path / "new", ["never", "last-layer"])
+    assert [one.effect.key for one in outcomes] == ["last-layer", "never"] == list(TEMPORARY.effects)
+    summary, page = (tmp_path / "new/summary.csv").read_text(), (tmp_path / "new/report.html").read_text()
+    assert [line.split(",")[0] for line in summary.splitlines()] == ['"effect"', '"lens"', '"never"'] and "second" not in summary
+    assert page.index("Whether the lens reads the end") < page.index("What cannot be") and page.count(" s)</p>") == 2
+    assert not any(one.results for one in outcomes)  # they may be large
+
+
+def test_two_effects_of_a_name_are_refused():
+    with pytest.raises(hb.errors.DataError, match="two effects 'never' in Temporary"):
+        TEMPORARY.effect("Again", minutes=1, key="never")(breaks)
+    assert TEMPORARY.effects["never"].heading == "What cannot be"
+
+
+@pytest.mark.parametrize(
+    ("lines", "holds"),
+    [("yes+ partly+ no-", "partly"), ("yes+ no+", "no"), ("yes- no-", "no"), ("yes+ not-run-", "yes"), ("not-run-", "not run")],
+)
+def test_an_outcome_is_as_good_as_the_worst_of_what_counts(lines, holds):
+    rules = {"yes": (("a", True),), "partly": (("a", True), ("b", False)), "no": (("a", False),), "not-run": ()}
+    planted = tuple(Line("", "", 0.0, {}, "", rules[word[:-1]], word.endswith("+")) for word in lines.split())
+    outcome = TEMPORARY.effects["never"].run(toy(), Expected())
+    assert replace(outcome, lines=planted).holds == holds
+
+
+@pytest.mark.parametrize("name", reproduce.SUITES)
+def test_every_effect_says_what_it_asks_and_how_long_it_takes(name):
+    for key, effect in reproduce.get(name).effects.items():
+        assert effect.key == key and effect.heading and effect.question.endswith(".") and 0 < effect.minutes < 30

@@ -129,22 +129,22 @@ def _reproduce(name: str, model: str, out: Path, only: list[str], as_json: bool)
     from rich.text import Text
 
     from hookbook import reproduce
-    from hookbook.reproduce.suite import controls_text, number, run, verdict
+    from hookbook.reproduce.suite import COLUMNS, lines_of, row, run, verdict
     from hookbook.show.text import need
 
     need("matplotlib", "a report").use("Agg")
     suite = reproduce.get(name)
-    lines = run(suite, model, out, only)
+    lines = lines_of(run(suite, model, out, only))
     if as_json:
         output.emit(output.to_json(line.cells() for line in lines))
     else:
         console = Console()
         table = Table(title=Text(f"{suite.title} in {model}"), title_justify="left", caption=Text(verdict(lines)), caption_justify="left")
-        for head in ("effect", "what", "measured", "controls", "the paper says", "holds here"):
+        for head in COLUMNS:
             table.add_column(head, justify="right" if head == "measured" else "left", overflow="fold")
         for line in lines:
-            words = (line.effect, line.what, number(line.measured), controls_text(line), line.paper)
-            table.add_row(*map(Text, words), Text(line.holds, {"yes": "green", "partly": "yellow", "no": "red"}.get(line.holds, "")))
+            *words, holds = row(line)
+            table.add_row(*map(Text, words), Text(holds, {"yes": "green", "partly": "yellow", "no": "red"}.get(holds, "")))
         console.print(table)
         console.print(f"Report: {(out / 'report.html').resolve()}", highlight=False, soft_wrap=True, markup=False)
     return all(line.holds == "yes" for line in lines if line.counts)

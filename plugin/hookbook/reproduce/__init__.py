@@ -1,6 +1,7 @@
 """`hookbook reproduce`: published effects on one model, each beside its controls and judged by a rule that was fixed before.
 
-A suite is a module here with a `SUITE`, and a line in `SUITES`, which makes it a command.
+An effect is a function with `@SUITE.effect(...)` above it, in the module of its suite. A suite is a module here with a `SUITE`, and a line
+in `SUITES`, which makes it a command.
 """
 
 from __future__ import annotations

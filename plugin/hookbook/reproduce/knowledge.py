@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hookbook import hops, prompts, relations
 from hookbook.recipes.hops.backpatching import Backpatch, backpatch
@@ -14,7 +14,8 @@ from hookbook.recipes.hops.two_hops import TwoHops, two_hops
 from hookbook.recipes.reading.logit_lens import LogitLens, logit_lens
 from hookbook.recipes.relations.linear_relations import LinearRelation, linear_relation
 from hookbook.recipes.relations.relation_edits import RelationEdits, edit_relation
-from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
+from hookbook.reproduce.effect import Expected, Found, Line, least, most
+from hookbook.reproduce.suite import Suite
 from hookbook.results import Result
 
 if TYPE_CHECKING:
@@ -74,7 +75,15 @@ SETUPS = {
     ),
 }
 
+SUITE = Suite(
+    "Knowledge",
+    SETUPS,
+    Setup(),
+    "Accuracies are of an answer's first token among all tokens, on pairs that chose nothing; layers count block outputs from 0.",
+)
 
+
+@SUITE.effect("Relations as linear maps", minutes=9, key="relations")
 def linear(model: Adapter, setup: Setup) -> Found:
     """A relation as one affine map from the subject's state to the state that says the object, its mean first-order expansion at five
     subjects (Hernandez et al. 2023).
@@ -112,13 +121,14 @@ def linear_line(found: LinearRelation, setup: Setup) -> Line:
     return Line("linear relation", what, measured, controls, "linear", tuple(rule), setup.expects("linear relation", found.relation), note)
 
 
+@SUITE.effect("Edits through a relation's inverse", minutes=9)
 def edits(model: Adapter, setup: Setup) -> Found:
     """A subject's state moved along the map's inverse of rank 100, so that the model says another subject's object (Hernandez et al. 2023,
     section 5).
 
     The inverse of full rank fails, as in the paper: small singular values amplify noise. Noise of the edit's length does nothing. The
-        divergence is how far
-    the next token after sentences that do not ask for the relation moves, for the edit and for noise: an edit is no surgery.
+    divergence is how far the next token after sentences that do not ask for the relation moves, for the edit and for noise: an edit is
+    no surgery.
     """
     layers = list(setup.edit_layers) or list(range(model.card.n_layers // 2))
     results: dict[str, Result] = {}
@@ -155,16 +165,16 @@ def edit_line(draws: Sequence[RelationEdits], setup: Setup) -> Line:
     return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", name), note)
 
 
+@SUITE.effect("Two hops and backpatching", minutes=9, key="two-hops")
 def two(model: Adapter, setup: Setup) -> Found:
     """Questions over a bridge that the text does not name, such as the capital of the country of Lyon (Biran et al. 2024, models of 7 to
     70 billion parameters).
 
     First: is a question answered whose two hops are known? Only questions that no shortcut answers count: neither the second relation of
     the entity itself, nor the question without it. Then, of answered questions, the attention that is needed: windows of seven layers in
-    which the last token cannot see the entity. Last, of questions
-    that are not answered though both hops are known, backpatching: a later layer's state at the last token given to an earlier layer. That
-    any pair of layers helps says little, for states of other questions (shuffled) help, too; look at the region, which was fixed
-    beforehand, and at the pair that one half of the questions chose.
+    which the last token cannot see the entity. Last, of questions that are not answered though both hops are known, backpatching: a later
+    layer's state at the last token given to an earlier layer. That any pair of layers helps says little, for states of other questions
+    (shuffled) help, too; look at the region, which was fixed beforehand, and at the pair that one half of the questions chose.
     """
     asked = [question for first in ("city_country", "landmark_country") for question in hops.chain(first, "country_capital", 40, shots=2)]
     cells = two_hops(model, asked)
@@ -188,16 +198,8 @@ def cells_line(found: TwoHops) -> Line:
     rates = [float(right[some].mean()) for some in (alone, helped)]
     controls = {"with a shortcut": rates[1]}
     note = f"Both hops are known of {len(found.select())} of {len(found.answers)} questions; {len(alone)} of these have no shortcut."
-    return Line(
-        "two hops",
-        "both known, no shortcut",
-        rates[0],
-        controls,
-        "often not answered",
-        (("answered <= 0.5", rates[0] <= 0.5),),
-        False,
-        note,
-    )
+    rule = (("answered <= 0.5", rates[0] <= 0.5),)
+    return Line("two hops", "both known, no shortcut", rates[0], controls, "often not answered", rule, False, note)
 
 
 def knock_out_line(found: HopKnockOut, setup: Setup) -> Line:
@@ -238,37 +240,23 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
     )
     others = {name: rate.any for name, rate in every.items() if name != "patch"}
     chosen = {name: share for name, share in best.rates.items() if name != "patch"}
+    at_all, paper = (least("any pair", every["patch"].any, 0.32),), "fixes 0.32 to 0.66"
+    one = f"layer {best.source} to {best.target}, chosen on the other half"
     single = (("fixes some", best.rates["patch"] > 0), ("more than shuffled", best.rates["patch"] > chosen["shuffled"]))
     return [
         Line("backpatching", where, measured, controls, "fixes questions", rule, setup.expects("backpatching", "region"), note),
-        Line(
-            "backpatching, any pair",
-            "at least one of all pairs",
-            every["patch"].any,
-            others,
-            "fixes 0.32 to 0.66",
-            (least("any pair", every["patch"].any, 0.32),),
-            False,
-        ),
-        Line(
-            "backpatching, one pair",
-            f"layer {best.source} to {best.target}, chosen on the other half",
-            best.rates["patch"],
-            chosen,
-            "",
-            single,
-            False,
-        ),
+        Line("backpatching, any pair", "at least one of all pairs", every["patch"].any, others, paper, at_all, False),
+        Line("backpatching, one pair", one, best.rates["patch"], chosen, "", single, False),
     ]
 
 
+@SUITE.effect("Which language it thinks in", minutes=9)
 def languages(model: Adapter, setup: Setup) -> Found:
     """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7
     to 70 billion parameters).
 
     The probability of a language is the sum over the tokens that begin its word. The control is an English word that has nothing to do
-    with the answer. In small
-    models the effect is small: English is seldom the likeliest token.
+    with the answer. In small models the effect is small: English is seldom the likeliest token.
     """
     results: dict[str, Result] = {}
     lines = []
@@ -297,19 +285,3 @@ def language_line(found: LogitLens, target: str, setup: Setup) -> Line:
         ("English falls to the end", float(means[-1, 1]) < english),
     )
     return Line("language between", f"French to {target}, layer {layer}", english, controls, "English in the middle", rule, False)
-
-
-EFFECTS: dict[str, tuple[str, Any]] = {
-    "relations": ("Relations as linear maps", linear),
-    "edits": ("Edits through a relation's inverse", edits),
-    "two-hops": ("Two hops and backpatching", two),
-    "languages": ("Which language it thinks in", languages),
-}
-
-SUITE = Suite(
-    "Knowledge",
-    EFFECTS,
-    SETUPS,
-    Setup(),
-    "Accuracies are of an answer's first token among all tokens, on pairs that chose nothing; layers count block outputs from 0.",
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from hookbook import prompts, relations, tasks
 from hookbook.recipes.reading.logit_lens import logit_lens
 from hookbook.recipes.reading.patchscopes import Patchscope, patchscope
-from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
+from hookbook.reproduce.effect import Expected, Found, Line, least, most
+from hookbook.reproduce.suite import Suite
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
@@ -52,7 +53,10 @@ SETUPS = {
     ),
 }
 
+SUITE = Suite("Patchscopes", SETUPS, Setup(), "Layers count block outputs from 0; texts are compared in any case.")
 
+
+@SUITE.effect("The next token, beside the logit lens", minutes=1)
 def identity(model: Adapter, setup: Setup) -> Found:
     """The next token, read from a middle layer's state of a sentence's last token (Ghandeharioun et al. 2024, section 4.1).
 
@@ -75,18 +79,12 @@ def identity(model: Adapter, setup: Setup) -> Found:
         (f"0.3 above the logit lens: {precision - controls['logit lens']:.2f}", precision - controls["logit lens"] >= 0.3),
         *most(controls, {"other sentences": 0.08, "unpatched": 0.08}),
     )
-    line = Line(
-        "token identity",
-        f"precision, layer {layer}",
-        precision,
-        controls,
-        "above the logit lens from middle layers on",
-        rule,
-        setup.expects("token identity"),
-    )
+    what, paper = f"precision, layer {layer}", "above the logit lens from middle layers on"
+    line = Line("token identity", what, precision, controls, paper, rule, setup.expects("token identity"))
     return {"token_identity": found, "logit_lens": lens}, [line]
 
 
+@SUITE.effect("Who is it?", minutes=2)
 def entities(model: Adapter, setup: Setup) -> Found:
     """An entity, described from the state of its name's last token (section 4.3): early layers say who or what it is, late ones hold the
     next word instead.
@@ -123,6 +121,7 @@ def entities(model: Adapter, setup: Setup) -> Found:
     return results, lines
 
 
+@SUITE.effect("An attribute that no one asked for", minutes=1)
 def attributes(model: Adapter, setup: Setup) -> Found:
     """A country's capital, out of the middle of a sentence which does not ask for it (section 4.2, one template).
 
@@ -153,9 +152,8 @@ def attributes(model: Adapter, setup: Setup) -> Found:
     controls["unpatched"] = sum(_has(text, some) for text, some in zip(found.control_texts, capitals, strict=True)) / len(pairs)
     rule = (least("named", one, 0.5), *most(controls, {"others' capitals": 0.1, "unpatched": 0.1}))
     what = f"capitals of {len(pairs)} countries, a pair of layers chosen on the other half"
-    return {"attribute_capital": found}, [
-        Line("attribute", what, one, controls, "any pair, of most subjects", rule, setup.expects("attribute"))
-    ]
+    line = Line("attribute", what, one, controls, "any pair, of most subjects", rule, setup.expects("attribute"))
+    return {"attribute_capital": found}, [line]
 
 
 def said(found: Patchscope, words: Sequence[Sequence[str]]) -> Tensor:
@@ -171,12 +169,3 @@ def judged(right: Tensor) -> float:
     """Mean over both halves of the prompts of the pair that was best on the other half."""
     halves = right[0::2], right[1::2]
     return sum(float(half[:, int(other.mean(0).argmax())].mean()) for half, other in (halves, halves[::-1])) / 2
-
-
-EFFECTS: dict[str, tuple[str, Any]] = {
-    "identity": ("The next token, beside the logit lens", identity),
-    "entities": ("Who is it?", entities),
-    "attributes": ("An attribute that no one asked for", attributes),
-}
-
-SUITE = Suite("Patchscopes", EFFECTS, SETUPS, Setup(), "Layers count block outputs from 0; texts are compared in any case.")

@@ -20,7 +20,8 @@ from hookbook.recipes.features.steering import steer_feature
 from hookbook.recipes.steering.contrast_vectors import contrast_vector
 from hookbook.recipes.steering.steering import Steering
 from hookbook.recipes.vectors.task_vectors import task_vector
-from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
+from hookbook.reproduce.effect import Expected, Found, Line, least, most
+from hookbook.reproduce.suite import Suite
 from hookbook.results import Result
 from hookbook.vectors import Vector
 
@@ -50,15 +51,9 @@ class Setup(Expected):
 
 SETUPS = {"gemma-3-270m": Setup(sae=saes.demo)}
 
-
-def _texts() -> tuple[list[str], list[str]]:
-    """French texts and English ones: one half for choosing features, the other for judging them."""
-    french, english = tasks.contrast("language_french")
-    return list(french), list(english)
-
-
-def _half(texts: list[str], which: int) -> list[str]:
-    return texts[which::2]
+SUITE = Suite(
+    "SAE features", SETUPS, Setup(), "The SAE is the demonstration SAE that ships with hookbook; layers count block outputs from 0."
+)
 
 
 def _attached(model: Adapter, setup: Setup) -> saes.AttachedSAE:
@@ -71,34 +66,34 @@ def _attached(model: Adapter, setup: Setup) -> saes.AttachedSAE:
     return saes.attach(model, setup.sae())
 
 
+@SUITE.effect("Whether the SAE fits", minutes=0.3)
 def fit(model: Adapter, setup: Setup) -> Found:
     """Whether the SAE fits this model: how sparse it is, what it does not reconstruct, and what the model loses when it goes on from
     reconstructions.
 
     The texts are hookbook's own French and English ones, on which the SAE was not trained.
     """
-    french, english = _texts()
+    french, english = map(list, tasks.contrast("language_french"))
     found = sae_report(_attached(model, setup), french + english)
     controls = {"FVU": float(found.fvu), "L0": float(found.l0), "dead": float(found.dead)}
     rule = (least("loss recovered", float(found.loss_recovered), 0.5), *most(controls, {"FVU": 0.5}))
-    return {"sae_report": found}, [
-        Line("the SAE fits", "loss recovered", float(found.loss_recovered), controls, "", rule, setup.expects("fit"))
-    ]
+    line = Line("the SAE fits", "loss recovered", float(found.loss_recovered), controls, "", rule, setup.expects("fit"))
+    return {"sae_report": found}, [line]
 
 
+@SUITE.effect("What vectors are made of", minutes=0.5)
 def decompositions(model: Adapter, setup: Setup) -> Found:
     """Vectors as features: the French-steering vector, and the task vector of countries and capitals less that of other tasks.
 
     A feature fits if it tells texts apart that it was not chosen on: by its mean activation on French texts against English ones, and at
     the last token of prompts about capitals against those of other tasks; as the area under the curve (AUROC). Of the five largest
-    features of a vector the best
-    counts: the others are often active on every kind of text. The control is the best of five random features that are ever active on
-    these texts, the mean of a thousand draws.
+    features of a vector the best counts: the others are often active on every kind of text. The control is the best of five random
+    features that are ever active on these texts, the mean of a thousand draws.
     """
     sae = _attached(model, setup)
-    french, english = _texts()
-    vectors_of: dict[str, FeatureVector] = {"french_vector": _steering(model, sae, _half(french, 0), _half(english, 0)).decompose(sae)}
-    sides = [feature_activations(sae, _half(texts, 1)) for texts in (french, english)]
+    french, english = map(list, tasks.contrast("language_french"))
+    vectors_of: dict[str, FeatureVector] = {"french_vector": _steering(model, sae, french[::2], english[::2]).decompose(sae)}
+    sides = [feature_activations(sae, texts[1::2]) for texts in (french, english)]
     lines = [_told_apart("French vector", vectors_of["french_vector"], sides[0], sides[1], setup)]
     names = ["country_capital", "present_past", "singular_plural", "english_german"]
     vectors, prompts = [], []
@@ -139,6 +134,7 @@ def _told_apart(what: str, found: FeatureVector, here: FeatureActivations, there
     return Line(effect, f"{what}, feature {best}", of[best], controls, "", rule, setup.expects("decompositions", what), note)
 
 
+@SUITE.effect("Clamping the language feature", minutes=1.5)
 def language(model: Adapter, setup: Setup) -> Found:
     """A feature clamped to a multiple of its largest activation at every token, against random features pushed as far.
 
@@ -148,7 +144,7 @@ def language(model: Adapter, setup: Setup) -> Found:
     Features that are large in the French-steering vector are active on English, too, and bring little French alone.
     """
     sae = _attached(model, setup)
-    french, english = _texts()
+    french, english = map(list, tasks.contrast("language_french"))
     sides = [feature_activations(sae, texts) for texts in (french, english)]
     sae = replace(sae, maxima=torch.maximum(sides[0].largest(), sides[1].largest()))
     apart: Any = sides[0].contrast(sides[1]).query("auroc >= 0.6 and difference > 0")
@@ -173,16 +169,8 @@ def language(model: Adapter, setup: Setup) -> Found:
     tries = ", ".join(f"{one} {float(mean.max()):.2f}" for one, mean in means.items())
     example = f"{found[0].prompts[0].text!r} goes on {found[0].said[0][1]!r}; with a random feature {found[0].said[0][2]!r}"
     note = f"On the other half, each at its best multiple: {tries}. An example: {example}."
-    line = Line(
-        "clamping the language feature",
-        f"feature {feature}, {times:g} times its maximum",
-        measured,
-        controls,
-        "steers",
-        rule,
-        setup.expects("language"),
-        note,
-    )
+    effect, what = "clamping the language feature", f"feature {feature}, {times:g} times its maximum"
+    line = Line(effect, what, measured, controls, "steers", rule, setup.expects("language"), note)
     results: dict[str, Result] = {"sweep": sweep, **{f"steer_{one}": run for one, run in tried.items()}}
     return results | {f"judged_{seed}": one for seed, one in zip(SEEDS, found, strict=True)}, [line]
 
@@ -192,6 +180,7 @@ def french_alone(texts: Sequence[str]) -> float:
     return scores.french_score(texts, scores.FRENCH - SHARED)
 
 
+@SUITE.effect("Attribution of an answer to features", minutes=0.2)
 def attribution(model: Adapter, setup: Setup) -> Found:
     """Gradient times activation against what taking a feature out at a token really does (Marks et al. 2024), on prompts about capitals."""
     sae = _attached(model, setup)
@@ -204,19 +193,3 @@ def attribution(model: Adapter, setup: Setup) -> Found:
     rule = (least("correlation", r, 0.7),)
     what = f"{len(prompts)} prompts, the 50 largest of each"
     return {"attribution": found}, [Line("attribution agrees with ablation", what, r, {}, "close", rule, setup.expects("attribution"))]
-
-
-EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
-    "fit": ("Whether the SAE fits", fit),
-    "decompositions": ("What vectors are made of", decompositions),
-    "language": ("Clamping the language feature", language),
-    "attribution": ("Attribution of an answer to features", attribution),
-}
-
-SUITE = Suite(
-    "SAE features",
-    EFFECTS,
-    SETUPS,
-    Setup(),
-    "The SAE is the demonstration SAE that ships with hookbook; layers count block outputs from 0.",
-)

@@ -1,28 +1,22 @@
-"""What suites of effects share: lines and their rules, running the effects, and the folder of tables, pictures and a page.
-
-An effect is a function of a model and the suite's setup for it that gives results, and lines of the summary. Its docstring stands in the
-report.
-"""
+"""Suites of effects: running them on a model, and the folder of tables, pictures and a page."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import inspect
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from hookbook import storage
-from hookbook.errors import DataError, HookbookError, ResultError
+from hookbook.errors import DataError, ResultError
 from hookbook.models import packages
 from hookbook.models.loading import load
-from hookbook.results import Result
-from hookbook.show import html as report, page as reporting
+from hookbook.reproduce.effect import Effect, Find, Line, Outcome, SetupT, to_csv
+from hookbook.show import html
 from hookbook.show.text import need
 
 if TYPE_CHECKING:
@@ -30,94 +24,38 @@ if TYPE_CHECKING:
 
     from hookbook.adapter import Adapter
 
-Check = tuple[str, bool]
 RULE = (
     "Holds here: yes, if the whole rule holds; partly, if the effect is there and a control or a layer is not as the rule has it; no, "
     "if the effect is not there. "
     "Rules were fixed before these runs."
 )
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the summary."""
-
-    effect: str
-    what: str
-    measured: float
-    controls: dict[str, float]
-    paper: str
-    rule: tuple[Check, ...]
-    """What must be true, and whether it is: the effect itself first, then its controls."""
-    counts: bool = True
-    """Whether this was expected of this model beforehand."""
-    note: str = ""
-
-    @property
-    def holds(self) -> str:
-        """`yes`: the whole rule; `partly`: the effect is there, and a control or a layer is not as it should be; `no`: the effect is not
-        there;
-        `not run`: there is no rule."""
-        if not self.rule:
-            return "not run"
-        return "yes" if all(ok for _, ok in self.rule) else "partly" if self.rule[0][1] else "no"
-
-    def cells(self) -> dict[str, Any]:
-        """The columns of the summary, as plain data; a number that is not known is None."""
-        numbers = {name: None if value != value else round(value, 3) for name, value in {"": self.measured, **self.controls}.items()}
-        return {
-            "effect": self.effect,
-            "what": self.what,
-            "measured": numbers.pop(""),
-            "controls": numbers,
-            "paper": self.paper,
-            "holds": self.holds,
-            "rule": "; ".join(f"{words}{'' if ok else ' (not so)'}" for words, ok in self.rule),
-            "counts": self.counts,
-            "note": self.note,
-        }
-
-
-def least(name: str, value: float, limit: float) -> Check:
-    """A number must be at least this large."""
-    return f"{name} >= {limit:g}", value >= limit
-
-
-def most(controls: Mapping[str, float], limits: Mapping[str, float | None]) -> list[Check]:
-    """Controls must be at most this large; one whose limit is None may be anything."""
-    return [(f"{name} <= {limit:g}", controls[name] <= limit) for name, limit in limits.items() if limit is not None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """Base of setups: what decides the exit code."""
-
-    counted: frozenset[tuple[str, str]] | None = None
-    """Effects, and what they are looked for in, such as a task; None: all with a rule of their own."""
-
-    def expects(self, effect: str, what: str = "") -> bool:
-        """Whether an effect was expected of this model beforehand."""
-        return self.counted is None or (effect, what) in self.counted
-
-
-Found = tuple[dict[str, Result], list[Line]]
-"""Results by the names of their files, and lines of the summary."""
-SetupT = TypeVar("SetupT", bound=Expected)
+COLUMNS = ("effect", "what", "measured", "controls", "the paper says", "holds here")
 
 
 @dataclass(frozen=True)
 class Suite(Generic[SetupT]):
-    """Effects that are looked for together."""
+    """Effects that are looked for together, in the order in which they are written down."""
 
     title: str
-    effects: Mapping[str, tuple[str, Callable[[Adapter, SetupT], Found]]]
-    """By what `only` calls them: a heading, and the effect."""
     setups: Mapping[str, SetupT]
     """By name of the model."""
     default: SetupT
     """For models that were not measured before."""
     numbers: str = ""
     """How the numbers are to be read."""
+    effects: dict[str, Effect[SetupT]] = field(default_factory=dict)
+    """By their keys."""
+
+    def effect(self, heading: str, *, minutes: float, key: str = "") -> Callable[[Find[SetupT]], Find[SetupT]]:
+        """The line above a function that makes it an effect of this suite; its key is the function's name, unless another is given."""
+
+        def add(find: Find[SetupT]) -> Find[SetupT]:
+            effect = Effect(key or find.__name__.replace("_", "-"), heading, find, minutes)
+            if self.effects.setdefault(effect.key, effect) is not effect:
+                raise DataError(f"two effects {effect.key!r} in {self.title}", "", "give one another name, or a key")
+            return find
+
+        return add
 
     def setup(self, name: str) -> SetupT:
         """Of a model by any name that `hookbook.load` knows it by."""
@@ -125,7 +63,7 @@ class Suite(Generic[SetupT]):
         return self.setups.get(own.get(name.lower(), name), self.default)
 
 
-def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequence[str] = ()) -> list[Line]:
+def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequence[str] = ()) -> list[Outcome]:
     """Run the effects on a model, and write a folder: a table and the pictures of every result, `summary.csv`, and `report.html`.
 
     Args:
@@ -134,16 +72,15 @@ def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequenc
         out: A new or empty folder; it appears whole or not at all.
         only: Names of effects; none: all of them.
 
+    Returns:
+        What came of each effect, without the results themselves, which may be large.
+
     Raises:
         ResultError: The folder has something in it.
         DataError: No such effect.
         ModelError: The model cannot be found.
         Refused: What draws pictures is not installed.
     """
-    from tqdm.auto import tqdm
-
-    import hookbook
-
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ResultError(f"{out} exists", "a report does not overwrite", "name a new folder with --out, or remove it")
@@ -152,39 +89,36 @@ def run(suite: Suite[Any], name: str, out: str | os.PathLike[str], only: Sequenc
     need("matplotlib", "a report")
     need("pandas", "a report")
     start = time.perf_counter()
-    lines, sections = [], []
-    chosen = [key for key in suite.effects if not only or key in only]
     with contextlib.redirect_stdout(sys.stderr):  # what libraries say
         model, setup = load(name), suite.setup(name)
-    with contextlib.redirect_stdout(sys.stderr), storage.whole_folder(out) as scratch, tqdm(chosen, desc="effects", file=sys.stderr) as bar:
-        for key in bar:
-            bar.set_postfix_str(key)
-            title, effect = suite.effects[key]
-            begun = time.perf_counter()
-            try:
-                results, found = effect(model, setup)
-                pictures = [picture for file, result in results.items() for picture in _save(scratch, file, result)]
-            except Exception as error:  # hookbook's own: of a model that cannot do this one; any other must not lose the effects that ran
-                why = str(error) if isinstance(error, HookbookError) else f"{type(error).__name__}: {error}"
-                pictures, found = [], [Line(key, "not run", float("nan"), {}, "", (("it runs", False),), True, why)]
-            seconds = time.perf_counter() - begun
-            words = (
-                f"{' '.join((inspect.getdoc(effect) or '').split())} {' '.join(line.note for line in found if line.note)} ({seconds:.0f} s)"
-            )
-            sections.append((title, words, "".join(pictures)))
-            lines += found
-        (scratch / "summary.csv").write_bytes(to_csv(frame(lines)).encode())
-        seconds = time.perf_counter() - start
-        page = report.page(
-            f"{suite.title} in {name}",
-            [
-                ("Summary", f"{verdict(lines)} {RULE} {suite.numbers} {len(chosen)} effects took {seconds:.0f} s.", _summary(lines)),
-                *sections,
-            ],
-            f"hookbook {hookbook.__version__}; {model.card.model_id} through {model.card.backend}, {model.card.dtype}; {seconds:.0f} s.",
-        )
-        report.write(scratch / "report.html", page)
-    return lines
+        with storage.whole_folder(out) as scratch:
+            chosen = [effect for key, effect in suite.effects.items() if not only or key in only]
+            outcomes = [_written(effect.run(model, setup), scratch) for effect in _shown(chosen)]
+            (scratch / "summary.csv").write_bytes(to_csv(frame(lines_of(outcomes))).encode())
+            html.write(scratch / "report.html", _page(suite, name, model, outcomes, time.perf_counter() - start))
+    return outcomes
+
+
+def _shown(effects: Sequence[Effect[Any]]) -> Iterator[Effect[Any]]:
+    """One after the other, with a bar of progress."""
+    from tqdm.auto import tqdm
+
+    with tqdm(effects, desc="effects", file=sys.stderr) as bar:
+        for effect in bar:
+            bar.set_postfix_str(effect.key)
+            yield effect
+
+
+def _written(outcome: Outcome, folder: Path) -> Outcome:
+    """Its files in the folder; without its results."""
+    for file in outcome.files:
+        (folder / file.name).write_bytes(file.data)
+    return replace(outcome, results={})
+
+
+def lines_of(outcomes: Sequence[Outcome]) -> list[Line]:
+    """The lines of the summary."""
+    return [line for outcome in outcomes for line in outcome.lines]
 
 
 def verdict(lines: Sequence[Line]) -> str:
@@ -200,11 +134,6 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame([line.cells() | {"controls": controls_text(line)} for line in lines])
 
 
-def to_csv(frame: pd.DataFrame) -> str:
-    """A frame as CSV; every text is quoted, since one may hold a bare carriage return, which pandas leaves unquoted."""
-    return frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-
-
 def number(value: Any) -> str:
     """Two decimals; a dash for what is not known."""
     return "–" if value != value else f"{float(value):z.2f}"
@@ -215,18 +144,28 @@ def controls_text(line: Line) -> str:
     return ", ".join(f"{name} {number(value)}" for name, value in line.controls.items())
 
 
+def row(line: Line) -> list[str]:
+    """A line under `COLUMNS`."""
+    return [line.effect, line.what, number(line.measured), controls_text(line), line.paper, line.holds]
+
+
+def _page(suite: Suite[Any], name: str, model: Adapter, outcomes: Sequence[Outcome], seconds: float) -> str:
+    """A summary, and a section for each effect."""
+    from hookbook import __version__
+
+    lines, card = lines_of(outcomes), model.card
+    words = f"{verdict(lines)} {RULE} {suite.numbers} {len(outcomes)} effects took {seconds:.0f} s."
+    footer = f"hookbook {__version__}; {card.model_id} through {card.backend}, {card.dtype}; {seconds:.0f} s."
+    return html.page(f"{suite.title} in {name}", [("Summary", words, _summary(lines)), *map(section, outcomes)], footer)
+
+
 def _summary(lines: Sequence[Line]) -> str:
-    header = ["effect", "what", "measured", "controls", "the paper says", "holds here", "rule", "expected here"]
-    rows = [[*map(str, (line.effect, line.what)), number(line.measured), controls_text(line), line.paper, line.holds] for line in lines]
-    ends = [[line.cells()["rule"], "yes" if line.counts else "not known before"] for line in lines]
-    return report.table(header, [row + end for row, end in zip(rows, ends, strict=True)], caption="Each effect beside its controls")
+    rows = [[*row(line), line.cells()["rule"], "yes" if line.counts else "not known before"] for line in lines]
+    return html.table([*COLUMNS, "rule", "expected here"], rows, caption="Each effect beside its controls")
 
 
-def _save(folder: Path, file: str, result: Result) -> Iterator[str]:
-    """Write a result's table and pictures; the pictures as HTML."""
-    (folder / f"{file}.csv").write_bytes(to_csv(result.to_frame()).encode())
-    for plot, words, png in reporting.pictures(result):
-        name = file + plot.removeprefix("plot")
-        (folder / f"{name}.png").write_bytes(png)
-        numbers = f" The numbers are in {file}.csv." if name == file else ""
-        yield report.picture(png, f"{name.replace('_', ' ')}: {words}{numbers}")
+def section(outcome: Outcome) -> tuple[str, str, str]:
+    """An effect on a page: its heading; its question, what the lines note and how long it took; and its pictures."""
+    notes = " ".join(line.note for line in outcome.lines if line.note)
+    pictures = [html.picture(file.data, file.words) for file in outcome.files if file.words and not outcome.error]
+    return outcome.effect.heading, f"{outcome.effect.question} {notes} ({outcome.seconds:.0f} s)", "".join(pictures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from hookbook.recipes.steering.steering import Steering, steer
 from hookbook.recipes.vectors.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
 from hookbook.recipes.vectors.task_sweep import TaskSweep
 from hookbook.recipes.vectors.task_vectors import Composition, TaskVectors, compose, task_vector
-from hookbook.reproduce.suite import Expected, Found, Line, Suite, least, most
+from hookbook.reproduce.effect import Expected, Found, Line, least, most
+from hookbook.reproduce.suite import Suite
 from hookbook.results import Result
 
 if TYPE_CHECKING:
@@ -105,7 +106,15 @@ SETUPS = {
     ),
 }
 
+SUITE = Suite(
+    "Vectors",
+    SETUPS,
+    Setup(),
+    "Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0.",
+)
 
+
+@SUITE.effect("Task vectors", minutes=4)
 def task_vectors(model: Adapter, setup: Setup) -> Found:
     """The mean state behind examples, set or added at the last token of a query without examples (Hendel et al. 2023; Todd et al. 2023).
 
@@ -139,19 +148,12 @@ def task_line(found: TaskVectors, setup: Setup) -> Line:
     after = [x for at, x in by_layer if works and at > works[-1]]
     where = f"{found.task}, {found.mode}: at least half of the best at layers {', '.join(map(str, works)) or 'none'} of those tried"
     note = where + (f", and at most {max(after):.2f} after them." if after else ".")
-    effect = f"task vector, {found.mode}"
-    return Line(
-        effect,
-        f"{found.task}, layer {layer}",
-        measured,
-        controls,
-        "works in middle layers",
-        tuple(rule),
-        setup.expects(effect, found.task),
-        note,
-    )
+    effect, what = f"task vector, {found.mode}", f"{found.task}, layer {layer}"
+    counts = setup.expects(effect, found.task)
+    return Line(effect, what, measured, controls, "works in middle layers", tuple(rule), counts, note)
 
 
+@SUITE.effect("Heads and function vectors", minutes=3)
 def function_vectors(model: Adapter, setup: Setup) -> Found:
     """A few heads carry a task from examples to the last token; the sum of their mean outputs, added, makes the model do it (Todd et al.
     2023).
@@ -189,16 +191,8 @@ def heads_line(found: HeadEffects, setup: Setup) -> Line:
     else:
         rule = [least("largest effect", sizes[0], 0.08), ("median of all <= 0.01", abs(controls["median of all"]) <= 0.01)]
     note = f"The largest mean indirect effects: {', '.join(f'{name} {size:+.2f}' for name, size in zip(names, sizes, strict=True))}."
-    return Line(
-        "heads",
-        f"largest, {names[0]}",
-        sizes[0],
-        {f"second, {names[1]}": sizes[1], **controls},
-        "few matter",
-        tuple(rule),
-        setup.expects("heads"),
-        note,
-    )
+    controls = {f"second, {names[1]}": sizes[1], **controls}
+    return Line("heads", f"largest, {names[0]}", sizes[0], controls, "few matter", tuple(rule), setup.expects("heads"), note)
 
 
 def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
@@ -214,6 +208,7 @@ def function_line(effect: str, found: FunctionVectors, setup: Setup) -> Line:
     return Line(effect, what, measured, controls, "works", rule, effect == "function vector" and setup.expects(effect, found.task), note)
 
 
+@SUITE.effect("Sums of vectors", minutes=2)
 def sums(model: Adapter, setup: Setup) -> Found:
     """Vectors of lists of three: last copy + first answer - first copy should answer for the last item (Todd et al. 2023, section 3.3;
     here mean states are set).
@@ -234,6 +229,7 @@ def sum_line(task: str, found: Composition, setup: Setup) -> Line:
     return Line("sum of vectors", f"{task}, layer {layer}", measured, controls, "adds up", rule, setup.expects("sum of vectors", task))
 
 
+@SUITE.effect("Steering to French", minutes=0.3)
 def french(model: Adapter, setup: Setup) -> Found:
     """The mean state of French texts less that of English ones, added at all tokens, makes English openings go on in French.
 
@@ -256,6 +252,7 @@ def french_line(said: Steering, layer: int, setup: Setup) -> Line:
     return Line("steering to French", what, float(measured), controls, "steers", rule, setup.expects("steering to French"), note)
 
 
+@SUITE.effect("In-context vectors", minutes=1)
 def in_context(model: Adapter, setup: Setup) -> Found:
     """What leads from the last state of an English sentence to that of its French translation, at all layers together, makes English
     openings go on in French (Liu et al. 2023).
@@ -287,22 +284,13 @@ def in_context_line(said: Mapping[float, Generation], random: Mapping[float, Gen
     }
     rule = (least("share in French", shares[best], 0.5), *most(controls, {"no vector": 0.1, "random": 0.1}))
     by_strength = ", ".join(f"{share:.2f} at {strength:g}" for strength, share in shares.items())
-    note = (
-        f"In-context vectors, share in French by strength: {by_strength}. "
-        f"An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
-    )
-    return best, Line(
-        "in-context vector",
-        f"to French, strength {best:g}",
-        shares[best],
-        controls,
-        "steers",
-        rule,
-        setup.expects("in-context vector"),
-        note,
-    )
+    example = f"An example: {chosen.prompts[0].text!r} goes on {chosen.texts[0]!r}."
+    note = f"In-context vectors, share in French by strength: {by_strength}. {example}"
+    effect, what = "in-context vector", f"to French, strength {best:g}"
+    return best, Line(effect, what, shares[best], controls, "steers", rule, setup.expects(effect), note)
 
 
+@SUITE.effect("Steering sentiment", minutes=0.2)
 def sentiment(model: Adapter, setup: Setup) -> Found:
     """The mean state of favourable reviews less that of unfavourable ones, added with strength 2 and -2, moves the log-odds of good
     against bad words both ways."""
@@ -322,6 +310,7 @@ def sentiment_line(odds: Steering, layer: int, setup: Setup) -> Line:
     return Line("steering sentiment", what, up, controls, "steers", rule, setup.expects("steering sentiment"))
 
 
+@SUITE.effect("The refusal direction", minutes=1)
 def refusal(model: Adapter, setup: Setup) -> Found:
     """One direction decides whether a chat model refuses (Arditi et al. 2024, models of 1.8 billion parameters and more): is there one to
     choose?
@@ -331,18 +320,8 @@ def refusal(model: Adapter, setup: Setup) -> Found:
     """
     effect, paper = "refusal direction", "one direction decides"
     if not getattr(model.tokenizer, "chat_template", None):
-        return {}, [
-            Line(
-                effect,
-                "needs a chat model",
-                float("nan"),
-                {},
-                paper,
-                (),
-                False,
-                "This model has no chat template: it is no chat model, and refuses nothing.",
-            )
-        ]
+        note = "This model has no chat template: it is no chat model, and refuses nothing."
+        return {}, [Line(effect, "needs a chat model", float("nan"), {}, paper, (), False, note)]
     asked, ordinary = tasks.contrast("refusal")
     n, tail = model.card.n_layers, tokens.after_instruction(model.tokenizer)
     where: dict[str, Any] = {"site": "resid_pre", "layers": [n // 3, n * 2 // 5, n // 2, n * 3 // 5], "position": tail[-1:], "chat": True}
@@ -354,25 +333,6 @@ def refusal(model: Adapter, setup: Setup) -> Found:
     what = "share of requests to be declined that begin with I"
     rule = (("a direction is chosen", chosen.best is not None),)
     return {"contrast_refusal": found, "select_refusal": chosen}, [Line(effect, what, shares[0], controls, paper, rule, False, note)]
-
-
-EFFECTS: dict[str, tuple[str, Callable[[Adapter, Setup], Found]]] = {
-    "task-vectors": ("Task vectors", task_vectors),
-    "function-vectors": ("Heads and function vectors", function_vectors),
-    "sums": ("Sums of vectors", sums),
-    "french": ("Steering to French", french),
-    "in-context": ("In-context vectors", in_context),
-    "sentiment": ("Steering sentiment", sentiment),
-    "refusal": ("The refusal direction", refusal),
-}
-
-SUITE = Suite(
-    "Vectors",
-    EFFECTS,
-    SETUPS,
-    Setup(),
-    "Accuracies are of an answer's first token among all tokens, on test pairs; layers count block outputs from 0.",
-)
 
 
 def _place(found: TaskSweep, layer: int | None) -> tuple[int, int]:

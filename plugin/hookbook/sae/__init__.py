@@ -56,17 +56,17 @@ DEMO = Path(__file__).parents[1] / "data" / "sae"
 class AttachedSAE:
     """An SAE or a transcoder of SAELens at its site of a model."""
 
-    model: Adapter
-    sae: SAE
+    model: Adapter = field(repr=False)
+    sae: SAE = field(repr=False)
     site: Site
     """What the encoder reads."""
     out: Site
     """What the decoder gives: the same, but for a transcoder."""
     bos: bool | None
     """Whether its prompts begin with a beginning-of-sequence token, as `hookbook.tokens.encode` takes it."""
-    labels: Mapping[int, str] = field(default_factory=dict)
+    labels: Mapping[int, str] = field(default_factory=dict, repr=False)
     """What features were said to be about."""
-    maxima: Tensor | None = None
+    maxima: Tensor | None = field(default=None, repr=False)
     """`[d_sae]` each feature's largest activation on some texts."""
 
     @property

@@ -113,7 +113,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "cosine": ("float64", "of a feature's decoder row and the vector"),
     "gradient": ("float64", "the derivative of the metric by the activation"),
     "attribution": ("float64", "activation times gradient"),
-    "effect": ("float64", "by how much the metric falls without the feature; NaN if it was not measured"),
+    "effect": ("float64", "by how much what is measured falls without the feature or token of the row; NaN if it was not measured"),
     "part": ("str", "what adds to the sum: a `feature`, or what is beside features"),
     "contribution": ("float64", "how much it adds, in logits"),
     "says": ("str", "the likeliest tokens of the part alone"),
