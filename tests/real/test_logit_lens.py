@@ -12,7 +12,7 @@ from tests.support.real import real
 SENTENCE = "The Eiffel Tower is located in the city of"
 
 
-@pytest.mark.parametrize("target", ["Chinese", pytest.param("German", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("target", ["Chinese", "German"])
 def test_between_two_other_languages_the_middle_says_english(target):
     """Wendler et al. 2024: at layer 13 of 18 the English word is likelier than the answer and far likelier than an unrelated English
     word; at the end the answer is."""

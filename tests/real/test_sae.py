@@ -15,7 +15,7 @@ from tests.support.real import real
 PROMPTS = ["The capital of France is the city of", "Hier soir, nous avons mangé dans un petit restaurant"]
 
 
-@pytest.fixture(scope="module", params=["transformer_lens", pytest.param("nnsight", marks=pytest.mark.whole)])
+@pytest.fixture(scope="module", params=["transformer_lens", "nnsight"])
 def sae(request):
     return hb.sae.attach(real("gemma-3-270m", request.param), hb.sae.demo())
 
