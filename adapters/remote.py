@@ -15,7 +15,7 @@ from torch import Tensor
 from hookbook import deferred
 from hookbook.adapters.tracing import TracingAdapter
 from hookbook.deferred import Deferred, Tape
-from hookbook.engine.seam import RemoteBackend
+from hookbook.engine.seam import RemoteBackend, vjp_shapes
 from hookbook.remote.handles import Handle
 from hookbook.remote.service import Service
 from hookbook.request import LensReadout, TokenReadout
@@ -129,16 +129,14 @@ class RemoteAdapter(RemoteBackend, TracingAdapter):
         dtype = getattr(torch, self.card.dtype)
         return deferred.tape(self).note("leaf", {"shape": shape, "dtype": dtype}, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def vjps(self, out: Tensor, leaves: list[Tensor], states: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
-        """See `hookbook.travel.vjps.vjps`."""
-        like = [torch.empty(*([] if mean else [len(out)]), out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves]
-        like += [torch.empty(out.shape, dtype=leaf.dtype, device="meta") for leaf in leaves]
+    def pull_back(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
         tape = deferred.tape(self)
         tape.grad = True
-        return list(tape.note("vjps", {"out": out, "leaves": leaves, "states": states, "chunk": chunk, "mean": mean}, tuple(like)))
+        data = {"out": out, "leaves": list(leaves), "states": list(states), "chunk": chunk, "mean": mean}
+        return list(tape.note("vjps", data, vjp_shapes(out, leaves, mean)))
 
     def slope(self, value: Tensor, leaf: Tensor) -> Tensor:
-        return self.vjps(value.reshape(1, 1), [leaf], [leaf], 1, False)[0][0]
+        return self.pull_back(value.reshape(1, 1), [leaf], [leaf], 1, False, None, None, None)[0][0]
 
     @property
     def host(self) -> str:

@@ -14,7 +14,7 @@ from common import LOOPS, Answer, Claim, Models, Way, compare, main, spread
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.recipes.vectors.task_sweep import coded as encode
+from hookbook.asking import encode_questions as encode
 from hookbook.tokens import Tokens
 
 

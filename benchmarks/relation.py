@@ -18,8 +18,8 @@ from jacobian import one_layer
 from torch import Tensor
 
 import hookbook as hb
+from hookbook.asking import encode_questions
 from hookbook.recipes.relations.linear_relations import BETAS
-from hookbook.recipes.vectors.task_sweep import coded
 
 RELATION = "country_capital"
 
@@ -73,7 +73,7 @@ def bench(models: Models, repeats: int) -> list[Claim]:
         parts = []
         for pairs in (found.train, found.validation):
             asked = [found.ask(*pair) for pair in pairs]
-            prompts, answers = coded(models.bridge, asked)
+            prompts, answers = encode_questions(models.bridge, asked)
             places = [question.subject_at(prompt) for question, prompt in zip(asked, prompts, strict=True)]
             with torch.no_grad():
                 parts.append((prompts, places, answers, states(models.plain, prompts, places, layer)))

@@ -12,6 +12,7 @@ import torch
 
 import hookbook as hb
 from hookbook.recipes.vectors.task_sweep import TaskSweep
+from hookbook.request import Each, Read
 from hookbook.results import Result
 from hookbook.testing import toy
 from tests.support.needs import marked
@@ -94,6 +95,9 @@ MAKERS: dict[str, Any] = {
     "HopKnockOut": lambda: hb.hop_knock_out(toy(n_ctx=128), hops(), edges=[("last", "bridge"), ("last", "entity")]),
     "HopReadability": lambda: hb.hop_readability(toy(n_ctx=128), hops(), generate=0),
     "InContextVectors": lambda: hb.in_context_vector(toy(), [("bad", "good"), ("sad", "glad"), ("no", "yes")]),
+    "Jacobian": lambda: hb.jacobian(
+        toy(), ["ab", "北京"], Read("resid_post.2"), [Read("embed", Each((1, -2))), Read("resid_post.1", slice(2, 3))]
+    ),
     "LinearRelation": lambda: relation(toy()),
     "LogitLens": lambda: hb.logit_lens(
         toy(), ["ab", "北京 $x"], tokens=["x"], languages={"one": ["a"], "$two": ["b"]}, position=slice(None)

@@ -33,14 +33,11 @@ from .recipes.hops.backpatching import Backpatch as Backpatch, backpatch as back
 from .recipes.hops.hop_knock_out import HopKnockOut as HopKnockOut, hop_knock_out as hop_knock_out
 from .recipes.hops.hop_readability import HopReadability as HopReadability, hop_readability as hop_readability
 from .recipes.hops.two_hops import TwoHops as TwoHops, two_hops as two_hops
-from .recipes.reading.jacobians import jacobian as jacobian
+from .recipes.reading.jacobians import Jacobian as Jacobian, jacobian as jacobian
 from .recipes.reading.logit_lens import LogitLens as LogitLens, logit_lens as logit_lens
 from .recipes.reading.patchscopes import Patchscope as Patchscope, patchscope as patchscope
-from .recipes.relations.linear_relations import (
-    LinearRelation as LinearRelation,
-    attribute_lens as attribute_lens,
-    linear_relation as linear_relation,
-)
+from .recipes.relations.attribute_lens import attribute_lens as attribute_lens
+from .recipes.relations.linear_relations import LinearRelation as LinearRelation, linear_relation as linear_relation
 from .recipes.relations.relation_edits import RelationEdits as RelationEdits, change_answer as change_answer, edit_relation as edit_relation
 from .recipes.relations.relation_features import RelationFeatures as RelationFeatures, relation_features as relation_features
 from .recipes.steering.contrast_vectors import ContrastVectors as ContrastVectors, contrast_vector as contrast_vector

@@ -7,6 +7,7 @@ Everything else (requests, forks, readouts, decoding) is written once, in `hookb
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,22 @@ class Adapter(Backend):
     def gradient(self, value: Tensor, leaf: Tensor) -> Tensor:
         """The gradient `[1, m]` of one number with respect to a leaf `[1, m]`, through what a request with `grad` gave."""
         return questions.gradient(self, value, leaf)
+
+    def vjps(
+        self,
+        out: Tensor,
+        leaves: Sequence[Tensor],
+        states: Sequence[Tensor],
+        chunk: int,
+        mean: bool = False,
+        *,
+        tick: Callable[[int], Any] | None = None,
+        into: Sequence[Tensor] | None = None,
+        rows: Any = None,
+    ) -> list[Tensor]:
+        """The Jacobians of `out` `[n, d_out]`, which a request with `grad` gave, with respect to leaves, and these times states; see
+        `hookbook.travel.vjps.vjps`. Promises are not written `into` anything."""
+        return questions.vjps(self, out, leaves, states, chunk, mean, tick, into, rows)
 
     def head_contributions(self, layer: int, z: Tensor) -> Tensor:
         """What each head adds to the stream, `[n, n_heads, d_model]`, given `head_z` of one block `[n, n_heads * d_head]`.

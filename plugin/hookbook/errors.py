@@ -72,5 +72,12 @@ def check_counts(least: int = 1, /, **counts: Any) -> None:
             raise TokenError(f"{name}={n!r}", "" if whole else "it is not a whole number", f"use {name} of {least} or more")
 
 
+def check_prompt(prompt: int, n: int) -> int:
+    """The place of a prompt among the `n` of a result, from 0; `TokenError` if it has no such prompt."""
+    if not -n <= prompt < n:
+        raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {n - 1}", "use one of them")
+    return prompt % n
+
+
 class Refused(HookbookError, NotImplementedError):
     """This adapter cannot do what was asked."""

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import wraps
+from inspect import Signature, signature
+from numbers import Integral, Real
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from torch import Tensor
+
 from hookbook import deferred
+from hookbook.deferred import Later, hold as hold, later as later
+from hookbook.engine import cost
 from hookbook.engine.planning import Plan, accounting
+from hookbook.sites import Site
+from hookbook.tokens import At
+
+NO_SETTINGS = ("model", "target_model", "progress", "checkpoint")
+"""Arguments which are not kept in results."""
+MOST = 100
+"""A longer list is data, not a setting."""
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -34,21 +48,31 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
 
     A recipe asks its models, computes with tensors, and returns a result. Of a remote model, and in a plan, these are
     promises (`hookbook.deferred`): what needs numbers is written as `later(function, ...)`.
+
+    A result's `settings` need not be written by hand: what was asked for as plain data is put there, if it is no field of the result and
+    the recipe did not say it itself; positions as text. So is the `cost`, of all that ran for the call.
     """
+    asked = signature(run)
+
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        with cost.counting() as costs:
+            result = run(*args, **kwargs)
+        facts, spent = settings_of(asked, *args, **kwargs), later(cost.total, *costs)
+        return cast("R", Later(_filled, (result, facts, spent))) if isinstance(result, Later) else _filled(result, facts, spent)
 
     @wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         outer = deferred.current()
         if outer is not None:  # a recipe of a recipe, or of a job
-            result = run(*args, **kwargs)
+            result = made(*args, **kwargs)
             outer.results.append(result)
             return result
         with deferred.recording() as record:
-            return deferred.settle(run(*args, **kwargs), record)
+            return deferred.settle(made(*args, **kwargs), record)
 
     def plan(*args: P.args, **kwargs: P.kwargs) -> Plan:
         with accounting() as account, deferred.recording(dry=True) as record:
-            result = run(*args, **kwargs)
+            result = made(*args, **kwargs)
             for tape in record.tapes.values():
                 wanted = [x for x in deferred.waiting(result) if x.tape is tape]
                 if tape.model is not None:
@@ -59,7 +83,46 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
         from hookbook.remote import handles
 
         with deferred.recording() as record:
-            return handles.submit(run(*args, **kwargs), record.tapes)
+            return handles.submit(made(*args, **kwargs), record.tapes)
 
     call.plan, call.submit = plan, submit  # type: ignore[attr-defined]
     return cast("Recipe[P, R]", call)
+
+
+def settings_of(asked: Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, with its defaults, that are plain data."""
+    call = asked.bind(*args, **kwargs)
+    call.apply_defaults()
+    named = {name: str(value) if name.endswith("position") else value for name, value in call.arguments.items() if name not in NO_SETTINGS}
+    return {name: kept for name, value in named.items() if (kept := _setting(value)) is not _DATA}
+
+
+_DATA = object()
+
+
+def _setting(value: Any) -> Any:
+    """A value as settings keep it, or `_DATA`."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (Site, At, slice)):
+        return str(value)
+    if isinstance(value, (Integral, Real)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if not isinstance(value, (list, tuple, range)) or len(value) > MOST:
+        return _DATA
+    items = [_setting(item) for item in value]
+    return _DATA if any(item is _DATA for item in items) else tuple(items) if isinstance(value, tuple) else items
+
+
+def _filled(result: Any, facts: dict[str, Any], spent: Any) -> Any:
+    """A result with its settings and its cost; anything else as it is."""
+    settings = getattr(result, "settings", None)
+    if is_dataclass(result) and isinstance(settings, dict):
+        mine = {field.name for field in fields(result)} | settings.keys()
+        settings.update({name: value for name, value in facts.items() if name not in mine}, cost=spent)
+    return result
+
+
+def plain(x: Tensor) -> Tensor:
+    """Numbers as results keep them: without a graph, in float32, on the CPU."""
+    return x.detach().float().cpu()

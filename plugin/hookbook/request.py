@@ -447,7 +447,13 @@ class Reply:
     token_logprobs: Tensor | None = None
     """`[row, generate]` the log-probability in nats that the model gave to each of these, whatever the sampling."""
     cost: dict[str, int] = field(default_factory=dict)
-    """What was computed: `climbs`, `passes`, `token_layers`, `unembedded`."""
+    """What was computed, in the words of `hookbook.engine.cost.FIELDS`."""
+
+    @property
+    def said(self) -> TokenReadout:
+        """The readout, of a request that asked for one."""
+        assert self.readout is not None
+        return self.readout
 
     @property
     def generated(self) -> tuple[tuple[int, ...], ...]:
@@ -458,11 +464,6 @@ class Reply:
     def logprobs(self) -> tuple[tuple[float, ...], ...]:
         """`token_logprobs` of each row up to its end."""
         return () if self.tokens is None or self.token_logprobs is None else lines(self.tokens, self.token_logprobs)
-
-
-def total(*costs: dict[str, int]) -> dict[str, int]:
-    """Costs of several replies together."""
-    return {key: sum(cost[key] for cost in costs) for key in costs[0]}
 
 
 def check_one_token(ids: Sequence[int], what: str, tokenizer: object) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hookbook import storage
-from hookbook.show import html, page
+from hookbook.show import brief, html, page
 from hookbook.show.view import View as View
 
 if TYPE_CHECKING:
@@ -27,15 +27,11 @@ class Result:
 
     def __repr__(self) -> str:
         """Kind, model, sizes and shapes in one line."""
-        from hookbook.show.brief import line
-
-        return line(self)
+        return brief.line(self)
 
     def _repr_html_(self) -> str:
         """In notebooks the first rows of `to_frame()`."""
-        from hookbook.show.brief import rows
-
-        return rows(self)
+        return brief.rows(self)
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.errors import ResultError
-from hookbook.request import Reading, Reply, TokenReadout
+from hookbook.request import Each, Read, Reading, Reply, TokenReadout
 from hookbook.sites import Site
-from hookbook.tokens import Tokens
+from hookbook.tokens import At, Tokens
 
 FORMAT = 1
-PARTS = (ModelCard, Tokens, Site, Reading, TokenReadout, Reply)
+PARTS = (ModelCard, Tokens, Site, Reading, TokenReadout, Reply, Read, Each, At)
 """The data classes that a file can hold."""
 
 _PARTS: dict[str, type] = {cls.__name__: cls for cls in PARTS}
@@ -114,6 +114,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             "type": type(value).__name__,
             "data": {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)},
         }
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, range):
+        return list(value)
     if isinstance(value, tuple):
         return {"tuple": [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, list):
@@ -132,6 +136,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value["tensor"]]
     if "type" in value:
         return _PARTS[value["type"]](**{key: _unpack(item, tensors) for key, item in value["data"].items()})
+    if "slice" in value:
+        return slice(*value["slice"])
     if "tuple" in value:
         return tuple(_unpack(item, tensors) for item in value["tuple"])
     return {key: _unpack(item, tensors) for key, item in value["dict"]}

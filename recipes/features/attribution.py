@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hookbook.asking import wanted_ids, wanted_words
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.engine import planning
-from hookbook.errors import DataError, TokenError, check_counts
-from hookbook.recipe import recipe
+from hookbook.errors import DataError, TokenError, check_counts, check_prompt
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about, feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
-from hookbook.recipes.reading.patchscopes import wanted_id
-from hookbook.request import Each, Edit, Read, Readout, Request, Row, total
+from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing, token_values
@@ -124,9 +123,8 @@ class FeatureAttribution(Result):
     def view(self, *, prompt: int = 0, k: int = 20) -> View:
         """An interactive picture (circuitsvis): choose one of the `k` features that matter most in a prompt, see its attributions to the
         tokens. Below, `top(50)`."""
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
-        mine = self.rows == prompt % len(self.prompts)
+        prompt = check_prompt(prompt, len(self.prompts))
+        mine = self.rows == prompt
         tokens, (chosen, where) = self.prompts[prompt].strings, self.features[mine].unique(return_inverse=True)
         values = torch.zeros(len(tokens), len(chosen), dtype=torch.float64)
         values[self.positions[mine], where] = self.attributions[mine].double()
@@ -189,12 +187,12 @@ def feature_attribution(
     coded = sae.encode_prompts(prompts)
     check_counts(top=top)
     given = [_each(answer, len(coded), "answer")] + ([] if other is None else [_each(other, len(coded), "other")])
-    wanted = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, words[i]) for words in given] for i, prompt in enumerate(coded)])
+    wanted = torch.cat([wanted_ids(adapter, [prompt], words) for prompt, *words in zip(coded, *given, strict=True)])
     where = [_where(sae, prompt, position) for prompt in coded]
     everything = isinstance(features, str)
     listed = None if everything and not (exact and adapter.remote) else features_of(sae, "active" if everything else features, len(coded))
 
-    metric, seen, old, slopes, cost = _gradients(sae, coded, where, wanted, progress)
+    metric, seen, old, slopes = _gradients(sae, coded, where, wanted, progress)
     found = later(_found, sae, code, seen, slopes, where, listed)
     pairs: list[tuple[int, int, int]] = []
     if exact:
@@ -203,10 +201,9 @@ def feature_attribution(
         rows = [Row(pair[0], (edits[pair[1:]],)) for pair in pairs]
         without = adapter.run(Request(coded, rows, (), Readout(tokens=wanted[[pair[0] for pair in pairs]])), progress=progress)
         effects = metric[[pair[0] for pair in pairs]] - _metric(without)
-        cost = [*cost, without.cost]
     else:
         effects = metric[:0]
-    said = [tuple(w if isinstance(w, str) else adapter.tokenizer.decode([w]) for w in words) for words in given]
+    said = [wanted_words(adapter, words) for words in given]
     at = [(i, position) for i, some in enumerate(where) for position in some]
     return FeatureAttribution(
         card=adapter.card,
@@ -228,13 +225,7 @@ def feature_attribution(
         errors=later(_errors, sae, seen, old, slopes),
         labels=later(_labels, sae, found),
         links=later(_links, sae, found),
-        settings={
-            "position": str(position),
-            "exact": exact,
-            "top": top,
-            "metric": "logit difference" if other is not None else "log-probability",
-        }
-        | {"cost": later(total, *cost)},
+        settings={"metric": "logit difference" if other is not None else "log-probability"},
     )
 
 
@@ -258,7 +249,7 @@ def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[
 
 def _gradients(
     sae: AttachedSAE, prompts: Sequence[Tokens], where: Sequence[Sequence[int]], wanted: Tensor, progress: bool | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The metric `[n]`; and at every token what the encoder reads, what features write to, and the metric's gradient with respect to
     this, `[t, width]`."""
     adapter, width = sae.model, sae.out.width(sae.model.card)
@@ -275,7 +266,7 @@ def _gradients(
         )
 
     parts = planning.plan(adapter, request(range(len(prompts)), [torch.zeros(len(some), width) for some in where]))
-    found, costs = {}, []
+    found = {}
     for part in parts:
         numbers = [row.number for row in part.rows]
         sizes = [len(where[i]) for i in numbers]
@@ -285,15 +276,14 @@ def _gradients(
         slopes = adapter.gradient(metric.sum(), leaf).reshape(-1, width)
         states = (reading.values.detach().cpu().split(sizes) for reading in reply.readings)
         found.update(zip(numbers, zip(metric.detach()[:, None].unbind(0), *states, slopes.cpu().split(sizes), strict=True), strict=True))
-        costs.append(reply.cost)
         del reply, metric
     metric, seen, old, slopes = (torch.cat(column) for column in zip(*(found[i] for i in range(len(prompts))), strict=True))
-    return metric, seen, old, slopes, costs
+    return metric, seen, old, slopes
 
 
 def _metric(reply: Any) -> Tensor:
     """`[row]`: the first wanted token's log-probability, less the second's if there is one."""
-    said = reply.readout.token_logprobs
+    said = reply.said.token_logprobs
     return said[:, 0] if said.shape[1] == 1 else said[:, 0] - said[:, 1]
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookbook.asking import as_question, pose
+from hookbook.controls import check_controls, other_questions
 from hookbook.errors import DataError, Refused
 from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import as_question, ask, others
 from hookbook.recipes.hops.backpatching import Backpatch, by_layer, pairs_of, patched, place_of
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.sae import AttachedSAE, checked
@@ -97,10 +98,7 @@ def backpatch_features(
         )
     if not chosen:
         raise DataError("no features", "nothing would be patched", "give at least one")
-    unknown = [name for name in controls if name not in CONTROLS]
-    if unknown or isinstance(controls, str):
-        raise DataError(f"controls={controls!r}", "", f"give a list of some of {', '.join(CONTROLS)}")
-    names, target = ("patch", *dict.fromkeys(controls)), sae.site.layer
+    names, target = ("patch", *check_controls(controls, CONTROLS)), sae.site.layer
     assert target is not None
     if isinstance(source_layers, str) and source_layers != "later":
         raise DataError(f"source_layers={source_layers!r}", "", "use 'later', or a list of layers")
@@ -108,11 +106,11 @@ def backpatch_features(
     if target in sources:
         raise DataError(f"layer {target} as a source", "it is the SAE's own, so nothing would change", "name other layers")
     pairs = pairs_of([(source, target) for source in sources], adapter.card)
-    asked = ask(adapter, [as_question(question) for question in questions], generate, sae.bos)
-    at = [place_of(question, prompt, position, adapter) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
+    asked = pose(adapter, [as_question(question) for question in questions], generate, sae.bos)
+    at = [place_of(question, prompt, position) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
     n, draw = len(at), random.Random(seed)
     order = draw.sample(range(n), n)
-    donors = others(asked.questions, draw, "answer") if "shuffled" in names else []
+    donors = other_questions(asked.questions, draw, "answer") if "shuffled" in names else []
     rest = [i for i in range(sae.n_features) if i not in set(chosen)] if "random" in names else []
     if "random" in names and len(rest) < len(chosen):
         raise DataError(
@@ -142,7 +140,7 @@ def backpatch_features(
             some, values = (drawn, noise[i]) if name == "random" else (chosen, own[donors[i]] if name == "shuffled" else own[i])
             rows += [Row(i, (sae.edit(some, to=values[layer], position=at[i]),)) for layer in layers]
     found = patched(adapter, asked, at, clean, rows, names, pairs, generate, progress)
-    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "random": drawn, "cost": found.pop("cost")}
+    settings = {"rule": asked.rule, "random": drawn}
     return FeatureBackpatch(
         **found, donors=tuple(donors), order=tuple(order), settings=settings, sae=sae.name, features=chosen, labels=sae.labels_of(chosen)
     )

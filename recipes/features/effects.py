@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from hookbook.asking import wanted_ids, wanted_words
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.engine import planning
-from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts
-from hookbook.recipe import recipe
+from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about
-from hookbook.recipes.reading.patchscopes import wanted_id
-from hookbook.request import Each, Read, Request, Row, total
+from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars, lines
@@ -128,9 +127,8 @@ class FeatureSweep(Result):
         """
         if value != "kl" and value not in self.wanted:
             raise TokenError(f"value={value!r}", "", f"use one of {', '.join(['kl', *self.wanted])}")
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
-        mine = (self.rows == prompt % len(self.prompts)).nonzero()[:, 0]
+        prompt = check_prompt(prompt, len(self.prompts))
+        mine = (self.rows == prompt).nonzero()[:, 0]
         values = self.kl[mine] if value == "kl" else self.changes[mine, :, self.wanted.index(value)]
         best = values.abs().amax(-1).topk(min(n, len(mine))).indices
         names = [self._name(int(self.features[mine[i]])) for i in best.tolist()]
@@ -207,13 +205,11 @@ def feature_sweep(
     if not strengths:
         raise DataError("no strengths", "nothing would be changed", "give at least one")
     check_counts(k=k)
-    if isinstance(tokens, str):
-        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
     end = Site("resid_post", adapter.card.n_layers - 1)
     for site in (sae.site, sae.out, end):
         adapter.require(site)
     listed = features_of(sae, features, len(coded))
-    wanted = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, word) for word in tokens] for prompt in coded], dtype=torch.long)
+    wanted = wanted_ids(adapter, coded, tokens)
     where = [tuple(resolve(position, prompt)) for prompt in coded]
 
     plain = adapter.run(
@@ -238,7 +234,6 @@ def feature_sweep(
         return torch.stack([some[-1] for some in x])
 
     at, token_ids, plain_ids = torch.tensor([i for i, some in enumerate(chosen) for _ in some]), after(ids), before(ids)
-    unembedded = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": len(rows) + len(coded)}
     present = sorted({feature for some in chosen for feature in some})
     return FeatureSweep(
         card=adapter.card,
@@ -256,13 +251,13 @@ def feature_sweep(
         logprobs=after(logprobs),
         plain_ids=plain_ids,
         plain_logprobs=before(logprobs),
-        wanted=tuple(word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in tokens),
+        wanted=wanted_words(adapter, tokens),
         wanted_logprobs=before(said),
         changes=after(said) - before(said)[at][:, None],
         vocab=later(vocabulary, adapter, token_ids, plain_ids),
         labels=sae.labels_of(present),
         links=sae.links_of(present),
-        settings={"position": str(position), "keep_error": keep_error, "k": k, "cost": later(total, plain.cost, changed.cost, unembedded)},
+        settings={},
     )
 
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, check_counts
 from hookbook.recipe import recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.recipes.features.reading import Stream, active, batches, place, readable
-from hookbook.request import Each, Read, Request, Row, total
+from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing
@@ -204,15 +203,13 @@ def feature_examples(
     check_counts(0, context=context)
     if not all(0 <= level <= 1 for level in levels):
         raise DataError(f"quantiles={list(levels)}", "a quantile is a share", "use numbers from 0 to 1")
-    found, costs, n = Stream(_Best(sae, chosen, k, context, levels)), [], 0
+    found, n = Stream(_Best(sae, chosen, k, context, levels)), 0
     for prompts in batches(sae, texts, batch, progress):
         read = Each(tuple(readable(sae, prompt) for prompt in prompts))
         reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], [Read(sae.site, read)]), progress=False)
         (reading,) = reply.readings
         found.add(n, tuple(prompts), reading.rows, reading.positions, reading.values)
-        costs.append(reply.cost)
         n += len(prompts)
-    settings = {"features": None if features is None else sae.chosen(features), "k": k, "context": context, "cost": later(total, *costs)}
     names = ("n_tokens", "features", "activations", "texts", "positions", "contexts", "context_activations", "vocab")
     return FeatureExamples(
         card=adapter.card,
@@ -223,7 +220,7 @@ def feature_examples(
         levels=levels,
         labels=dict(sae.labels),
         page=sae.page,
-        settings=settings,
+        settings={"features": None if features is None else sae.chosen(features)},
         **{name: found.get(name) for name in (*names, "maxima", "density", "quantiles", "histogram")},
     )
 

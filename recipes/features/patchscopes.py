@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from hookbook import prompts
+from hookbook.asking import check_asked, grouped_texts, wanted_words
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import noise
 from hookbook.errors import EditError, SiteError, TokenError
-from hookbook.recipe import recipe
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import feature_names
-from hookbook.recipes.reading.patchscopes import check_asked, grouped_texts, wanted_words
 from hookbook.recipes.steering.steering import check_strengths
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
@@ -224,7 +224,7 @@ def feature_patchscope(
     if len(coded) != 1:
         raise TokenError(f"{len(coded)} target prompts", "features are described in one", "call feature_patchscope for each")
     at = prompts.locate(target, coded[0], target_position)
-    wanted_ids = check_asked(adapter, coded, [len(coded[0]) - 1], tokens, k, generate)
+    wanted_ids = check_asked(adapter, coded, tokens, k, generate)
     every = directions(sae.sae)
     same = isinstance(target_layers, str) and target_layers == "same"
     sites = [sae.out] if same else layers_to_sites(target_layers, adapter.card, sae.out.name)
@@ -240,8 +240,7 @@ def feature_patchscope(
     own = adapter.run(Request(coded, [Row(0)], [Read(site, at) for site in sites]), progress=progress, checkpoint=checkpoint)
     wide = torch.promote_types(own.readings[0].values.dtype, torch.float32)
     norms = torch.stack([reading.values[0].cpu().to(wide).norm() for reading in own.readings])
-    noise = torch.randn(every.shape[1], generator=torch.Generator().manual_seed(seed))
-    along = torch.cat([every[list(chosen)].cpu().to(wide), noise.to(wide)[None]])
+    along = torch.cat([every[list(chosen)].cpu().to(wide), noise(1, every.shape[1], seed=seed).to(wide)])
     along = along / along.norm(dim=-1, keepdim=True)
     lengths = norms[:, None] * torch.tensor(strengths, dtype=wide)
     values = along[:, None, None] * lengths[None, :, :, None]  # [m + 1, site, strength, width]
@@ -288,5 +287,5 @@ def feature_patchscope(
         texts=later(grouped_texts, adapter, written[1 : 1 + m * p], p) if written is not None else (),
         random_texts=later(decoded, adapter, written[1 + m * p :]) if written is not None else (),
         control_texts=later(decoded, adapter, written[:1]) if written is not None else (),
-        settings={"target_position": str(target_position), "generate": generate, "k": k, "seed": seed, "cost": reply.cost},
+        settings={"target_position": str(target_position)},
     )

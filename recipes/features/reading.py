@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.engine import planning
-from hookbook.errors import DataError, TokenError, check_counts
-from hookbook.recipe import recipe
+from hookbook.errors import DataError, TokenError, check_counts, check_prompt
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import about
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
@@ -108,7 +107,7 @@ class FeatureActivations(Result):
 
     def dense(self, prompt: int = 0) -> Tensor:
         """All activations of a prompt, `[pos, n_features]`; 0 where nothing was read."""
-        mine = self.rows == self._prompt(prompt)
+        mine = self.rows == check_prompt(prompt, len(self.prompts))
         found = torch.zeros(len(self.prompts[prompt]), self.n_features, dtype=self.values.dtype)
         found[self.positions[mine], self.features[mine]] = self.values[mine]
         return found
@@ -156,15 +155,10 @@ class FeatureActivations(Result):
         apart = auroc(self.by_text(chosen), other.by_text(chosen))
         return tidy({"feature": chosen.tolist()}, **columns, auroc=apart, **about(chosen, self.labels | other.labels, self.page))
 
-    def _prompt(self, prompt: int) -> int:
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
-        return prompt % len(self.prompts)
-
     def _largest(self, prompt: int, k: int) -> tuple[Tensor, list[int]]:
         """A prompt's activations `[pos, k]`, and its `k` features with the largest ones."""
         check_counts(k=k)
-        mine = self.rows == self._prompt(prompt)
+        mine = self.rows == check_prompt(prompt, len(self.prompts))
         features, values = self.features[mine], self.values[mine]
         if not len(features):
             raise DataError(f"no feature is active in prompt {prompt}", "there is nothing to show", "use another prompt")
@@ -255,7 +249,7 @@ def feature_activations(
         n_features=sae.n_features,
         labels=found.get("labels"),
         page=sae.page,
-        settings={"position": str(position), "special": special, "cost": reply.cost},
+        settings={},
     )
 
 

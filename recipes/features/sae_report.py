@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, Refused
 from hookbook.recipe import recipe
 from hookbook.recipes.features.reading import Stream, batches, chunks, readable
-from hookbook.request import Each, Edit, Read, Request, Row, total
+from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
@@ -146,7 +145,7 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
             f"a report on an SAE of {sae.out}", "nothing comes after it but the unembedding", "use feature_activations and sae.reconstruct"
         )
     splice, end = sae.splice(keep_error=False), Site("resid_post", adapter.card.n_layers - 1)
-    found, costs, n, predicted = Stream(_Sums(sae)), [], 0, 0
+    found, n, predicted = Stream(_Sums(sae)), 0, 0
     for prompts in batches(sae, texts, batch, progress):
         at = [readable(sae, prompt) for prompt in prompts]
         rows = [Row(i) for i in range(len(prompts))]
@@ -165,7 +164,6 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
             logprobs = adapter.readout(states[end][chosen], tokens=targets).token_logprobs
         seen = states[sae.site][: len(places)]
         found.add(seen, seen if sae.out == sae.site else states[sae.out][: len(places)], logprobs)
-        costs.append(reply.cost)
         n, predicted = n + len(prompts), predicted + len(nth)
     if not predicted:
         raise DataError("no token to predict", "every text is one token long", "give longer texts")
@@ -177,7 +175,7 @@ def sae_report(sae: AttachedSAE, texts: Any, *, batch: int = 16, progress: bool 
         sae_dtype=str(sae.sae.dtype).removeprefix("torch."),
         n_texts=n,
         n_targets=predicted,
-        settings={"cost": later(total, *costs, {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 3 * predicted})},
+        settings={},
         **{name: found.get(name) for name in ("n_tokens", "l0", "fvu", "cosine", "dead", "loss", "loss_sae", "loss_zero")},
     )
 

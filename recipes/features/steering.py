@@ -87,14 +87,6 @@ def steer_feature(
         for which, factor in ((feature, 1.0), (other, ratio))
         for value in values
     ]
-    settings = {
-        "sae": sae.name,
-        "feature": int(feature),
-        "random_feature": other,
-        "keep_error": keep_error,
-        "position": str(position),
-        "scope": scope,
-        "seed": seed,
-    }
+    settings = {"sae": sae.name, "random_feature": other}
     coded = sae.encode_prompts(prompts)
     return steered(sae.model, coded, (sae.out,), values, edits, tokens, score, generate, settings, progress, checkpoint)

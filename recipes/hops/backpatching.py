@@ -18,22 +18,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hookbook.asking import Asked, as_question, one_token, pose
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import check_controls, other_questions, random_like
 from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import Asked, as_question, ask, others
-from hookbook.recipes.vectors.task_sweep import random_like
-from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row, check_one_token, total
+from hookbook.recipe import later, recipe
+from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import need
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question
-from hookbook.tokens import Position, Tokens, resolve, vocabulary
+from hookbook.tokens import Position, Tokens, vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,13 +284,13 @@ def backpatch(
         (((1, 0), (2, 0), (2, 1)), torch.Size([2, 3]))
     """
     adapter = wrap(model)
-    asked = ask(adapter, [as_question(question) for question in questions], generate)
-    names = ("patch", *_controls(controls))
+    asked = pose(adapter, [as_question(question) for question in questions], generate)
+    names = ("patch", *check_controls(controls, CONTROLS))
     chosen = pairs_of(pairs, adapter.card)
-    at = [place_of(question, prompt, position, adapter) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
+    at = [place_of(question, prompt, position) for question, prompt in zip(asked.questions, asked.prompts, strict=True)]
     n, draw = len(at), random.Random(seed)
     order = draw.sample(range(n), n)
-    donors = others(asked.questions, draw, "answer") if "shuffled" in names else []
+    donors = other_questions(asked.questions, draw, "answer") if "shuffled" in names else []
     layers = sorted({layer for pair in chosen for layer in pair})
     sites = {layer: Site("resid_post", layer) for layer in layers}
     for site in sites.values():
@@ -312,8 +311,7 @@ def backpatch(
 
     rows = [Row(i, (edit(name, i, *pair),)) for i in range(n) for name in names for pair in chosen]
     found = patched(adapter, asked, at, clean, rows, names, chosen, generate, progress)
-    settings = {"position": str(position), "rule": asked.rule, "seed": seed, "cost": found.pop("cost")}
-    return Backpatch(**found, donors=tuple(donors), order=tuple(order), settings=settings)
+    return Backpatch(**found, donors=tuple(donors), order=tuple(order), settings={"rule": asked.rule})
 
 
 def patched(
@@ -330,9 +328,8 @@ def patched(
     """Run rows of every question, name and pair, and lay out what came of them as `Backpatch` has it."""
     n, numbers = len(at), [row.prompt for row in rows]
     reply = adapter.run(Request(asked.prompts, rows, (), Readout(k=1, tokens=asked.answers[numbers][:, None]), generate), progress=progress)
-    assert clean.readout is not None and reply.readout is not None
     shape = (n, len(names), len(pairs))
-    ids, logprobs = reply.readout.topk_ids[:, 0], reply.readout.token_logprobs[:, 0]
+    ids, logprobs = reply.said.topk_ids[:, 0], reply.said.token_logprobs[:, 0]
     return {
         "card": adapter.card,
         "prompts": tuple(asked.prompts),
@@ -341,20 +338,12 @@ def patched(
         "pairs": pairs,
         "clean": asked.right(adapter, clean, range(n)),
         "right": later(named, asked.right(adapter, reply, numbers), names, shape),
-        "clean_ids": clean.readout.topk_ids[:, 0],
+        "clean_ids": clean.said.topk_ids[:, 0],
         "token_ids": later(named, ids, names, shape),
-        "clean_logprobs": clean.readout.token_logprobs[:, 0],
+        "clean_logprobs": clean.said.token_logprobs[:, 0],
         "logprobs": later(named, logprobs, names, shape),
-        "vocab": later(vocabulary, adapter, clean.readout.topk_ids, ids),
-        "cost": later(total, clean.cost, reply.cost),
+        "vocab": later(vocabulary, adapter, clean.said.topk_ids, ids),
     }
-
-
-def _controls(controls: Sequence[str]) -> tuple[str, ...]:
-    unknown = [name for name in controls if name not in CONTROLS]
-    if unknown or isinstance(controls, str):
-        raise DataError(f"controls={controls!r}", "", f"give a list of some of {', '.join(CONTROLS)}")
-    return tuple(dict.fromkeys(controls))
 
 
 def pairs_of(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
@@ -374,10 +363,10 @@ def pairs_of(pairs: Any, card: ModelCard) -> tuple[tuple[int, int], ...]:
     return found
 
 
-def place_of(question: Question, prompt: Tokens, position: Any, adapter: Any) -> int:
+def place_of(question: Question, prompt: Tokens, position: Any) -> int:
     """The token that is patched."""
     if position != "bridge":
-        return check_one_token(resolve(position, prompt), f"the position {position!r}", adapter.tokenizer)
+        return one_token(position, prompt)
     if not isinstance(question, TwoHop):
         raise DataError(
             f"the bridge of {question.text!r}", "this question has one hop", "give questions of hookbook.hops, or another position"

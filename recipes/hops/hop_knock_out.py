@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import pose
 from hookbook.card import ModelCard
-from hookbook.deferred import later
-from hookbook.errors import DataError, TokenError, check_counts
+from hookbook.errors import DataError, check_counts, check_prompt
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import ask
+from hookbook.recipe import later, recipe
 from hookbook.recipes.hops.two_hops import check_hops
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
@@ -103,8 +102,7 @@ class HopKnockOut(Result):
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis): choose an edge, see which tokens of a prompt are not seen (1), and which are not in the
         control (-1). Below, the table."""
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        prompt = check_prompt(prompt, len(self.prompts))
         values = torch.zeros(len(self.prompts[prompt].strings), len(self.edges), dtype=torch.float64)
         for e in range(len(self.edges)):
             values[list(self.keys[prompt][e]), e] = 1.0
@@ -157,7 +155,7 @@ def hop_knock_out(
     if unknown or not edges:
         raise DataError(f"the edges {unknown or 'of an empty list'}", "", f"give pairs of last or bridge, and one of {', '.join(SEEN)}")
     check_counts(0, k=k)
-    asked = ask(adapter, questions, generate)
+    asked = pose(adapter, questions, generate)
     n, layers = len(questions), adapter.card.n_layers
     for layer in range(layers):
         adapter.require(Site("attn_pattern", layer))
@@ -178,8 +176,7 @@ def hop_knock_out(
                     cells.append((i, e, c))
     numbers = [row.prompt for row in rows]
     reply = adapter.run(Request(asked.prompts, rows, (), Readout(k=1, tokens=asked.answers[numbers][:, None]), generate), progress=progress)
-    assert reply.readout is not None
-    right, logprobs = asked.right(adapter, reply, numbers), reply.readout.token_logprobs[:, 0]
+    right, logprobs = asked.right(adapter, reply, numbers), reply.said.token_logprobs[:, 0]
     shape = (n, len(edges), 2, layers)
     return HopKnockOut(
         card=adapter.card,
@@ -193,7 +190,7 @@ def hop_knock_out(
         clean_logprobs=later(_first, logprobs, n),
         right=later(_filled, right, cells, shape),
         logprobs=later(_filled, logprobs, cells, shape),
-        settings={"k": k, "rule": asked.rule, "seed": seed, "cost": reply.cost},
+        settings={"rule": asked.rule},
     )
 
 

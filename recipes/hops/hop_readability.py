@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from hookbook import prompts
+from hookbook.asking import pose
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import other_questions
 from hookbook.errors import DataError, check_counts
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import ask, others
+from hookbook.recipe import later, recipe
 from hookbook.recipes.hops.two_hops import check_hops
-from hookbook.request import Each, Edit, Read, Request, Row, total
+from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.results import Result
 from hookbook.show.plots import lines
 from hookbook.show.tidy import tidy
@@ -134,12 +134,12 @@ def hop_readability(
     adapter = wrap(model)
     check_hops(questions)
     check_counts(0, generate=generate)
-    other = others(questions, random.Random(seed), "bridge", "answer")
+    other = other_questions(questions, random.Random(seed), "bridge", "answer")
     names = {"bridge": [question.bridge for question in questions], "answer": [question.answer.strip() for question in questions]}
     names |= {f"other {name}": [names[name][i] for i in other] for name in ("bridge", "answer")}
-    asked = ask(adapter, questions)
+    asked = pose(adapter, questions)
     ids = torch.stack(
-        [ask(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
+        [pose(adapter, [Question(q.text, f" {x}") for q, x in zip(questions, names[name], strict=True)]).answers for name in NAMES], 1
     )
     sites, n = layers_to_sites(layers, adapter.card), len(questions)
     for site in sites:
@@ -156,11 +156,10 @@ def hop_readability(
     said = adapter.readout(states, k=1, tokens=ids.repeat_interleave(each, 0))
     shape = (n, len(PLACES), len(sites))
     top = said.topk_ids == ids.repeat_interleave(each, 0)
-    costs, texts, described = [clean.cost], (), {}
+    texts, described = (), {}
     if generate:
         edits = [Edit(sites[i % len(sites)], value, "set", written[0]) for i, value in enumerate(states.unbind(0))]
         reply = adapter.run(Request(scope, [Row(0, (edit,)) for edit in edits], (), None, generate), progress=progress)
-        costs.append(reply.cost)
         texts = later(decoded, adapter, reply.tokens)
         described = later(_found, texts, names, shape)
     return HopReadability(
@@ -172,7 +171,7 @@ def hop_readability(
         lens=later(_shaped, top, shape),
         described=described,
         texts=texts,
-        settings={"target": target.text, "generate": generate, "seed": seed, "cost": later(total, *costs)},
+        settings={"target": target.text},
     )
 
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import pose
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError
 from hookbook.hops import TwoHop
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.hops.answering import ask
+from hookbook.recipe import later, recipe
 from hookbook.request import Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
@@ -164,11 +163,10 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
     distinct = list(dict.fromkeys(Question(way.text, way.answer) for some in ways for way in some))
     place = {question: i for i, question in enumerate(distinct)}
     numbers = [[place[Question(way.text, way.answer)] for way in some] for some in ways]
-    asked = ask(adapter, distinct, generate)
+    asked = pose(adapter, distinct, generate)
     rows = [Row(i) for i in range(len(distinct))]
     reply = adapter.run(Request(asked.prompts, rows, (), Readout(k=1), generate), progress=progress)
-    assert reply.readout is not None
-    ids = reply.readout.topk_ids
+    ids = reply.said.topk_ids
     return TwoHops(
         card=adapter.card,
         prompts=tuple(asked.prompts[some[0]] for some in numbers),
@@ -179,7 +177,7 @@ def two_hops(model: Any, questions: Sequence[TwoHop], *, generate: int = 0, prog
         right=later(_by_way, asked.right(adapter, reply, range(len(rows))), numbers),
         token_ids=later(_by_way, ids[:, 0], numbers),
         vocab=later(vocabulary, adapter, ids),
-        settings={"rule": asked.rule, "cost": reply.cost},
+        settings={"rule": asked.rule},
     )
 
 

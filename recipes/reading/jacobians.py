@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hookbook.card import ModelCard
 from hookbook.engine import planning
 from hookbook.errors import EditError, TokenError
 from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
+from hookbook.results import Result
+from hookbook.show.plots import lines, site_labels
 from hookbook.tokens import Tokens, resolve
-from hookbook.travel.vjps import vjps
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
     from hookbook.adapter import Adapter
 
 MOST = 128
@@ -30,9 +35,12 @@ MOST = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Jacobian:
+class Jacobian(Result):
     """The first-order map from source states to an output, and the point around which it holds."""
 
+    card: ModelCard
+    prompts: tuple[Tokens, ...]
+    """The `n` prompts as the model saw them."""
     of: Read
     wrt: tuple[Read, ...]
     output: Tensor
@@ -43,6 +51,30 @@ class Jacobian:
     """For each source `[n, d_out, d_in]`; the mean over prompts, `[d_out, d_in]`, if that was asked for."""
     products: tuple[Tensor, ...]
     """For each source `[n, d_out]`: the matrix of each prompt, also where only their mean is kept, times the source's state there."""
+    settings: dict[str, Any]
+
+    @property
+    def norms(self) -> Tensor:
+        """`[source, n]`, or `[source, 1]` of means: the Frobenius norm of each matrix."""
+        return torch.stack([matrix.flatten(-2).norm(dim=-1).reshape(-1) for matrix in self.matrices])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each source and prompt: `prompt`, `position`, `site`, `layer` (of the source), `norm` (of the matrix, or of the
+        mean), `input_norm`, `product_norm` and `output_norm` (of vectors)."""
+        import pandas as pd
+
+        rows = []
+        for norms, read, inputs, products in zip(self.norms.tolist(), self.wrt, self.inputs, self.products, strict=True):
+            for n, prompt in enumerate(self.prompts):
+                place = (prompt.text, resolve(position_of(read.position, n), prompt)[0], read.site.name, read.site.layer)
+                rows.append((*place, norms[n % len(norms)], *(float(x[n].norm()) for x in (inputs, products, self.output))))
+        names = ["prompt", "position", "site", "layer", "norm", "input_norm", "product_norm", "output_norm"]
+        return pd.DataFrame(rows, columns=names)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The norm of the matrix by source, the mean over prompts."""
+        names, title = ("source", "Frobenius norm"), f"Jacobians of {self.of.site}, {self.card.model_id}"
+        return lines(ax, {str(self.of.site): self.norms.mean(1)}, names, labels=site_labels([read.site for read in self.wrt]), title=title)
 
 
 @recipe
@@ -70,64 +102,93 @@ def jacobian(
     Source: the derivative that Hernandez et al. 2023, arXiv:2308.09124, section 2.2, take of a relation's output, here of any site.
 
     Differs: nothing is averaged unless `mean` asks for it, and all sources share their backward passes.
+
+    Example:
+        >>> from hookbook.testing import toy
+        >>> found = jacobian(toy(), ["ab", "cd"], Read("resid_post.2"), [Read("resid_post.0"), Read("resid_post.1")])
+        >>> [tuple(matrix.shape) for matrix in found.matrices]
+        [(2, 16, 16), (2, 16, 16)]
     """
     adapter = wrap(model)
     prompts = [adapter.encode(prompt) for prompt in prompts]
     request = _request(adapter, prompts, of, wrt)
-    card, parts = adapter.card, planning.plan(adapter, request, _answer_bytes(adapter, request, mean))
-    d_out = of.site.width(card)
-    lead = [] if mean else [len(prompts)]
-    output = torch.empty(len(prompts), d_out, dtype=getattr(torch, card.dtype))
-    inputs = [torch.empty(len(prompts), read.site.width(card), dtype=output.dtype) for read in wrt]
-    matrices = [torch.zeros(*lead, d_out, read.site.width(card), dtype=output.dtype) for read in wrt]
-    products = [torch.zeros_like(output) for _ in wrt]
+    parts = planning.plan(adapter, request, _answer_bytes(adapter, request, mean))
+    found = _Gathered(adapter, request, mean)
+    chunks = [_chunk(adapter, request, part, mean) for part in parts]
     if (account := planning.account()) is not None:
-        back = [
-            part.peak_bytes + min(d_out, _chunk(adapter, request, part, mean)) * _bytes_of_one(adapter, request, part) for part in parts
-        ]
-        kept = sum(tensor.nbytes for tensor in (output, *inputs, *matrices, *products))
-        account.add([] if adapter.remote else parts, vjps=len(prompts) * d_out, peak_bytes=max(back) + kept)
-    if account is not None and not adapter.remote:
-        return Jacobian(of, tuple(wrt), output.zero_(), tuple(x.zero_() for x in inputs), tuple(matrices), tuple(products))
-    if adapter.remote:
-        return _remote(adapter, request, parts, mean)
-    with tqdm(
-        total=len(parts) * d_out, desc="jacobian", leave=False, disable=not (len(parts) > 1 if progress is None else progress)
-    ) as bar:
-        for part in parts:
+        back = (
+            min(found.d_out, n) * _bytes_of_one(adapter, request, part) + part.peak_bytes for n, part in zip(chunks, parts, strict=True)
+        )
+        account.add([], peak_bytes=max(back) + found.nbytes)
+    hidden = found.promised or not (len(parts) > 1 if progress is None else progress)
+    with tqdm(total=len(parts) * found.d_out, desc="jacobian", leave=False, disable=hidden) as bar:
+        for part, chunk in zip(parts, chunks, strict=True):
             rows = [row.number for row in part.rows]
-            leaves = [torch.zeros(len(rows), read.site.width(card), dtype=output.dtype, requires_grad=True) for read in wrt]
+            leaves = [adapter.leaf(len(rows), read.site.width(adapter.card)) for read in wrt]
             reply = adapter.run(_request(adapter, prompts, of, wrt, rows, leaves), progress=False)
             out, *states = (reading.values for reading in reply.readings)
-            output[rows] = out.detach().cpu()
-            for held, state in zip(inputs, states, strict=True):
-                held[rows] = state.detach().cpu()
+            points = found.states(rows, out, states)
             del reply, states
-            points, all_rows = [held[rows] for held in inputs], len(prompts) if mean else rows
-            found = vjps(out, leaves, points, _chunk(adapter, request, part, mean), mean, bar.update, matrices, all_rows)
-            for held, product in zip(products, found[len(wrt) :], strict=True):
-                held[rows] = product
-    return Jacobian(of, tuple(wrt), output, tuple(inputs), tuple(matrices), tuple(products))
+            found.products_of(rows, adapter.vjps(out, leaves, points, chunk, mean, tick=bar.update, **found.into(rows)))
+    return Jacobian(adapter.card, tuple(prompts), of, tuple(wrt), *found.whole(), settings={})
 
 
-def _remote(adapter: Any, request: Request, parts: Sequence[planning.Part], mean: bool) -> Jacobian:
-    """The same beside the model, of which only promises come back."""
-    of, *wrt = request.reads
-    order = torch.argsort(torch.tensor([row.number for part in parts for row in part.rows]))
-    outputs, inputs, matrices, products = [], [], [], []
-    for part in parts:
-        rows = [row.number for row in part.rows]
-        leaves = [adapter.leaf(len(rows), read.site.width(adapter.card)) for read in wrt]
-        reply = adapter.run(_request(adapter, request.prompts, of, wrt, rows, leaves), progress=False)
-        out, *states = (reading.values for reading in reply.readings)
-        found = adapter.vjps(out, leaves, states, _chunk(adapter, request, part, mean), mean)
-        products.append(found[len(wrt) :])
-        outputs.append(out)
-        inputs.append(states)
-        matrices.append([matrix * (len(rows) / len(request.prompts)) for matrix in found[: len(wrt)]] if mean else found[: len(wrt)])
-    several = [torch.stack(pieces).sum(0) if mean else torch.cat(pieces)[order] for pieces in zip(*matrices, strict=True)]
-    points, products = (tuple(torch.cat(pieces)[order] for pieces in zip(*some, strict=True)) for some in (inputs, products))
-    return Jacobian(of, tuple(wrt), torch.cat(outputs)[order], points, tuple(several), products)
+class _Gathered:
+    """All prompts' numbers, part by part: written into what holds all of them, or, while they are promises, put together in the end.
+
+    Args:
+        adapter: The model.
+        request: Of all prompts, whose reads are the output and the sources.
+        mean: Whether of matrices only means over prompts are kept.
+    """
+
+    def __init__(self, adapter: Adapter, request: Request, mean: bool) -> None:
+        self.promised = adapter.remote or planning.account() is not None
+        self.n, self.mean, self.d_out, *widths = len(request.rows), mean, *(read.site.width(adapter.card) for read in request.reads)
+        like: Any = {"dtype": getattr(torch, adapter.card.dtype), "device": "meta" if self.promised else "cpu"}
+        self.ends = [torch.empty(self.n, width, **like) for width in (self.d_out, *widths)]
+        self.matrices = [torch.zeros(*([] if mean else [self.n]), self.d_out, width, **like) for width in widths]
+        self.products = [torch.empty(self.n, self.d_out, **like) for _ in widths]
+        self.pieces: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory all of it takes."""
+        return sum(x.nbytes for x in (*self.ends, *self.matrices, *self.products))
+
+    def states(self, rows: list[int], out: Tensor, states: list[Tensor]) -> list[Tensor]:
+        """Keep the output and the sources' states of some prompts; the latter come back."""
+        if self.promised:
+            self.pieces.append((rows, [out, *states], []))
+            return states
+        for whole, x in zip(self.ends, (out, *states), strict=True):
+            whole[rows] = x.detach().cpu()
+        return [whole[rows] for whole in self.ends[1:]]
+
+    def into(self, rows: list[int]) -> dict[str, Any]:
+        """Where `Adapter.vjps` writes the matrices of some prompts."""
+        return {} if self.promised else {"into": self.matrices, "rows": self.n if self.mean else rows}
+
+    def products_of(self, rows: list[int], found: list[Tensor]) -> None:
+        """Keep what `Adapter.vjps` gave of some prompts."""
+        if self.promised:
+            self.pieces[-1][2].extend(found)
+            return
+        for whole, x in zip(self.products, found[len(self.products) :], strict=True):
+            whole[rows] = x
+
+    def whole(self) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The output, the states, the matrices and the products of all prompts."""
+        if self.promised:
+            numbers, ends, found = zip(*self.pieces, strict=True)
+            order, m = torch.argsort(torch.tensor([i for rows in numbers for i in rows])), len(self.products)
+            columns = list(zip(*found, strict=True))
+            self.ends, self.products = ([torch.cat(x)[order] for x in some] for some in (zip(*ends, strict=True), columns[m:]))
+            self.matrices = [self._mean(x, numbers) if self.mean else torch.cat(x)[order] for x in columns[:m]]
+        return self.ends[0], tuple(self.ends[1:]), tuple(self.matrices), tuple(self.products)
+
+    def _mean(self, means: Sequence[Tensor], rows: Sequence[list[int]]) -> Tensor:
+        return torch.stack([x * (len(some) / self.n) for x, some in zip(means, rows, strict=True)]).sum(0)
 
 
 def _bytes_of_one(adapter: Adapter, request: Request, part: planning.Part) -> int:

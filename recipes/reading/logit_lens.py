@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hookbook.adapter import Adapter, ModelCard
-from hookbook.deferred import later
-from hookbook.errors import DataError, SiteError, TokenError, check_counts
+from hookbook.asking import encode_prompts, wanted_ids, wanted_words
+from hookbook.errors import DataError, SiteError, TokenError, check_counts, check_prompt
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.reading.patchscopes import encode_prompts, wanted_id
-from hookbook.request import Each, Read, Request, Row, total
+from hookbook.recipe import later, recipe
+from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, lines, samples, site_labels
@@ -115,10 +114,9 @@ class LogitLens(Result):
     def cells(self, prompt: int = 0) -> Cells:
         """What a picture has where: a row for each prompt if one token of each was read, and for each token of one prompt otherwise; a
         column for each site."""
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        prompt = check_prompt(prompt, len(self.prompts))
         single = len(self.rows) == len(self.prompts)
-        chosen = [n for n, (of, _) in enumerate(self.rows) if single or of == prompt % len(self.prompts)]
+        chosen = [n for n, (of, _) in enumerate(self.rows) if single or of == prompt]
         names = [
             ending(self.prompts[of].text, 30) if single else f"{at} {self.prompts[of].strings[at]}"
             for of, at in (self.rows[n] for n in chosen)
@@ -267,10 +265,8 @@ def logit_lens(
             )
         adapter.require(site)
     check_counts(k=k)
-    if isinstance(tokens, str):
-        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
     rows = [(n, at) for n, prompt in enumerate(coded) for at in resolve(position, prompt)]
-    wanted_ids = torch.tensor([[wanted_id(adapter, coded[n], at, word) for word in tokens] for n, at in rows], dtype=torch.long)
+    wanted = wanted_ids(adapter, [coded[n] for n, _ in rows], tokens, [at for _, at in rows])
     names, language_ids = _language_ids(adapter, languages, len(coded))
     language_ids = language_ids[[n for n, _ in rows]]
 
@@ -281,7 +277,7 @@ def logit_lens(
     request = Request(list(distinct), [Row(distinct[prompt]) for prompt in coded], [Read(site, each) for site in reads])
     reply = adapter.run(request, progress=progress, checkpoint=checkpoint)
     states = torch.stack([reading.values for reading in reply.readings], 1)
-    asked = torch.cat([wanted_ids, language_ids.clamp(min=0).flatten(1)], 1)
+    asked = torch.cat([wanted, language_ids.clamp(min=0).flatten(1)], 1)
     said = adapter.lens(states, k=k, tokens=asked, ranked=len(tokens))
     chosen = [reads.index(site) for site in sites]
     token_ids, own_ids, known = said.topk_ids[:, chosen], said.topk_ids[:, -1, 0], said.token_logprobs[:, chosen]
@@ -289,8 +285,6 @@ def logit_lens(
     if names:
         nothing = torch.zeros(language_ids.shape).masked_fill(language_ids < 0, float("-inf"))
         by_language = (by_language.unflatten(-1, tuple(language_ids.shape[1:])) + nothing[:, None]).logsumexp(-1)
-    unembedded = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": len(rows) * len(reads)}
-    settings = {"position": str(position), "k": k, "bos": bos, "chat": chat, "cost": later(total, reply.cost, unembedded)}
     return LogitLens(
         card=card,
         prompts=tuple(coded),
@@ -304,13 +298,13 @@ def logit_lens(
         kl=said.kl[:, chosen],
         own_ids=own_ids,
         own_tokens=later(words, adapter, own_ids),
-        wanted=tuple(word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in tokens),
+        wanted=wanted_words(adapter, tokens),
         wanted_logprobs=known[..., : len(tokens)],
         wanted_ranks=said.token_ranks[:, chosen],
         languages=names,
         language_ids=language_ids,
         language_logprobs=by_language,
-        settings=settings,
+        settings={},
     )
 
 

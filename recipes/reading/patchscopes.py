@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from hookbook import prompts
 from hookbook.adapter import Adapter, ModelCard
-from hookbook.deferred import later
-from hookbook.errors import EditError, SiteError, TokenError, check_counts
+from hookbook.asking import check_asked, encode_prompts, grouped_texts, one_token, wanted_words
+from hookbook.errors import EditError, SiteError, TokenError, check_prompt
 from hookbook.maps import Affine, Map
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
+from hookbook.recipe import later, recipe
+from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.cells import grid_sections
 from hookbook.show.plots import Cells, heat_map, samples, site_labels
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve, vocabulary, words
+from hookbook.tokens import Position, Tokens, decoded, vocabulary, words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,8 +116,7 @@ class Patchscope(Result):
 
     def cells(self, prompt: int = 0) -> Cells:
         """Labels of rows and columns, names of the axes, and which (prompt, pair) is in each cell."""
-        if not -len(self.sources) <= prompt < len(self.sources):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.sources) - 1}", "use one of them")
+        prompt = check_prompt(prompt, len(self.sources))
         if self.is_grid:
             reads, writes = (list(dict.fromkeys(side)) for side in zip(*self.pairs, strict=True))
             where = {pair: p for p, pair in enumerate(self.pairs)}
@@ -244,142 +243,135 @@ def patchscope(
     """
     reader, writer = wrap(model), wrap(model if target_model is None else target_model)
     sources = encode_prompts(reader, source, bos, chat)
-    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
-    listed = list(target) if many else [target]
-    targets = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
-    if len(targets) not in (1, len(sources)):
-        raise TokenError(
-            f"{len(targets)} target prompts for {len(sources)} source prompts",
-            "a source needs a target",
-            "give one target, or one for each source",
-        )
-    writes_at = [prompts.locate(t, coded, target_position) for t, coded in zip(listed, targets, strict=True)]
-    reads_at = [_one_token(source_position, coded) for coded in sources]
-    says_at = [_one_token(readout_position, coded) for coded in targets]
-    for written, said_at in zip(writes_at, says_at, strict=True):
-        if said_at < written:
-            raise TokenError(
-                f"a patch of token {written} cannot reach token {said_at}", "tokens see only those before them", "read a later token"
-            )
+    reads_at = [one_token(source_position, prompt) for prompt in sources]
+    targets = _targets(writer, target, len(sources), bos, target_position, readout_position)
     pairs = _pairs(reader.card, writer.card, source_layers, target_layers)
-    if map is None and reader.card.d_model != writer.card.d_model:
-        raise EditError(
-            f"states of width {reader.card.d_model} for a model of width {writer.card.d_model}",
-            "the two models' streams differ",
-            "give map=, such as Affine.fit(x, y) on states of both models",
-        )
-    if isinstance(map, Affine) and tuple(map.weight.shape) != (writer.card.d_model, reader.card.d_model):
-        raise EditError(
-            f"a map of shape {list(map.weight.shape)}",
-            f"from width {reader.card.d_model} to width {writer.card.d_model} it is [{writer.card.d_model}, {reader.card.d_model}]",
-            "transpose it, or fit it on these two models",
-        )
-    wanted_ids = check_asked(writer, targets, says_at, tokens, k, generate)
-    for adapter, side in ((reader, 0), (writer, 1)):
-        for pair in pairs:
-            adapter.require(pair[side])
+    _check_map(map, reader.card, writer.card)
+    asked = check_asked(writer, targets.prompts, tokens, k, generate, targets.says_at)
+    for read, write in pairs:
+        reader.require(read)
+        writer.require(write)
 
-    reads = list(dict.fromkeys(read for read, _ in pairs))
-    final = Site("resid_post", reader.card.n_layers - 1)
-    each = Each(tuple(reads_at))
-    read_reply = reader.run(
-        Request(sources, [Row(n) for n in range(len(sources))], [Read(site, each) for site in [*reads, final]]),
-        progress=progress,
-        checkpoint=checkpoint,
+    sites = tuple(dict.fromkeys(read for read, _ in pairs))
+    *states, own = _states(reader, sources, reads_at, sites, progress, checkpoint)
+    values = _mapped(map, dict(zip(sites, states, strict=True)), pairs, writer.card)
+    request = _patches(targets, pairs, values, asked, k, generate)
+    reply = writer.run(request, progress=progress, checkpoint=checkpoint)
+    n, at = len(targets.prompts), targets.of
+    ids, logprobs, wanted = (
+        x[n:].unflatten(0, (len(sources), len(pairs))) for x in (reply.said.topk_ids, reply.said.topk_logprobs, reply.said.token_logprobs)
     )
-    *states, own = (reading.values for reading in read_reply.readings)
-    place = {site: i for i, site in enumerate(reads)}
-    change: Map = map if map is not None else lambda x, read, write: x
-    mapped = [change(states[place[read]], read, write) for read, write in pairs]
-    for x in mapped:
-        if x.shape != (len(sources), writer.card.d_model):
-            raise EditError(
-                f"the map gave shape {list(x.shape)}",
-                f"for {len(sources)} states of a model whose width is {writer.card.d_model}",
-                "return [n, d_target]",
-            )
-    values = torch.stack(mapped, 1)  # [n, pairs, d_target]
-
-    n_target = len(targets)
-    at = [0 if n_target == 1 else n for n in range(len(sources))]
-    rows = [Row(t) for t in range(n_target)] + [
-        Row(at[n], (Edit(write, values[n, p], "set", writes_at[at[n]]),)) for n in range(len(sources)) for p, (_, write) in enumerate(pairs)
-    ]
-    readout_at = Each(tuple(says_at[row.prompt] for row in rows))
-    asked = torch.cat([wanted_ids, wanted_ids[at].repeat_interleave(len(pairs), 0)])
-    reply = writer.run(Request(targets, rows, (), Readout(readout_at, k, asked), generate), progress=progress, checkpoint=checkpoint)
-    said = reply.readout
-    assert said is not None
-
-    def split(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:n_target][at], x[n_target:].unflatten(0, (len(sources), len(pairs)))
-
-    (control_ids, ids), (control_logprobs, logprobs) = split(said.topk_ids), split(said.topk_logprobs)
-    control_wanted, wanted = split(said.token_logprobs)
-    source_ids = reader.readout(own, k=1).topk_ids[:, 0]
-    precision = surprisal = None
-    if (reader.card.tokenizer, reader.card.d_vocab) == (writer.card.tokenizer, writer.card.d_vocab):
-        precision = ids[..., 0] == source_ids[:, None]
-        surprisal = -reader.readout(own, tokens=ids[..., 0]).token_logprobs
-    settings = {"source_position": str(source_position), "target_position": str(target_position), "readout_position": str(readout_position)}
-    settings |= {
-        "map": "identity" if map is None else type(map).__name__,
-        "generate": generate,
-        "k": k,
-        "bos": bos,
-        "chat": chat,
-        "cost": reply.cost,
-    }
+    source_ids, precision, surprisal = _beside_own(reader, own, ids[..., 0], writer.card)
     return Patchscope(
         source_card=reader.card,
         target_card=writer.card,
         sources=tuple(sources),
         source_positions=tuple(reads_at),
-        targets=tuple(targets),
-        target_positions=tuple(writes_at),
+        targets=tuple(targets.prompts),
+        target_positions=tuple(targets.writes_at),
         pairs=tuple(pairs),
-        vocab=later(vocabulary, writer, ids, control_ids),
+        vocab=later(vocabulary, writer, ids, reply.said.topk_ids[at]),
         token_ids=ids,
         logprobs=logprobs,
-        control_ids=control_ids,
-        control_logprobs=control_logprobs,
+        control_ids=reply.said.topk_ids[at],
+        control_logprobs=reply.said.topk_logprobs[at],
         source_ids=source_ids,
         source_tokens=later(words, reader, source_ids),
         precision=precision,
         surprisal=surprisal,
         wanted=wanted_words(writer, tokens),
         wanted_logprobs=wanted,
-        control_wanted_logprobs=control_wanted,
-        texts=later(grouped_texts, writer, reply.tokens[n_target:], len(pairs)) if reply.tokens is not None else (),
+        control_wanted_logprobs=reply.said.token_logprobs[at],
+        texts=later(grouped_texts, writer, reply.tokens[n:], len(pairs)) if reply.tokens is not None else (),
         control_texts=later(decoded, writer, reply.tokens[at]) if reply.tokens is not None else (),
-        settings=settings,
+        settings={"map": "identity" if map is None else type(map).__name__},
     )
 
 
-def grouped_texts(adapter: Adapter, tokens: Tensor, pairs: int) -> tuple[tuple[str, ...], ...]:
-    """What was generated, so many texts together."""
-    texts = decoded(adapter, tokens)
-    return tuple(texts[start : start + pairs] for start in range(0, len(texts), pairs))
+@dataclass(frozen=True)
+class _Targets:
+    """Target prompts, and of each the token that is patched and the one after which is read."""
+
+    prompts: list[Tokens]
+    writes_at: list[int]
+    says_at: list[int]
+    of: list[int]
+    """The number of each source's target."""
 
 
-def encode_prompts(adapter: Adapter, source: Any, bos: bool | None, chat: bool) -> list[Tokens]:
-    """One prompt or several, as tokens."""
-    one = isinstance(source, (str, Tokens, Tensor)) or (isinstance(source, (list, tuple)) and source and isinstance(source[0], (int, dict)))
-    listed: list[Any] = [source] if one else list(source)  # pyright: ignore[reportArgumentType]
-    if not listed:
-        raise TokenError("no source prompts", "there is nothing to read", "give at least one")
-    return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
-
-
-def _one_token(position: Position, coded: Tokens) -> int:
-    found = resolve(position, coded)
-    if len(found) != 1:
+def _targets(writer: Adapter, target: Any, n: int, bos: bool | None, written: Position | None, read: Position) -> _Targets:
+    """The target prompts of `n` sources, encoded and checked."""
+    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
+    listed = list(target) if many else [target]
+    coded = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
+    if len(coded) not in (1, n):
         raise TokenError(
-            f"the source position {position!r} is {len(found)} tokens",
-            "one state is read from each prompt",
-            "give one index, or a text's first or last token",
+            f"{len(coded)} target prompts for {n} source prompts", "a source needs a target", "give one target, or one for each source"
         )
-    return found[0]
+    writes_at = [prompts.locate(t, prompt, written) for t, prompt in zip(listed, coded, strict=True)]
+    says_at = [one_token(read, prompt) for prompt in coded]
+    for first, last in zip(writes_at, says_at, strict=True):
+        if last < first:
+            raise TokenError(
+                f"a patch of token {first} cannot reach token {last}", "tokens see only those before them", "read a later token"
+            )
+    return _Targets(coded, writes_at, says_at, [0] * n if len(coded) == 1 else list(range(n)))
+
+
+def _check_map(map: Map | Affine | None, source: ModelCard, target: ModelCard) -> None:
+    """Raise unless states of one model can be those of the other."""
+    if map is None and source.d_model != target.d_model:
+        raise EditError(
+            f"states of width {source.d_model} for a model of width {target.d_model}",
+            "the two models' streams differ",
+            "give map=, such as Affine.fit(x, y) on states of both models",
+        )
+    if isinstance(map, Affine) and tuple(map.weight.shape) != (target.d_model, source.d_model):
+        raise EditError(
+            f"a map of shape {list(map.weight.shape)}",
+            f"from width {source.d_model} to width {target.d_model} it is [{target.d_model}, {source.d_model}]",
+            "transpose it, or fit it on these two models",
+        )
+
+
+def _states(
+    reader: Adapter, sources: Sequence[Tokens], at: Sequence[int], sites: Sequence[Site], progress: bool | None, checkpoint: Any
+) -> list[Tensor]:
+    """The states `[n, d_source]` of each site, and last the end of the stream, at each source's token."""
+    reads = [Read(site, Each(tuple(at))) for site in (*sites, Site("resid_post", reader.card.n_layers - 1))]
+    reply = reader.run(Request(sources, [Row(n) for n in range(len(sources))], reads), progress=progress, checkpoint=checkpoint)
+    return [reading.values for reading in reply.readings]
+
+
+def _mapped(map: Map | Affine | None, states: dict[Site, Tensor], pairs: Sequence[tuple[Site, Site]], target: ModelCard) -> Tensor:
+    """What is written, `[n, pair, d_target]`."""
+    values = [states[read] if map is None else map(states[read], read, write) for read, write in pairs]
+    for x in values:
+        if x.shape != (n := len(states[pairs[0][0]]), target.d_model):
+            raise EditError(
+                f"the map gave shape {list(x.shape)}", f"for {n} states of a model whose width is {target.d_model}", "return [n, d_target]"
+            )
+    return torch.stack(values, 1)
+
+
+def _patches(targets: _Targets, pairs: Sequence[tuple[Site, Site]], values: Tensor, asked: Tensor, k: int, generate: int) -> Request:
+    """Every target as it is, and then, for each source and pair, with `values` `[n, pair, d_target]` written."""
+    rows = [Row(t) for t in range(len(targets.prompts))]
+    rows += [
+        Row(t, (Edit(write, values[n, p], "set", targets.writes_at[t]),))
+        for n, t in enumerate(targets.of)
+        for p, (_, write) in enumerate(pairs)
+    ]
+    readout = Readout(Each(tuple(targets.says_at[row.prompt] for row in rows)), k, asked[[row.prompt for row in rows]])
+    return Request(targets.prompts, rows, (), readout, generate)
+
+
+def _beside_own(reader: Adapter, own: Tensor, ids: Tensor, target: ModelCard) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The source runs' own next tokens `[n]`; and, of one vocabulary, whether `ids` `[n, pair]` are these, and their surprisal."""
+    source_ids = reader.readout(own, k=1).topk_ids[:, 0]
+    if (reader.card.tokenizer, reader.card.d_vocab) != (target.tokenizer, target.d_vocab):
+        return source_ids, None, None
+    return source_ids, ids == source_ids[:, None], -reader.readout(own, tokens=ids).token_logprobs
 
 
 def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_layers: Any) -> list[tuple[Site, Site]]:
@@ -394,38 +386,3 @@ def _pairs(source: ModelCard, target: ModelCard, source_layers: Any, target_laye
                 )
         return [(site, site) for site in reads]
     return [(read, write) for read in reads for write in layers_to_sites(target_layers, target)]
-
-
-def check_asked(
-    writer: Adapter, targets: Sequence[Tokens], says_at: Sequence[int], tokens: Sequence[str | int], k: int, generate: int
-) -> Tensor:
-    """The ids `[target, m]` of the tokens asked for after each target's token; raises if what is asked of the model cannot be told."""
-    if isinstance(tokens, str):
-        raise TokenError(f"tokens={tokens!r}", "tokens is a list of texts or ids", f"write tokens=[{tokens!r}]")
-    check_counts(k=k)
-    check_counts(0, generate=generate)
-    if writer.card.n_ctx and max(len(t) for t in targets) + generate > writer.card.n_ctx:
-        raise TokenError(
-            f"{max(len(t) for t in targets)} tokens and {generate} to decode",
-            f"this model reads at most {writer.card.n_ctx}",
-            "shorten the target or decode less",
-        )
-    return torch.tensor(
-        [[wanted_id(writer, t, said_at, word) for word in tokens] for t, said_at in zip(targets, says_at, strict=True)], dtype=torch.long
-    )
-
-
-def wanted_words(writer: Adapter, tokens: Sequence[str | int]) -> tuple[str, ...]:
-    """Tokens asked for, as texts."""
-    return tuple(word if isinstance(word, str) else writer.tokenizer.decode([word]) for word in tokens)
-
-
-def wanted_id(writer: Adapter, target: Tokens, said_at: int, word: str | int) -> int:
-    """The one token of a word as it follows a prompt up to a token."""
-    if isinstance(word, int):
-        if not 0 <= word < writer.card.d_vocab:
-            raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {writer.card.d_vocab - 1}", "use one of them")
-        return word
-    if target.offsets is not None:  # the word follows the text up to the token after which it is read
-        target = replace(target, text=target.text[: target.offsets[said_at][1]] if said_at + 1 < len(target) else target.text)
-    return check_one_token(answer_ids(target, word, writer.tokenizer), repr(word), writer.tokenizer)

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_questions
 from hookbook.card import ModelCard
-from hookbook.deferred import Deferred, Later, hold, later
+from hookbook.controls import random_like
+from hookbook.deferred import Deferred, Later
 from hookbook.errors import DataError, EditError, Refused, SiteError, TokenError, check_counts
 from hookbook.maps import Affine
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
+from hookbook.recipe import hold, later, plain, recipe
 from hookbook.recipes.reading.jacobians import Jacobian, jacobian
-from hookbook.recipes.reading.patchscopes import Patchscope, encode_prompts, patchscope
-from hookbook.recipes.vectors.task_sweep import coded, plain
+from hookbook.recipes.relations.subjects import SubjectStates, subject_states
 from hookbook.relations import Relation, Statement
-from hookbook.request import Each, Read, Readout, Request, Row
+from hookbook.request import Each, Read
 from hookbook.results import Result
-from hookbook.show.plots import lines
+from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,6 +142,23 @@ class LinearRelation(Result):
             raise EditError(f"rank {rank}", f"W has ranks 1 to {self.card.d_model}", "use one of them")
         return rank
 
+    def chosen(self, layers: Any = None) -> list[Site]:
+        """Those of `sites` that layers name; None: all."""
+        return list(self.sites) if layers is None else [self.sites[self.place(site)] for site in layers_to_sites(layers, self.card)]
+
+    def check_model(self, card: ModelCard) -> None:
+        """Raise `EditError` if the relation is of another model, and `Refused` if it is still being made."""
+        if isinstance(self.weight, Later):
+            raise Refused(
+                "a relation whose numbers are not here yet",
+                "which pairs are known, and the best layer, decide what is asked next",
+                "leave the job first",
+            )
+        if not self.card.same_model(card):
+            raise EditError(
+                f"a relation of {self.card.model_id} in {card.model_id}", "its map is of another stream", "make it with this model"
+            )
+
     def __call__(self, states: Tensor, layer: Any = None, *, rank: int | None = None) -> Tensor:
         """What subjects' states `[..., d_model]` of a layer are mapped to; read it with `Adapter.readout`."""
         if states.shape[-1] != self.card.d_model:
@@ -181,14 +198,14 @@ class LinearRelation(Result):
             ax,
             {"linear relation": self.faithfulness, **self.controls},
             names,
-            labels=self._labels(),
+            labels=site_labels(self.sites),
             title=f"{self.relation}, {self.card.model_id}",
         )
 
     def plot_betas(self, ax: Axes | None = None) -> Axes:
         """Faithfulness on validation pairs by `beta`, at the best layer and two others."""
         order = [self.best_index, *(at for at in (0, len(self.sites) // 2) if at != self.best_index)]
-        curves = {f"layer {self._labels()[at]}": self.chosen_by[at] for at in order}
+        curves = {f"layer {site_labels(self.sites)[at]}": self.chosen_by[at] for at in order}
         return lines(
             ax,
             curves,
@@ -200,13 +217,10 @@ class LinearRelation(Result):
     def plot_spectrum(self, ax: Axes | None = None) -> Axes:
         """The singular values of `W` at the best layer, over the largest."""
         values = torch.linalg.svdvals(self.weight[self.best_index])
-        names = (f"rank, layer {self._labels()[self.best_index]}", "singular value over the largest")
+        names = (f"rank, layer {site_labels(self.sites)[self.best_index]}", "singular value over the largest")
         return lines(
             ax, {"singular value": values / values[0]}, names, title=f"Spectrum of the map of {self.relation}, {self.card.model_id}"
         )
-
-    def _labels(self) -> list[str]:
-        return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
 
 
 @recipe
@@ -279,7 +293,7 @@ def linear_relation(
     betas = sorted({float(beta) for beta in betas})
     train, validation, test = _parts(relation, n_train, queries, seed)
     shown = [relation.ask(x, train) for x, _ in train]
-    prompts, _ = coded(adapter, shown)
+    prompts, _ = encode_questions(adapter, shown)
     around = [Read(site, Each(tuple(asked.subject_at(tokens) for asked, tokens in zip(shown, prompts, strict=True)))) for site in sites]
     found = jacobian(adapter, prompts, Read(final), around, mean=True, progress=progress)
     biases = [(found.output - product).mean(0) for product in found.products]
@@ -307,7 +321,6 @@ def linear_relation(
         told.append(_share(adapter, torch.stack(list(maps.values())), states.answers[second], known["test"]))
     names = ("", "beta = 1", *OTHERS)
     measured = {name: torch.stack(values) for name, values in zip(names, zip(*told, strict=True), strict=True)}
-    settings = {"n_train": n_train, "queries": queries, "ridge": ridge, "seed": seed, "vjps": n_train * card.d_model, "cost": states.cost}
     return LinearRelation(
         card=card,
         relation=relation.name,
@@ -326,7 +339,7 @@ def linear_relation(
         chosen_by=torch.stack(chosen_by),
         faithfulness=measured.pop(""),
         controls=measured,
-        settings=settings,
+        settings={"vjps": n_train * card.d_model},
     )
 
 
@@ -338,8 +351,7 @@ def _others(
 ) -> dict[str, Tensor]:
     """What other maps make of the test subjects' states at a site, `[n, d_model]` each."""
     s, train, weight = states.subject[k][second], found.inputs[k], found.matrices[k]
-    noise = torch.randn(tuple(weight.shape), generator=torch.Generator().manual_seed(seed + k)).to(weight.dtype)
-    noise = noise * (weight.norm() / noise.norm())
+    noise = random_like(weight, seed + k, whole=True)
     fits = least_squares(train, found.output, s, ridge), least_squares(states.subject[k][first], states.final[first], s, ridge)
     said = (s, s + (found.output - train).mean(0), bias.expand(len(s), -1), *fits, beta * (s @ noise.T) + bias)
     return dict(zip(OTHERS, said, strict=True))
@@ -365,35 +377,6 @@ def _share(adapter: Adapter, outputs: Tensor, answers: Tensor, known: Tensor) ->
     return ((said == answers) & known).sum(1).double() / known.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
-class SubjectStates:
-    """What a model makes of prompts about subjects."""
-
-    prompts: list[Tokens]
-    places: tuple[int, ...]
-    """Of each prompt the subject's last token."""
-    answers: Tensor
-    """`[n]`: the first token of each object."""
-    subject: tuple[Tensor, ...]
-    """At each site `[n, d_model]`."""
-    final: Tensor
-    """`[n, d_model]`: the last block's output at the last token."""
-    known: Tensor
-    """`[n]`: whether the model says the answer."""
-    cost: Any
-
-
-def subject_states(adapter: Adapter, asked: Sequence[Statement], sites: Sequence[Site], progress: bool | None) -> SubjectStates:
-    """Run prompts about subjects once."""
-    prompts, answers = coded(adapter, asked)
-    places = tuple(question.subject_at(tokens) for question, tokens in zip(asked, prompts, strict=True))
-    reads = [Read(site, Each(places)) for site in sites] + [Read(Site("resid_post", adapter.card.n_layers - 1))]
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    *subject, final = (reading.values.cpu() for reading in reply.readings)
-    return SubjectStates(prompts, places, answers, tuple(subject), final, reply.readout.topk_ids[:, 0] == answers, reply.cost)
-
-
 def _parts(relation: Relation, n_train: int, queries: int | None, seed: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...], tuple[Pair, ...]]:
     """Pairs to expand around, to choose by and to judge by; the same for the same seed, whatever the order of the pairs."""
     if len(relation) < n_train + 2:
@@ -407,79 +390,3 @@ def _parts(relation: Relation, n_train: int, queries: int | None, seed: int) -> 
     train, rest = pairs[:n_train], pairs[n_train:]
     half = len(rest) // 2
     return tuple(train), tuple(rest[:half][:queries]), tuple(rest[half:][:queries])
-
-
-@recipe
-def attribute_lens(
-    model: Any,
-    relation: LinearRelation,
-    prompts: Any,
-    *,
-    layers: Any = None,
-    position: Position = -1,
-    k: int = 5,
-    tokens: Sequence[str | int] = (),
-    bos: bool | None = None,
-    progress: bool | None = None,
-) -> Patchscope:
-    """What a relation's map reads from any state of any prompt: the attribute, whether or not the model goes on to say it.
-
-    Args:
-        model: The model that the relation is of.
-        relation: What `linear_relation` returned.
-        prompts: A prompt, or a list of prompts.
-        layers: Those of the relation's layers to read; None: all.
-        position: The token to read: `-1` the last, an index, a text (its last token), or an `At`.
-        k: How many of the likeliest tokens to keep.
-        tokens: Tokens whose probability is wanted, as they would follow the token that is read; usually with a leading space.
-        bos: See `hookbook.tokens.encode`.
-        progress: Show a progress bar; None: for long work only.
-
-    Returns:
-        A `Patchscope` whose map is `beta W s + b` and whose target is the last layer of the prompt itself. `hookbook.logit_lens` is its
-        control.
-
-    Raises:
-        EditError: The relation is of another model.
-        SiteError, TokenError: It has no such layer; or the position is not in a prompt.
-
-    Source: Hernandez et al. 2023, arXiv:2308.09124, section 6.
-
-    Differs: any prompts and the likeliest objects of each, where the paper counts recall over prompts that distract.
-    """
-    adapter = wrap(model)
-    check_model(adapter, relation)
-    sites = (
-        list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
-    )
-    maps = {site: relation.affine(site) for site in sites}
-    prompts = encode_prompts(adapter, prompts, bos, False)
-    return patchscope(
-        adapter,
-        prompts,
-        target=prompts,
-        source_layers=sites,
-        target_layers=-1,
-        source_position=position,
-        target_position=position,
-        readout_position=position,
-        map=lambda x, read, write: maps[read](x, read, write),
-        k=k,
-        tokens=tokens,
-        bos=bos,
-        progress=progress,
-    )
-
-
-def check_model(adapter: Adapter, relation: LinearRelation) -> None:
-    """Raise if a relation is of another model, or is still being made."""
-    if isinstance(relation.weight, Later):
-        raise Refused(
-            "a relation whose numbers are not here yet",
-            "which pairs are known, and the best layer, decide what is asked next",
-            "leave the job first",
-        )
-    if not relation.card.same_model(adapter.card):
-        raise EditError(
-            f"a relation of {relation.card.model_id} in {adapter.card.model_id}", "its map is of another stream", "make it with this model"
-        )

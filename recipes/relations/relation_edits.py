@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.relations.linear_relations import LinearRelation, Pair, check_model, subject_states
+from hookbook.recipe import later, plain, recipe
+from hookbook.recipes.relations.linear_relations import LinearRelation, Pair
+from hookbook.recipes.relations.subjects import subject_states
 from hookbook.recipes.steering.generation import Generation, generate
-from hookbook.recipes.vectors.task_sweep import plain, random_like
 from hookbook.relations import Relation, Statement
-from hookbook.request import Edit, Read, Readout, Request, Row, total
+from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
-from hookbook.show.plots import lines
+from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import Over, controls, spelled, tidy
-from hookbook.sites import Site, layers_to_sites
+from hookbook.sites import Site
 from hookbook.tokens import vocabulary
 
 if TYPE_CHECKING:
@@ -122,13 +122,17 @@ class RelationEdits(Result):
             "the other's state": self.substituted,
         }
         return lines(
-            ax, curves, ("layer of the edit", f"says the other object of {self.relation}"), labels=self._labels(), title=self._title()
+            ax,
+            curves,
+            ("layer of the edit", f"says the other object of {self.relation}"),
+            labels=site_labels(self.sites),
+            title=self._title(),
         )
 
     def plot_ranks(self, ax: Axes | None = None) -> Axes:
         """Success by rank at the best layer."""
         site = self.best_index[0]
-        curves = {f"edit, layer {self._labels()[site]}": self.success[site], "random": self.random[site]}
+        curves = {f"edit, layer {site_labels(self.sites)[site]}": self.success[site], "random": self.random[site]}
         return lines(
             ax,
             curves,
@@ -142,14 +146,15 @@ class RelationEdits(Result):
         rank = self.best_index[1]
         curves = {f"edit, rank {self.ranks[rank]}": self.divergence[:, rank], "random": self.random_divergence[:, rank]}
         return lines(
-            ax, curves, ("layer of the edit", "KL divergence after unrelated sentences (nats)"), labels=self._labels(), title=self._title()
+            ax,
+            curves,
+            ("layer of the edit", "KL divergence after unrelated sentences (nats)"),
+            labels=site_labels(self.sites),
+            title=self._title(),
         )
 
     def _title(self) -> str:
         return f"Edits of {self.relation}, {self.card.model_id}"
-
-    def _labels(self) -> list[str]:
-        return [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
 
     def view(self) -> View:
         """The table of `said_frame()`."""
@@ -202,15 +207,13 @@ def edit_relation(
     measured beside it.
     """
     adapter = wrap(model)
-    check_model(adapter, relation)
+    relation.check_model(adapter.card)
     check_counts(changes=changes, n_unrelated=n_unrelated)
     d = adapter.card.d_model
     ranks = tuple([rank for rank in RANKS if rank < d] + [d] if ranks is None else ranks)
     if not ranks or not all(1 <= rank <= d for rank in ranks):
         raise EditError(f"ranks={list(ranks)}", f"W has ranks 1 to {d}", "use some of them")
-    sites = (
-        list(relation.sites) if layers is None else [relation.sites[relation.place(site)] for site in layers_to_sites(layers, adapter.card)]
-    )
+    sites = relation.chosen(layers)
     if not unrelated:
         raise DataError("no unrelated sentences", "they show what else changes", "give one or more")
     drawn = {part: _changes(relation.pairs(part), changes, part, relation.relation, seed) for part in ("validation", "test")}
@@ -234,14 +237,12 @@ def edit_relation(
     whole = [states.subject[k].unbind(0) for k in range(len(sites))]
     rows += [Row(prompt, (Edit(site, whole[k][other[i]], "set", place),)) for i, prompt, place in tested for k, site in enumerate(sites)]
     reply = adapter.run(Request(states.prompts, rows, (), Readout(k=1)), progress=progress)
-    assert reply.readout is not None
     grid, wanted = (len(sites), len(ranks)), states.answers[other]
     n = grid[0] * grid[1]
-    said, luck, swapped = reply.readout.topk_ids[:, 0].split([len(every) * n, len(tested) * n, len(tested) * grid[0]])
+    said, luck, swapped = reply.said.topk_ids[:, 0].split([len(every) * n, len(tested) * n, len(tested) * grid[0]])
     said, target = said.unflatten(0, (len(every), *grid)), wanted[n_validation:]
     meant = [(n_validation + i // len(unrelated), sentence) for i, sentence in enumerate(sentences)]
-    divergence, cost = _divergence(adapter, meant, sites, (moves, noise), progress)
-    settings = {"unrelated": list(unrelated), "n_unrelated": n_unrelated, "seed": seed, "cost": later(total, states.cost, reply.cost, cost)}
+    divergence = _divergence(adapter, meant, sites, (moves, noise), progress)
     return RelationEdits(
         card=adapter.card,
         relation=relation.relation,
@@ -256,7 +257,7 @@ def edit_relation(
         substituted=(swapped.unflatten(0, (len(tested), -1)) == target[:, None]).double().mean(0),
         divergence=later(plain, divergence[0]),
         random_divergence=later(plain, divergence[1]),
-        settings=settings,
+        settings={"unrelated": list(unrelated)},
     )
 
 
@@ -293,7 +294,7 @@ def _rows(sites: Sequence[Site], values: Tensor, asked: Sequence[tuple[int, int,
 
 def _divergence(
     adapter: Adapter, meant: Sequence[tuple[int, Statement]], sites: Sequence[Site], kinds: Sequence[Tensor], progress: bool | None
-) -> tuple[Tensor, Any]:
+) -> Tensor:
     """How far edits of some changes move the next token after sentences, `[kind, site, rank]`."""
     prompts = [adapter.encode(sentence.text) for _, sentence in meant]
     asked = [(i, prompt, sentence.subject_at(prompts[prompt])) for prompt, (i, sentence) in enumerate(meant)]
@@ -303,7 +304,7 @@ def _divergence(
     edited, clean = ends.split([len(rows) - len(prompts), len(prompts)])
     edited = edited.unflatten(0, (len(kinds), len(prompts), -1)).transpose(0, 1).flatten(1, 2)
     found = adapter.lens(torch.cat([edited, clean[:, None]], 1)).kl[:, :-1]
-    return found.mean(0).unflatten(0, (len(kinds), len(sites), -1)), reply.cost
+    return found.mean(0).unflatten(0, (len(kinds), len(sites), -1))
 
 
 @recipe
@@ -341,7 +342,7 @@ def change_answer(
     Differs: one change of one answer, as a text; `edit_relation` counts how often it succeeds, beside its controls.
     """
     adapter = wrap(model)
-    check_model(adapter, relation)
+    relation.check_model(adapter.card)
     every = (*relation.train, *relation.validation, *relation.test)
     if (subject, answer) in every:
         raise DataError(f"{answer!r} for {subject!r}", "this is what the relation has already", "use another object")

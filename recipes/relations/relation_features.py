@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_questions
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, Refused, SiteError, check_counts
-from hookbook.recipe import recipe
+from hookbook.recipe import later, recipe
 from hookbook.recipes.features.decomposition import decompose, feature_names
-from hookbook.recipes.relations.linear_relations import LinearRelation, check_model, subject_states
-from hookbook.recipes.vectors.task_sweep import coded
+from hookbook.recipes.relations.linear_relations import LinearRelation
+from hookbook.recipes.relations.subjects import subject_states
 from hookbook.results import Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import bars
@@ -152,7 +152,7 @@ def relation_features(
     """
     sae = checked(sae)
     adapter = sae.model
-    check_model(adapter, relation)
+    relation.check_model(adapter.card)
     relation.place(sae.site)
     if sae.site != sae.out:
         raise Refused(
@@ -174,7 +174,7 @@ def relation_features(
     if not others:
         raise DataError(f"{answer!r} against no other answer", "a logit alone means nothing", "give against=, a list of other objects")
     about = subject if isinstance(subject, str) else relation.train[0][0]
-    _, ids = coded(adapter, [relation.ask(about, wanted) for wanted in (answer, *others)])
+    _, ids = encode_questions(adapter, [relation.ask(about, wanted) for wanted in (answer, *others)])
     kept = [i for i, other in enumerate(ids[1:].tolist()) if other != int(ids[0])]
     if against is not None and len(kept) < len(others):
         raise DataError(f"{answer!r} against {others!r}", "two of them begin with the same token", "leave the other one out")
@@ -238,7 +238,7 @@ def _told(
         vocab=vocabulary(adapter, said.topk_ids),
         labels=found.labels,
         links=found.links,
-        settings={"k": k, "beta": float(relation.beta[relation.place(sae.site)])},
+        settings={"beta": float(relation.beta[relation.place(sae.site)])},
     )
 
 

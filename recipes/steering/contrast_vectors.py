@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import mean_states
 from hookbook.card import ModelCard
 from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
-from hookbook.request import Each, Read, Reading, Request, Row
 from hookbook.results import Result
-from hookbook.show.plots import heat_map, lines
+from hookbook.show.plots import heat_map, lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, resolve
+from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ContrastVectors(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """How well held-out texts are told apart, by site, with shuffled classes beside it; of several positions, a heat map."""
-        labels = [str(site.layer) if len({s.name for s in self.sites}) == 1 else str(site) for site in self.sites]
+        labels = site_labels(self.sites)
         if len(self.positions) == 1:
             return lines(
                 ax,
@@ -171,7 +171,7 @@ def contrast_vector(
     positions = list(position) if isinstance(position, (list, tuple)) else [position]
     if not positions:
         raise TokenError("no positions", "there is nothing to read", "give a position, or a list of them")
-    states = mean_states(adapter, prompts, sites, positions, progress)
+    states = mean_states(adapter, prompts, sites, positions, progress=progress)
     train, test = splits
     weights = torch.zeros(1 + SHUFFLES, len(prompts), dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed)
@@ -190,7 +190,6 @@ def contrast_vector(
         every = _auroc(states, weights, torch.stack(held[0]), torch.stack(held[1]))
         auroc, shuffled = every[..., 0], every[..., 1:].mean(-1)
     lengths = states.norm(dim=-1)
-    settings = {"held_out": held_out, "seed": seed, "bos": bos, "chat": chat, "texts": [len(part) for part in (*train, *test)]}
     return ContrastVectors(
         card=adapter.card,
         sites=sites,
@@ -200,7 +199,7 @@ def contrast_vector(
         auroc=auroc,
         shuffled=shuffled,
         template="chat" if chat else "",
-        settings=settings,
+        settings={"texts": [len(part) for part in (*train, *test)]},
     )
 
 
@@ -236,34 +235,6 @@ def _splits(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[li
         train.append(sorted(order[n:]))
         start += len(some)
     return train, test
-
-
-def mean_states(
-    adapter: Adapter, prompts: list[Tokens], sites: Sequence[Site], positions: Sequence[Position], progress: bool | None
-) -> Tensor:
-    """States `[position, site, prompt, width]` in float64; of a span the mean, without the beginning-of-sequence token."""
-    reads = [Read(site, _spans(adapter, prompts, position)) for position in positions for site in sites]
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads), progress=progress)
-    n = len(sites)
-    return torch.stack([_pooled(reply.readings[p * n : (p + 1) * n], len(prompts)) for p in range(len(positions))])
-
-
-def _spans(adapter: Adapter, prompts: list[Tokens], position: Position) -> Each:
-    bos, spans = getattr(adapter.tokenizer, "bos_token_id", None), []
-    for tokens in prompts:
-        found = resolve(position, tokens)
-        if len(found) > 1 and tokens.ids[0] == bos:
-            found = tuple(i for i in found if i)
-        spans.append(list(found))
-    return Each(tuple(spans))
-
-
-def _pooled(readings: Sequence[Reading], n: int) -> Tensor:
-    """`[site, prompt, width]`: the mean over each prompt's tokens."""
-    rows = readings[0].rows
-    values = torch.stack([reading.values for reading in readings]).cpu().double()
-    counts = torch.bincount(rows, minlength=n)[:, None]
-    return values.new_zeros((len(readings), n, values.shape[-1])).index_add(1, rows, values) / counts
 
 
 def _auroc(states: Tensor, weights: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookbook.asking import encode_prompts
 from hookbook.card import ModelCard
-from hookbook.deferred import later
-from hookbook.errors import EditError, TokenError, check_counts
+from hookbook.errors import EditError, TokenError, check_counts, check_prompt
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.reading.patchscopes import encode_prompts
-from hookbook.request import Edit, Request, Row, Sampling, total
+from hookbook.recipe import later, recipe
+from hookbook.request import Edit, Request, Row, Sampling
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import ending, need, show
@@ -83,8 +82,7 @@ class Generation(Result):
 
     def view(self, *, prompt: int = 0) -> View:
         """An interactive picture (circuitsvis): the generated tokens of one prompt, coloured by their probability."""
-        if not -len(self.prompts) <= prompt < len(self.prompts):
-            raise TokenError(f"no prompt {prompt}", f"this result has prompts 0 to {len(self.prompts) - 1}", "use one of them")
+        prompt = check_prompt(prompt, len(self.prompts))
         coloured = need("circuitsvis.tokens", "view()")
         words = [show(self.vocab[i]) + " " for i in self.ids[prompt]] or ["(ended at once)"]
         picture = coloured.colored_tokens(words, torch.tensor(self.logprobs[prompt] or (0.0,)).exp(), min_value=0.0, max_value=1.0)
@@ -167,14 +165,6 @@ def generate(
         torch.cat([x for x in column if x is not None]) for column in zip(*((r.tokens, r.token_logprobs) for r in replies), strict=True)
     )
     own, control = slice(0, len(coded)), slice(-len(coded), None)
-    settings = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
     return Generation(
         card=adapter.card,
         prompts=tuple(coded),
@@ -186,5 +176,5 @@ def generate(
         control_logprobs=later(lines, tokens[control], logprobs[control]),
         vocab=later(vocabulary, adapter, tokens),
         edits=tuple(later(str, edit) for edit in edits),
-        settings=settings | {"bos": bos, "chat": chat, "cost": later(total, *(reply.cost for reply in replies))},
+        settings={},
     )

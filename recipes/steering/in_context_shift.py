@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import mean_states
 from hookbook.card import ModelCard
 from hookbook.errors import DataError, EditError
 from hookbook.models.loading import wrap
 from hookbook.recipe import recipe
-from hookbook.recipes.steering.contrast_vectors import mean_states
 from hookbook.request import Edit
 from hookbook.results import Result
 from hookbook.show.plots import lines
@@ -120,7 +120,7 @@ def in_context_vector(
         if x.ids == y.ids:
             raise DataError(f"a pair of {x.text!r} and the same", "they do not differ", "leave it out")
     sites = layers_to_sites("all", adapter.card)
-    states = mean_states(adapter, first + second, [Site("resid_pre", 0), *sites], [-1], progress)[0]  # [layer, prompt, width]
+    states = mean_states(adapter, first + second, [Site("resid_pre", 0), *sites], progress=progress)[0]  # [layer, prompt, width]
     differences = (states[:, len(first) :] - states[:, : len(first)]).transpose(0, 1).flatten(1)
     mean = differences.mean(0)
     u, s, v = torch.linalg.svd(differences - mean, full_matrices=False)
@@ -133,5 +133,5 @@ def in_context_vector(
         values=(sign * v[0] + mean).unflatten(0, shape)[1:].float(),
         means=mean.unflatten(0, shape)[1:].float(),
         explained=s[0] ** 2 / (s**2).sum(),
-        settings={"pairs": len(pairs), "bos": bos, "chat": chat},
+        settings={"pairs": len(pairs)},
     )

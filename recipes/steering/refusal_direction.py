@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_prompts, wanted_ids
 from hookbook.card import ModelCard
-from hookbook.deferred import later
 from hookbook.errors import DataError, EditError, SiteError
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.reading.patchscopes import encode_prompts, wanted_id
+from hookbook.recipe import later, recipe
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result, View
@@ -173,7 +172,7 @@ def select_direction(
     if isinstance(tokens, (str, int)) or not len(tokens):
         raise DataError(f"tokens={tokens!r}", "tokens is a list of texts or ids", 'write tokens=["I"]')
     prompts = sides[0] + sides[1]
-    asked = torch.tensor([[wanted_id(adapter, prompt, len(prompt) - 1, word) for word in tokens] for prompt in prompts])
+    asked = wanted_ids(adapter, prompts, tokens)
     n, n_layers = len(sides[0]), adapter.card.n_layers
     runs = [
         (p, s) for p in range(len(candidates.positions)) for s, site in enumerate(candidates.sites) if (site.layer or 0) < TOP * n_layers
@@ -187,8 +186,7 @@ def select_direction(
         reply = adapter.run(
             Request(prompts, rows, (), Readout(tokens=asked[[row.prompt for row in rows]], logits=logits)), progress=progress
         )
-        assert reply.readout is not None
-        return _log_odds(reply.readout.token_logprobs), reply.readout.logits
+        return _log_odds(reply.said.token_logprobs), reply.said.logits
 
     odds, logits = run([Row(i) for i in range(len(prompts))], True)
     clean = logits[n:].double().log_softmax(-1)
@@ -208,14 +206,6 @@ def select_direction(
     shape = candidates.values.shape[:2]
     every = torch.full((3, shape[0] * shape[1]), float("nan"), dtype=torch.float64).index_copy(1, places, numbers).unflatten(1, shape)
     counts = torch.stack([some.sum() for some in kept])
-    settings = {
-        "tokens": [str(word) for word in tokens],
-        "max_kl": max_kl,
-        "filter": filter,
-        "prompts": [n, len(prompts) - n],
-        "kept": counts,
-        "chat": chat,
-    }
     return DirectionChoice(
         card=adapter.card,
         sites=candidates.sites,
@@ -228,7 +218,7 @@ def select_direction(
         base=(odds[:n], odds[n:]),
         why=later(_why, every, counts, [site.layer for site in candidates.sites], n_layers, max_kl),
         template=candidates.template,
-        settings=settings,
+        settings={"tokens": [str(word) for word in tokens], "prompts": [n, len(prompts) - n], "kept": counts},
     )
 
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_prompts, grouped_texts, wanted_ids
 from hookbook.card import ModelCard
-from hookbook.deferred import later
+from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, SiteError, TokenError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.reading.patchscopes import encode_prompts, wanted_id
+from hookbook.recipe import later, recipe
 from hookbook.recipes.steering.contrast_vectors import ContrastVectors
 from hookbook.request import Edit, Readout, Request, Row, Scope
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, decoded
+from hookbook.tokens import Position, Tokens
 from hookbook.vectors import Vector
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ def steer(
     coded = encode_prompts(adapter, prompts, bos, chat)
     chosen = _chosen(adapter, vectors, layers)
     strengths = check_strengths(strengths)
-    noise = [torch.randn(len(v.values), generator=torch.Generator().manual_seed(seed + i)) for i, v in enumerate(chosen)]
-    noise = [x / x.norm() * v.norm for x, v in zip(noise, chosen, strict=True)]
+    noise = [random_like(v.values, seed + i) for i, v in enumerate(chosen)]
     sets = [
         [
             (Edit(v.site, values * strength, "add", position, scope=scope, card=v.card),)
@@ -169,8 +168,7 @@ def steer(
         ]
         for some in ([v.values for v in chosen], noise)
     ]
-    settings = {"position": str(position), "scope": scope, "seed": seed, "bos": bos, "chat": chat, "norms": [v.norm for v in chosen]}
-    sites = tuple(v.site for v in chosen)
+    sites, settings = tuple(v.site for v in chosen), {"norms": [v.norm for v in chosen]}
     return steered(adapter, coded, sites, strengths, sets[0] + sets[1], tokens, score, generate, settings, progress, checkpoint)
 
 
@@ -210,9 +208,9 @@ def steered(
     rows = [Row(i, some) for i in range(n) for some in [(), *edits]]
     readout = None if wanted is None else Readout(tokens=wanted.repeat_interleave(1 + len(edits), 0))
     reply = adapter.run(Request(coded, rows, (), readout, generate), progress=progress, checkpoint=checkpoint)
-    said = () if reply.tokens is None else later(_texts, adapter, reply.tokens, n)
+    said = () if reply.tokens is None else later(grouped_texts, adapter, reply.tokens, 1 + len(edits))
     if reply.readout is not None:
-        known = reply.readout.token_logprobs.double()
+        known = reply.said.token_logprobs.double()
         numbers = (known[:, :split].logsumexp(-1) - known[:, split:].logsumexp(-1)).unflatten(0, (n, -1))
     else:
         numbers = later(_scored, score, said)
@@ -224,7 +222,7 @@ def steered(
         metric=getattr(score, "__name__", "score") if tokens is None else f"log P({_words(tokens[0])}) - log P({_words(tokens[1])})",
         numbers=numbers,
         said=said,
-        settings=settings | {"generate": generate, "cost": reply.cost},
+        settings=settings,
     )
 
 
@@ -259,22 +257,14 @@ def _wanted_ids(adapter: Adapter, coded: Sequence[Tokens], tokens: Any) -> tuple
     """The ids of both sides for each prompt, and how many are of the first."""
     if not isinstance(tokens, (tuple, list)) or len(tokens) != 2 or any(isinstance(side, (str, int)) or not len(side) for side in tokens):
         raise DataError(f"tokens={tokens!r}", "the score compares two lists of words", 'write tokens=([" good", ...], [" bad", ...])')
-    wanted = [[[wanted_id(adapter, prompt, len(prompt) - 1, word) for word in side] for side in tokens] for prompt in coded]
-    for first, second in wanted:
-        if len(set(first)) < len(first) or len(set(second)) < len(second) or set(first) & set(second):
-            raise DataError(f"tokens={tokens!r}", "a token is there twice", "name each once")
-    return torch.tensor([first + second for first, second in wanted]), len(tokens[0])
+    wanted = wanted_ids(adapter, coded, [word for side in tokens for word in side])
+    if any(len(set(ids)) < len(ids) for ids in wanted.tolist()):
+        raise DataError(f"tokens={tokens!r}", "a token is there twice", "name each once")
+    return wanted, len(tokens[0])
 
 
 def _words(side: Sequence[str | int]) -> str:
     return " ".join(str(word).strip() for word in side[:3]) + (" ..." if len(side) > 3 else "")
-
-
-def _texts(adapter: Adapter, tokens: Tensor, n: int) -> tuple[tuple[str, ...], ...]:
-    """What was generated, by prompt."""
-    texts = decoded(adapter, tokens)
-    each = len(texts) // n
-    return tuple(texts[i * each : (i + 1) * each] for i in range(n))
 
 
 def _scored(score: Callable[[Sequence[str]], float], texts: Sequence[Sequence[str]]) -> Tensor:

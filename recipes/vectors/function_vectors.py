@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_questions
 from hookbook.card import ModelCard
-from hookbook.deferred import hold, later
+from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.vectors.task_sweep import TaskSweep, coded, judge, plain, random_like
-from hookbook.request import Edit, Read, Readout, Request, Row, total
+from hookbook.recipe import hold, later, plain, recipe
+from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
+from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
@@ -153,13 +154,12 @@ def head_effects(
         _effects(adapter, task, _means(adapter, task, [], shots, n_prompts, known, seed, progress), shots, n_trials, known, seed, progress)
         for task in tasks
     ]
-    settings = {"shots": shots, "n_prompts": n_prompts, "n_trials": n_trials, "known": known, "seed": seed}
     return HeadEffects(
         card=adapter.card,
         tasks=tuple(task.name for task in tasks),
-        effects=later(plain, torch.stack([effects for effects, _, _ in found])),
-        misled=later(plain, torch.stack([misled for _, misled, _ in found])),
-        settings=settings | {"cost": later(total, *(cost for _, _, cost in found))},
+        effects=later(plain, torch.stack([effects for effects, _ in found])),
+        misled=later(plain, torch.stack([misled for _, misled in found])),
+        settings={},
     )
 
 
@@ -224,10 +224,8 @@ def function_vector(
         raise EditError(f"{n_heads} heads", f"of {card.n_layers * card.n_heads}, as many others are the control", "use fewer")
     sites = layers_to_sites(layers, card)
     means = _means(adapter, task, sites, shots, n_prompts, known, seed, progress)
-    costs = [means.cost]
     if given is None:
-        found, _, cost = _effects(adapter, task, means, shots, n_trials, known, seed, progress)
-        costs.append(cost)
+        found, _ = _effects(adapter, task, means, shots, n_trials, known, seed, progress)
         ranked, scores = found.flatten().topk(n_heads).indices, found
     else:
         ranked, scores = torch.tensor([layer * card.n_heads + head for layer, head in given]), torch.empty(0)
@@ -244,15 +242,6 @@ def function_vector(
     named["layer mean"] = [Edit(site, means.states[at], "add") for at, site in enumerate(sites)]
     split = task.split(seed)
     measured, behind = judge(adapter, split, named, shots=shots, queries=queries, seed=seed, progress=progress, misled=("", "layer mean"))
-    settings = {
-        "strength": strength,
-        "shots": shots,
-        "n_prompts": n_prompts,
-        "n_trials": n_trials,
-        "known": known,
-        "seed": seed,
-        "queries": measured.pop("queries"),
-    }
     return FunctionVectors(
         card=card,
         task=task.name,
@@ -263,7 +252,7 @@ def function_vector(
         heads=later(_pairs, ranked, card.n_heads),
         effects=later(plain, scores),
         misled={name or "vector": values for name, values in behind.items()},
-        settings=settings | {"cost": later(total, *costs, measured.pop("cost"))},
+        settings={"queries": measured.pop("queries")},
         **measured,
     )
 
@@ -274,7 +263,6 @@ class _Means:
     """Of each layer the mean `[n_heads * d_head]`."""
     states: Tensor
     """`[site, width]`"""
-    cost: Any
 
 
 def _means(
@@ -282,14 +270,13 @@ def _means(
 ) -> _Means:
     """Means at the last token behind examples, over the queries that are answered."""
     asked = task.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
-    prompts, answers = coded(adapter, asked)
+    prompts, answers = encode_questions(adapter, asked)
     reads = [Read(Site("head_z", layer)) for layer in range(adapter.card.n_layers)] + [Read(site) for site in sites]
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    weights = _weights(reply.readout.topk_ids[:, 0] == answers, task, known)
+    weights = _weights(reply.said.topk_ids[:, 0] == answers, task, known)
     means = [(reading.values.cpu().to(weights.dtype) * weights[:, None]).sum(0).to(reading.values.dtype) for reading in reply.readings]
     n = adapter.card.n_layers
-    return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0), reply.cost)
+    return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0))
 
 
 def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
@@ -305,24 +292,23 @@ def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
 
 def _effects(
     adapter: Adapter, task: Task, means: _Means, shots: int, n_trials: int, known: bool, seed: int, progress: bool | None
-) -> tuple[Tensor, Tensor, Any]:
-    """Average indirect effects `[layer, head]`, the probability of answers behind rotated examples, and the cost."""
+) -> tuple[Tensor, Tensor]:
+    """Average indirect effects `[layer, head]`, and the probability of answers behind rotated examples."""
     train, card = task.split(seed).train, adapter.card
     wrong: list[Question] = train.questions(shots=shots, n=n_trials, seed=seed + 1, shuffled=True)
     right = train.questions(shots=shots, n=n_trials, seed=seed + 1)
-    prompts, answers = coded(adapter, [*wrong, *right])
+    prompts, answers = encode_questions(adapter, [*wrong, *right])
     units = [z.unflatten(0, (card.n_heads, card.d_head)).unbind(0) for z in means.z]
     edits = [Edit(Site("head_z", layer, head), value, "set") for layer, heads in enumerate(units) for head, value in enumerate(heads)]
     rows = [Row(i, some) for i in range(n_trials) for some in ((), *((edit,) for edit in edits))]
     rows += [Row(n_trials + i) for i in range(n_trials)]
     numbers = [row.prompt for row in rows]
     reply = adapter.run(Request(prompts, rows, (), Readout(k=1, tokens=answers[numbers][:, None])), progress=progress)
-    assert reply.readout is not None
     tried = n_trials * (1 + len(edits))
-    said = reply.readout.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
-    weights = _weights(reply.readout.topk_ids[tried:, 0] == answers[n_trials:], task, known)
+    said = reply.said.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
+    weights = _weights(reply.said.topk_ids[tried:, 0] == answers[n_trials:], task, known)
     effects = ((said[:, 1:] - said[:, :1]) * weights[:, None]).sum(0)
-    return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum(), reply.cost
+    return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum()
 
 
 def _pairs(ranked: Tensor, n_heads: int) -> tuple[tuple[int, int], ...]:

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from hookbook.asking import encode_questions, mean_states
 from hookbook.card import ModelCard
-from hookbook.errors import TokenError
-from hookbook.request import Edit, Read, Readout, Request, Row
+from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Result
-from hookbook.show.plots import lines
+from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site
 from hookbook.tasks import Question, Splits
-from hookbook.tokens import Tokens
 from hookbook.vectors import Vector
 
 if TYPE_CHECKING:
@@ -83,17 +81,8 @@ class TaskSweep(Result):
         """Accuracy by layer, with the controls, and the model's own accuracy with and without examples."""
         curves = {self.mode: self.accuracy, **self.controls}
         levels = {"with examples": float(self.few_shot), "without": float(self.zero_shot)}
-        labels = (
-            [str(site.layer) for site in self.sites] if len({site.name for site in self.sites}) == 1 else [str(site) for site in self.sites]
-        )
-        return lines(
-            ax,
-            curves,
-            ("layer", f"accuracy on {self.task}"),
-            labels=labels,
-            levels=levels,
-            title=f"{self.task}, {self.mode}, {self.card.model_id}",
-        )
+        names, title = ("layer", f"accuracy on {self.task}"), f"{self.task}, {self.mode}, {self.card.model_id}"
+        return lines(ax, curves, names, labels=site_labels(self.sites), levels=levels, title=title)
 
 
 def judge(
@@ -125,7 +114,7 @@ def judge(
         if name == "examples" or misled:
             where[name] = range(len(asked), len(asked) + n)
             asked += parts.test.questions(parts.train, shots, n, seed=seed, shuffled=wrong)
-    prompts, answers = coded(adapter, asked)
+    prompts, answers = encode_questions(adapter, asked)
     runs: list[tuple[str, str, list[Any]]] = [
         ("zero_shot", "test", [None]),
         ("few_shot", "examples", [None]),
@@ -133,64 +122,21 @@ def judge(
     ]
     runs += [("control " + name, "test", edits) for name, edits in named.items()]
     runs += [("misled none", "misled", [None])] * bool(misled) + [("misled " + name, "misled", named[name]) for name in misled]
-    rows, numbers, ends = [], [], []
-    for _, on, edits in runs:
-        for i in where[on]:
-            rows += [Row(i, () if edit is None else (edit,)) for edit in edits]
-            numbers += [i] * len(edits)
-        ends.append(len(rows))
+    rows = [Row(i, () if edit is None else (edit,)) for _, on, edits in runs for i in where[on] for edit in edits]
+    numbers, sizes = [row.prompt for row in rows], [len(where[on]) * len(edits) for _, on, edits in runs]
     reply = adapter.run(Request(prompts, rows, (), Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    right, found, start = (reply.readout.topk_ids[:, 0] == answers[numbers]).double(), {}, 0
-    for (name, _, edits), end in zip(runs, ends, strict=True):
-        found[name] = right[start:end].unflatten(0, (-1, len(edits))).mean(0)
-        start = end
-    controls = {name.removeprefix("control "): values for name, values in found.items() if name.startswith("control ")}
-    behind = {name.removeprefix("misled "): values for name, values in found.items() if name.startswith("misled ")}
-    measured = {"validation": found["validation"], "accuracy": controls.pop(""), "controls": controls}
-    measured |= {"zero_shot": found["zero_shot"][0], "few_shot": found["few_shot"][0]}
-    return measured | {"cost": reply.cost, "queries": [len(validation), n]}, behind
+    right = (reply.said.topk_ids[:, 0] == answers[numbers]).double().split(sizes)
+    shares = {name: part.unflatten(0, (-1, len(edits))).mean(0) for part, (name, _, edits) in zip(right, runs, strict=True)}
+    controls, behind = (
+        {name.removeprefix(kind): share for name, share in shares.items() if name.startswith(kind)} for kind in ("control ", "misled ")
+    )
+    measured = {"validation": shares["validation"], "accuracy": controls.pop(""), "controls": controls}
+    measured |= {"zero_shot": shares["zero_shot"][0], "few_shot": shares["few_shot"][0]}
+    return measured | {"queries": [len(validation), n]}, behind
 
 
-def random_like(values: Tensor, seed: int) -> Tensor:
-    """Noise `[n, width]` of the same lengths."""
-    noise = torch.randn(tuple(values.shape), generator=torch.Generator().manual_seed(seed))
-    return noise / noise.norm(dim=-1, keepdim=True) * values.norm(dim=-1, keepdim=True)
-
-
-def states(adapter: Adapter, sites: Sequence[Site], questions: Sequence[Question], progress: bool | None) -> Tensor:
-    """States at the last token, `[question, site, width]`."""
-    prompts = [adapter.encode(question.text) for question in questions]
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], [Read(site) for site in sites]), progress=progress)
-    return torch.stack([reading.values.to(torch.promote_types(reading.values.dtype, torch.float32)) for reading in reply.readings], 1)
-
-
-def mean_states(adapter: Adapter, sites: Sequence[Site], shown: dict[str, list[Question]], progress: bool | None) -> dict[str, Tensor]:
+def task_means(adapter: Adapter, sites: Sequence[Site], shown: dict[str, list[Question]], progress: bool | None) -> dict[str, Tensor]:
     """For each set of prompts the mean state at the last token, `[site, width]`."""
-    found, start = {}, 0
-    every = states(adapter, sites, [question for some in shown.values() for question in some], progress)
-    for name, some in shown.items():
-        found[name] = every[start : start + len(some)].mean(0)
-        start += len(some)
-    return found
-
-
-def coded(adapter: Adapter, questions: Sequence[Question], bos: bool | None = None) -> tuple[list[Tokens], Tensor]:
-    """Prompts, and the first token of each answer as it follows its prompt."""
-    prompts, answers = [], []
-    for question in questions:
-        prompt, whole = adapter.encode(question.text, bos=bos), adapter.encode(question.text + question.answer, bos=bos)
-        if whole.ids[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
-            raise TokenError(
-                f"the answer {question.answer!r} after {question.text[-20:]!r}",
-                "it changes how the prompt is cut into tokens",
-                "use a template whose answer begins with a space",
-            )
-        prompts.append(prompt)
-        answers.append(whole.ids[len(prompt)])
-    return prompts, torch.tensor(answers)
-
-
-def plain(x: Tensor) -> Tensor:
-    """As results keep it."""
-    return x.detach().float().cpu()
+    prompts = [adapter.encode(question.text) for asked in shown.values() for question in asked]
+    states = mean_states(adapter, prompts, sites, dtype=None, progress=progress)[0].transpose(0, 1).contiguous()
+    return {name: part.mean(0) for name, part in zip(shown, states.split([len(asked) for asked in shown.values()]), strict=True)}

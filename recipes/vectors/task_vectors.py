@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hookbook.deferred import later
+from hookbook.asking import encode_questions
+from hookbook.controls import random_like
 from hookbook.errors import DataError, check_counts
 from hookbook.models.loading import wrap
-from hookbook.recipe import recipe
-from hookbook.recipes.vectors.task_sweep import TaskSweep, coded, judge, mean_states, plain, random_like
+from hookbook.recipe import later, plain, recipe
+from hookbook.recipes.vectors.task_sweep import TaskSweep, judge, task_means
 from hookbook.request import Edit, Op, Readout, Request, Row
 from hookbook.sites import layers_to_sites
 from hookbook.tasks import Splits, Task, lists
@@ -83,23 +84,20 @@ def task_vector(
         shown["other task"] = other.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
     if mode == "difference":
         shown["none"] = parts.train.questions(n=n_prompts, seed=seed)
-    means = mean_states(adapter, sites, shown, progress)
+    means = task_means(adapter, sites, shown, progress)
     if mode == "difference":
         means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
     means["random"] = random_like(means[""], seed)
     edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
     measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
-    settings = {"mode": mode, "shots": shots, "n_prompts": n_prompts, "seed": seed, "other": None if other is None else other.name}
-    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
-    template = task.template.query + task.template.answer
     return TaskVectors(
         card=adapter.card,
         task=task.name,
-        template=template,
+        template=task.template.query + task.template.answer,
         mode=mode,
         sites=tuple(sites),
         values=later(plain, means[""]),
-        settings=settings,
+        settings={"mode": mode, "other": None if other is None else other.name, "queries": measured.pop("queries")},
         **measured,
     )
 
@@ -156,7 +154,7 @@ def compose(
     shown = {name: of(split.train, *kind).questions(shots=shots, n=n_prompts, seed=seed) for name, kind in kinds.items()}
     if mode == "difference":
         shown["none"] = of(split.train, "last").questions(n=n_prompts, seed=seed)
-    means = mean_states(adapter, sites, shown, progress)
+    means = task_means(adapter, sites, shown, progress)
     if mode == "difference":
         means = {name: mean - means["none"] for name, mean in means.items() if name != "none"}
     means[""] = means["first answer"] + means["last copy"] - means["first copy"]
@@ -164,17 +162,14 @@ def compose(
     edits = {name: [Edit(site, mean[at], op) for at, site in enumerate(sites)] for name, mean in means.items()}
     parts = Splits(*(of(part, "last") for part in (split.train, split.validation, split.test)))
     measured, _ = judge(adapter, parts, edits, shots=shots, queries=queries, seed=seed, progress=progress)
-    settings = {"mode": mode, "length": length, "shots": shots, "n_prompts": n_prompts, "seed": seed}
-    settings |= {key: measured.pop(key) for key in ("cost", "queries")}
-    template = task.template.query + task.template.answer
     return Composition(
         card=adapter.card,
         task=parts.test.name,
-        template=template,
+        template=task.template.query + task.template.answer,
         mode=mode,
         sites=tuple(sites),
         values=later(plain, means[""]),
-        settings=settings,
+        settings={"mode": mode, "queries": measured.pop("queries")},
         **measured,
     )
 
@@ -206,10 +201,9 @@ def known(model: Any, task: Task, *, shots: int = 10, seed: int = 0, progress: b
         for at, (x, y) in enumerate(order)
         for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)
     ]
-    prompts, answers = coded(adapter, asked)
+    prompts, answers = encode_questions(adapter, asked)
     reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
-    assert reply.readout is not None
-    return later(_kept, task, reply.readout.topk_ids[:, 0] == answers)
+    return later(_kept, task, reply.said.topk_ids[:, 0] == answers)
 
 
 def _kept(task: Task, right: Any) -> Task:

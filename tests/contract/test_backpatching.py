@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hookbook as hb
+from hookbook.controls import random_like
 from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.recipes.hops.backpatching import BestPair, Rate
-from hookbook.recipes.vectors.task_sweep import random_like
 from hookbook.relations import Relation
 from hookbook.tasks import Question
 from tests.support.cases import Case

@@ -14,12 +14,15 @@ import hookbook as hb
 
 MOST = {"queries": 8, "n_prompts": 4, "n_trials": 2, "n_train": 2, "changes": 3, "generate": 4, "max_new_tokens": 4}
 """Of arguments of recipes, the most that is taken."""
+FEW = {"questions": 6}
+"""Of lists that a page has cut for a recipe already, how many stay."""
 
 
 def small(recipe: Callable[..., Any]) -> Callable[..., Any]:
     """A recipe with small samples."""
     signature = inspect.signature(recipe)
     limits = {name: MOST[name] for name in signature.parameters if name in MOST}
+    lists = {name: FEW[name] for name in signature.parameters if name in FEW and recipe.__name__ != "two_hops"}  # which finds what is known
 
     @wraps(recipe)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -28,6 +31,8 @@ def small(recipe: Callable[..., Any]) -> Callable[..., Any]:
             value = bound.arguments.get(name, signature.parameters[name].default)
             if isinstance(value, int) and value > most:
                 bound.arguments[name] = most
+        for name, few in lists.items():
+            bound.arguments[name] = list(bound.arguments[name])[:few]
         return recipe(*bound.args, **bound.kwargs)
 
     return call
@@ -36,4 +41,4 @@ def small(recipe: Callable[..., Any]) -> Callable[..., Any]:
 def recipes() -> dict[str, Callable[..., Any]]:
     """The recipes that take samples, made small, by name."""
     found = {name: getattr(hb, name) for name in hb.__all__ if name.islower() and callable(getattr(hb, name))}
-    return {name: small(call) for name, call in found.items() if set(MOST) & set(inspect.signature(call).parameters)}
+    return {name: small(call) for name, call in found.items() if {*MOST, *FEW} & set(inspect.signature(call).parameters)}

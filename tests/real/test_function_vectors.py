@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.recipes.vectors.task_sweep import coded
+from hookbook.asking import encode_questions
 from tests.support.real import real
 
 
@@ -46,10 +46,10 @@ def test_effects_equal_plain_hooks_on_transformers():
                 handle.remove()
 
     seen: list[list[torch.Tensor]] = [[] for _ in projections]
-    for prompt in coded(adapter, train.questions(shots=shots, n=6, seed=seed))[0]:
+    for prompt in encode_questions(adapter, train.questions(shots=shots, n=6, seed=seed))[0]:
         run(prompt.ids, seen=seen)
     means = [torch.stack(some).mean(0) for some in seen]
-    prompts, answers = coded(adapter, train.questions(shots=shots, n=3, seed=seed + 1, shuffled=True))
+    prompts, answers = encode_questions(adapter, train.questions(shots=shots, n=3, seed=seed + 1, shuffled=True))
     clean = [run(prompt.ids)[answer] for prompt, answer in zip(prompts, answers.tolist(), strict=True)]
     heads = [*found.top(4), (0, 0), (7, 3), (20, 5), (29, 8)]
     for layer, head in heads:

@@ -51,7 +51,7 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers
     saved = (
-        f"{pairs} runs cost {cost['token_layers']:,} token-layers in one climb; run one by one they cost {plain:,}, "
+        f"{pairs} runs cost {cost['token_layers']:,} token-layers in {cost['climbs']} climbs; run one by one they cost {plain:,}, "
         f"{plain / cost['token_layers']:.0f} times as many."
     )
     console.print(saved, highlight=False, markup=False)

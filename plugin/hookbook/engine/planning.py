@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hookbook.deferred import hold
+from hookbook.engine.cost import total
 from hookbook.engine.seam import Backend
 from hookbook.errors import EditError, TokenError, check_counts
 from hookbook.request import Each, Edit, FeatureChange, Request, Sampling, position_of
@@ -101,18 +102,10 @@ class Account:
 
     def add(self, parts: Sequence[Part], *, unembedded: int = 0, vjps: int = 0, peak_bytes: int = 0) -> None:
         """Count climbs, and what comes beside them."""
-        old = self.plan
-        self.plan = Plan(
-            climbs=old.climbs + len(parts),
-            passes=old.passes + sum(part.passes for part in parts),
-            token_layers=old.token_layers + sum(part.token_layers for part in parts),
-            unembedded=old.unembedded + unembedded + sum(part.unembedded for part in parts),
-            vjps=old.vjps + vjps,
-            peak_bytes=max([old.peak_bytes, peak_bytes, *(part.peak_bytes for part in parts)]),
-            jobs=old.jobs,
-            bytes_up=old.bytes_up,
-            bytes_down=old.bytes_down,
-        )
+        old, beside = self.plan, {"unembedded": unembedded, "vjps": vjps}
+        each = [{"climbs": 1} | {name: getattr(part, name) for name in ("passes", "token_layers", "unembedded")} for part in parts]
+        peak = max([old.peak_bytes, peak_bytes, *(part.peak_bytes for part in parts)])
+        self.plan = replace(old, **total(vars(old), beside, *each), peak_bytes=peak)
 
     def send(self, bytes_up: int, bytes_down: int) -> None:
         """Count a job."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hookbook.deferred import Deferred, Tape, here
-from hookbook.engine import planning, selfcheck
-from hookbook.engine.seam import Backend
+from hookbook.engine import cost, planning, selfcheck
+from hookbook.engine.seam import Backend, vjp_shapes
 from hookbook.request import LensReadout, TokenReadout
 
 
@@ -20,6 +23,7 @@ def readout(backend: Backend, resid: Tensor, k: int, tokens: Tensor | None, logi
             return blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], backend.card.d_vocab if logits else 0)
     if not normed:
         selfcheck.check(backend)
+        cost.spend({"unembedded": len(resid)})
     rows = planning.rows_at_once(backend.card)
     if not backend.remote:
         resid, tokens = here((resid, tokens))
@@ -47,6 +51,7 @@ def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked
             shapes = LensReadout.shapes(states, card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
             return LensReadout(*Tape().note("lens", {}, shapes))
     selfcheck.check(backend)
+    cost.spend({"unembedded": states.shape[0] * states.shape[1]})
     rows = planning.rows_at_once(card)
     if not backend.remote:
         states, tokens = here((states, tokens))
@@ -60,4 +65,26 @@ def gradient(backend: Backend, value: Tensor, leaf: Tensor) -> Tensor:
         account.add([], vjps=1)
         if not backend.remote:
             return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
+    cost.spend({"vjps": 1})
     return backend.slope(value, leaf)
+
+
+def vjps(
+    backend: Backend,
+    out: Tensor,
+    leaves: Sequence[Tensor],
+    states: Sequence[Tensor],
+    chunk: int,
+    mean: bool,
+    tick: Callable[[int], Any] | None,
+    into: Sequence[Tensor] | None,
+    rows: Any,
+) -> list[Tensor]:
+    """See `hookbook.adapter.Adapter.vjps`."""
+    spent = {"vjps": out.shape[0] * out.shape[1]}
+    if (account := planning.account()) is not None:
+        account.add([], **spent)
+        if not backend.remote:
+            return list(Tape().note("vjps", {}, vjp_shapes(out, leaves, mean)))
+    cost.spend(spent)
+    return backend.pull_back(out, leaves, states, chunk, mean, tick, into, rows)

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook import deferred
-from hookbook.engine import planning, questions, selfcheck
+from hookbook.engine import cost, planning, questions, selfcheck
 from hookbook.engine.checkpoint import Checkpoint
 from hookbook.engine.planning import Part, join_place
 from hookbook.engine.seam import Backend, RemoteBackend
 from hookbook.errors import EditError, Refused
-from hookbook.request import Edit, FeatureChange, Reading, Reply, Request, Sampling, TokenReadout, total
+from hookbook.request import Edit, FeatureChange, Reading, Reply, Request, Sampling, TokenReadout
 from hookbook.sites import Site
 from hookbook.tokens import resolve
 from hookbook.travel.climb import Climb
@@ -50,8 +50,11 @@ def run(backend: Backend, request: Request, *, progress: bool | None = None, che
             return _blank(request, parts)
     if isinstance(backend, RemoteBackend) and deferred.current() is None:
         with deferred.recording() as record:
-            return deferred.settle(_run(backend, request, parts, progress, None), record)
-    return _run(backend, request, parts, progress, checkpoint)
+            reply = deferred.settle(_run(backend, request, parts, progress, None), record)
+    else:
+        reply = _run(backend, request, parts, progress, checkpoint)
+    cost.spend(reply.cost)
+    return reply
 
 
 def _here(request: Request) -> Request:
@@ -116,11 +119,10 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
     if ask is not None:
         m = 0 if ask.tokens is None else ask.tokens.shape[1]
         readout = questions.blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
-    cost = {"climbs": 0, "passes": 0, "token_layers": 0, "unembedded": 0}
     if not request.generate:
-        return Reply(tuple(readings), readout, cost=cost)
+        return Reply(tuple(readings), readout, cost=cost.total())
     tokens, logprobs = (deferred.Deferred.of(tape, (n, request.generate), dtype) for dtype in (torch.long, torch.float64))
-    return Reply(tuple(readings), readout, tokens, logprobs, cost)
+    return Reply(tuple(readings), readout, tokens, logprobs, cost.total())
 
 
 def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
@@ -149,12 +151,12 @@ def merge(done: Sequence[tuple[Part, Reply]], request: Request) -> Reply:
         _sorted(TokenReadout.cat(readouts), order) if readouts else None,
         _sorted(torch.cat(tokens), order) if tokens else None,
         _sorted(torch.cat(logprobs), order) if logprobs else None,
-        deferred.later(total, *(reply.cost for reply in replies)),
+        deferred.later(cost.total, *(reply.cost for reply in replies)),
     )
 
 
-def _spent(cost: dict[str, int], more: Tensor) -> dict[str, int]:
-    return cost | {key: cost[key] + n for key, n in zip(("passes", "token_layers", "unembedded"), more.tolist(), strict=True)}
+def _decoded(before: dict[str, int], more: Tensor) -> dict[str, int]:
+    return cost.total(before, dict(zip(("passes", "token_layers", "unembedded"), more.tolist(), strict=True)))
 
 
 def _sorted(x: Any, order: Tensor) -> Any:
@@ -192,20 +194,20 @@ def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
     found = {slot: value for climb in climbs for slot, value in climb.found.items()}
     del climbs
     readings = tuple(_reading(backend, part, collect, i, found) for i in range(len(request.reads)))
-    cost = {"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": 0}
+    said = len(part.rows) * (request.readout is not None)
+    spent = cost.total({"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": said})
     readout = tokens = logprobs = None
     if request.readout is not None:
         ask = request.readout
         normed = _normed(backend, part, collect.gather("readout", found))
         wanted = None if ask.tokens is None else ask.tokens[[row.number for row in part.rows]]
         readout = questions.readout(backend, normed.values, ask.k, wanted, ask.logits, normed=True)
-        cost["unembedded"] += len(part.rows)
     if request.generate:
         normed = _normed(backend, part, collect.gather("next", found)).values
         found.clear()
-        tokens, logprobs, spent = backend.decode(kept, normed, _todo(backend, part), bar.update)
-        cost = deferred.later(_spent, cost, spent)
-    return Reply(readings, readout, tokens, logprobs, cost)
+        tokens, logprobs, more = backend.decode(kept, normed, _todo(backend, part), bar.update)
+        spent = deferred.later(_decoded, spent, more)
+    return Reply(readings, readout, tokens, logprobs, spent)
 
 
 def _item(backend: Backend, edit: Edit, row: int, columns: list[int]) -> dict[str, Any]:

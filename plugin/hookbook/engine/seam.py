@@ -17,7 +17,7 @@ from hookbook.deferred import Deferred, Tape
 from hookbook.errors import Refused
 from hookbook.request import LensReadout, TokenReadout
 from hookbook.sites import Site
-from hookbook.travel import decoding, readout
+from hookbook.travel import decoding, readout, vjps
 from hookbook.travel.climb import Climb
 
 
@@ -118,6 +118,10 @@ class Backend(ABC):
         """The gradient `[1, m]` of one number with respect to a leaf `[1, m]`."""
         return torch.autograd.grad(value, leaf)[0]
 
+    def pull_back(self, out: Tensor, leaves: Any, states: Any, chunk: int, mean: bool, tick: Any, into: Any, rows: Any) -> list[Tensor]:
+        """See `hookbook.travel.vjps.vjps`."""
+        return vjps.vjps(out, leaves, states, chunk, mean, tick, into, rows)
+
     def decode(
         self, kept: Any, normed: Tensor, todo: dict[str, Any], tick: Callable[[int], Any] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,10 +166,6 @@ class RemoteBackend(Backend):
     def wait(self, job: str, progress: bool | None = None) -> dict[int, Tensor]:
         """What a job gives, by slot, when it is done."""
 
-    @abstractmethod
-    def vjps(self, out: Tensor, leaves: list[Tensor], states: list[Tensor], chunk: int, mean: bool) -> list[Tensor]:
-        """See `hookbook.travel.vjps.vjps`."""
-
     def fetch(self, tape: Tape, wanted: Sequence[Deferred]) -> dict[int, Tensor]:
         """Send a tape and wait for what is wanted of it."""
         return self.wait(self.post(tape, wanted), tape.progress)
@@ -173,3 +173,10 @@ class RemoteBackend(Backend):
     @abstractmethod
     def handle(self, tape: Tape, value: Any, job: str) -> object:
         """A job that goes on, as a `hookbook.remote.handles.Handle`."""
+
+
+def vjp_shapes(out: Tensor, leaves: Sequence[Tensor], mean: bool) -> tuple[Tensor, ...]:
+    """What `Backend.pull_back` gives, without numbers."""
+    lead: list[int] = [] if mean else [len(out)]
+    matrices = (torch.empty(*lead, out.shape[1], leaf.shape[1], dtype=leaf.dtype, device="meta") for leaf in leaves)
+    return (*matrices, *(torch.empty(out.shape, dtype=leaf.dtype, device="meta") for leaf in leaves))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -86,7 +86,7 @@ class Expected:
         return self.counted is None or (effect, what) in self.counted
 
 
-Found = tuple[dict[str, Result], list[Line]]
+Found = tuple[Mapping[str, Result], Sequence[Line]]
 """Results by the names of their files, and lines of the summary."""
 SetupT = TypeVar("SetupT", bound=Expected)
 Find = Callable[["Adapter", SetupT], Found]

@@ -83,7 +83,7 @@ SUITE = Suite(
 )
 
 
-@SUITE.effect("Relations as linear maps", minutes=9, key="relations")
+@SUITE.effect("Relations as linear maps", minutes=8, key="relations")
 def linear(model: Adapter, setup: Setup) -> Found:
     """A relation as one affine map from the subject's state to the state that says the object, its mean first-order expansion at five
     subjects (Hernandez et al. 2023).
@@ -121,7 +121,7 @@ def linear_line(found: LinearRelation, setup: Setup) -> Line:
     return Line("linear relation", what, measured, controls, "linear", tuple(rule), setup.expects("linear relation", found.relation), note)
 
 
-@SUITE.effect("Edits through a relation's inverse", minutes=9)
+@SUITE.effect("Edits through a relation's inverse", minutes=6)
 def edits(model: Adapter, setup: Setup) -> Found:
     """A subject's state moved along the map's inverse of rank 100, so that the model says another subject's object (Hernandez et al. 2023,
     section 5).
@@ -165,7 +165,7 @@ def edit_line(draws: Sequence[RelationEdits], setup: Setup) -> Line:
     return Line("edit", what, measured, controls, "moves the answer", rule, setup.expects("edit", name), note)
 
 
-@SUITE.effect("Two hops and backpatching", minutes=9, key="two-hops")
+@SUITE.effect("Two hops and backpatching", minutes=3, key="two-hops")
 def two(model: Adapter, setup: Setup) -> Found:
     """Questions over a bridge that the text does not name, such as the capital of the country of Lyon (Biran et al. 2024, models of 7 to
     70 billion parameters).
@@ -250,7 +250,7 @@ def backpatch_lines(found: Backpatch, setup: Setup) -> list[Line]:
     ]
 
 
-@SUITE.effect("Which language it thinks in", minutes=9)
+@SUITE.effect("Which language it thinks in", minutes=1)
 def languages(model: Adapter, setup: Setup) -> Found:
     """Between French and another language, middle layers are closer to the English word than late ones (Wendler et al. 2024, Llama 2 of 7
     to 70 billion parameters).

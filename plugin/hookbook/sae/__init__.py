@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookbook.asking import encode_prompts
 from hookbook.deferred import hold
 from hookbook.errors import DataError, EditError, ModelError, Refused
 from hookbook.models.loading import wrap
@@ -94,9 +95,7 @@ class AttachedSAE:
 
     def encode_prompts(self, prompts: Any) -> list[Tokens]:
         """Prompts as the SAE's training had them begin."""
-        from hookbook.recipes.reading.patchscopes import encode_prompts
-
-        return encode_prompts(self.model, prompts, self.bos, False)
+        return encode_prompts(self.model, prompts, self.bos)
 
     @property
     def every(self) -> Position:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.errors import HookbookError
+from hookbook.show.html import frame_table
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
 if TYPE_CHECKING:
-    from hookbook.results import Result
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 LONGEST = 300
 """Characters of a line."""
@@ -29,13 +31,25 @@ _SIZES = {"prompts", "sources", "tasks", "sites", "pairs", "edges", "windows", "
 """Fields of which it is said how many there are."""
 
 
-def models(result: Result) -> str:
+class Shown(Protocol):
+    """A result, as what shows it sees it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def to_frame(self) -> pd.DataFrame: ...
+
+    def plot(self, ax: Axes | None = None) -> Axes: ...
+
+    def sections(self) -> Sequence[tuple[str, str, str]]: ...
+
+
+def models(result: Shown) -> str:
     """The names of a result's models."""
     cards = [value for _, value in _fields(result) if isinstance(value, ModelCard)]
     return " and ".join(dict.fromkeys(card.model_id for card in cards))
 
 
-def line(result: Result) -> str:
+def line(result: Shown) -> str:
     """Its kind, its model, what was asked for, how many there are, and the shapes of its tensors, of which no number is looked at."""
     values = _fields(result)
     words = [_cut(models(result), 100), *(word for name, value in values for word in _words(name, value))]
@@ -48,10 +62,8 @@ def line(result: Result) -> str:
     return f"{head})"
 
 
-def rows(result: Result) -> str:
+def rows(result: Shown) -> str:
     """The first rows of its frame as HTML; the line, if its numbers are not here yet."""
-    from hookbook.show.html import frame_table
-
     try:
         return frame_table(result.to_frame(), " of ".join(filter(None, (type(result).__name__, models(result)))), limit=ROWS)
     except HookbookError:

@@ -8,27 +8,24 @@ import io
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.errors import HookbookError, ResultError
+from hookbook.show.brief import Shown
 from hookbook.show.html import frame_table, page, picture, prose, table
 from hookbook.show.plots import described
 from hookbook.show.text import need, show
 from hookbook.show.view import View
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 LARGEST = 5_000_000
 """Bytes of a report."""
@@ -37,18 +34,6 @@ _CONTROL = re.compile(
     r"(?<!ex)plain|^loss$|^loss_zero$|wrong"
 )
 _SHOWN_ELSEWHERE = {"vocab", "labels", "links", "settings"}
-
-
-class Shown(Protocol):
-    """A result, as a page sees it."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def to_frame(self) -> pd.DataFrame: ...
-
-    def plot(self, ax: Axes | None = None) -> Axes: ...
-
-    def sections(self) -> Sequence[tuple[str, str, str]]: ...
 
 
 def of(result: Shown, view: Callable[[], View] | None = None) -> str:

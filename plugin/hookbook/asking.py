@@ -1,0 +1,223 @@
+"""What recipes ask of a model: prompts, words whose probability is wanted, and questions whose answers are right or not.
+
+An answer counts by its first token as it follows its prompt, so that what is cut into tokens is the text that the model reads; or by its
+text, in what is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookbook.deferred import later
+from hookbook.errors import DataError, TokenError, check_counts
+from hookbook.request import Each, Read, Reading, Reply, Request, Row, check_one_token
+from hookbook.sites import Site
+from hookbook.tasks import Question
+from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve
+
+if TYPE_CHECKING:
+    from hookbook.adapter import Adapter
+
+
+def encode_prompts(adapter: Adapter, prompts: Any, bos: bool | None = None, chat: bool = False) -> list[Tokens]:
+    """One prompt or several, as tokens; `bos` and `chat` as `hookbook.tokens.encode` takes them.
+
+    Raises:
+        TokenError: There are none, or one cannot be encoded.
+    """
+    one = isinstance(prompts, (str, Tokens, Tensor)) or (
+        isinstance(prompts, (list, tuple)) and prompts and isinstance(prompts[0], (int, dict))
+    )
+    listed: list[Any] = [prompts] if one else list(prompts)  # pyright: ignore[reportArgumentType]
+    if not listed:
+        raise TokenError("no source prompts", "there is nothing to read", "give at least one")
+    return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
+
+
+def one_token(position: Position, prompt: Tokens) -> int:
+    """The index of the one token that a position means in a prompt.
+
+    Raises:
+        TokenError: It means several, or none.
+    """
+    at = resolve(position, prompt)
+    if len(at) != 1:
+        raise TokenError(
+            f"the position {position!r} is {len(at)} tokens",
+            "it is to be one of each prompt",
+            "give one index, or a text's first or last token",
+        )
+    return at[0]
+
+
+def wanted_id(adapter: Adapter, prompt: Tokens, word: str | int, after: int = -1) -> int:
+    """The one token of a word as it follows a prompt up to a token; an id is taken as it is.
+
+    Raises:
+        TokenError: The word is several tokens or none, or changes how the prompt is cut; or there is no such id.
+    """
+    if isinstance(word, int):
+        if not 0 <= word < adapter.card.d_vocab:
+            raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {adapter.card.d_vocab - 1}", "use one of them")
+        return word
+    if prompt.offsets is not None and after not in (-1, len(prompt) - 1):
+        prompt = replace(prompt, text=prompt.text[: prompt.offsets[after][1]])
+    return check_one_token(answer_ids(prompt, word, adapter.tokenizer), repr(word), adapter.tokenizer)
+
+
+def wanted_ids(adapter: Adapter, prompts: Sequence[Tokens], words: Sequence[str | int], after: Sequence[int] | None = None) -> Tensor:
+    """The ids `[prompt, word]` of words as they follow each prompt, up to the token `after` of it; None: its last.
+
+    Raises:
+        TokenError: As `wanted_id`; or the words are one text, not a list.
+    """
+    if isinstance(words, str):
+        raise TokenError(f"tokens={words!r}", "tokens is a list of texts or ids", f"write tokens=[{words!r}]")
+    ends = after or [-1] * len(prompts)
+    ids = [[wanted_id(adapter, prompt, word, end) for word in words] for prompt, end in zip(prompts, ends, strict=True)]
+    return torch.tensor(ids, dtype=torch.long).view(len(prompts), len(words))
+
+
+def wanted_words(adapter: Adapter, words: Sequence[str | int]) -> tuple[str, ...]:
+    """Words and ids that were asked for, as texts."""
+    return tuple(word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in words)
+
+
+def check_asked(
+    adapter: Adapter, prompts: Sequence[Tokens], words: Sequence[str | int], k: int, generate: int, after: Sequence[int] | None = None
+) -> Tensor:
+    """What is asked after each prompt, checked; the ids `[prompt, word]` of the words, see `wanted_ids`.
+
+    Args:
+        k: How many of the likeliest tokens.
+        generate: How many tokens to decode.
+
+    Raises:
+        DataError: A number that makes no sense.
+        TokenError: As `wanted_ids`; or a prompt is too long to decode so many tokens.
+    """
+    check_counts(k=k)
+    check_counts(0, generate=generate)
+    longest = max(map(len, prompts))
+    if adapter.card.n_ctx and longest + generate > adapter.card.n_ctx:
+        raise TokenError(
+            f"{longest} tokens and {generate} to decode",
+            f"this model reads at most {adapter.card.n_ctx}",
+            "shorten the target or decode less",
+        )
+    return wanted_ids(adapter, prompts, words, after)
+
+
+def encode_questions(adapter: Adapter, questions: Sequence[Question], bos: bool | None = None) -> tuple[list[Tokens], Tensor]:
+    """Prompts, and the first token `[n]` of each answer as it follows its prompt.
+
+    Raises:
+        TokenError: An answer changes how its prompt is cut into tokens, or has none.
+    """
+    prompts = [adapter.encode(question.text, bos=bos) for question in questions]
+    answers = [answer_ids(prompt, question.answer, adapter.tokenizer)[0] for prompt, question in zip(prompts, questions, strict=True)]
+    return prompts, torch.tensor(answers)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions as a model sees them, and the rule for their answers."""
+
+    questions: tuple[Question, ...]
+    prompts: list[Tokens]
+    answers: Tensor
+    """`[n]`: the first token of each answer, as it follows its prompt."""
+    generate: int
+    """0: right is that token as the likeliest; else that the answer is in so many generated tokens, in any case."""
+
+    @property
+    def rule(self) -> str:
+        """In words."""
+        return f"answer in {self.generate} generated tokens" if self.generate else "first token"
+
+    def right(self, adapter: Adapter, reply: Reply, numbers: Sequence[int]) -> Any:
+        """Which rows of a reply, with a readout of `k=1`, are right, `[row]`, or a promise of it; `numbers` are their questions."""
+        if self.generate:
+            return later(_contained, adapter, reply.tokens, [self.questions[i].answer.strip() for i in numbers])
+        return reply.said.topk_ids[:, 0] == self.answers[list(numbers)]
+
+
+def pose(adapter: Adapter, questions: Sequence[Question], generate: int = 0, bos: bool | None = None) -> Asked:
+    """Encode questions, to be answered by their first token, or in so many generated ones.
+
+    Raises:
+        DataError: There are none; or a rule by text for an answer of one character, which any text may hold.
+        TokenError: An answer's first token depends on how it is cut; a negative `generate`.
+    """
+    if not questions:
+        raise DataError("no questions", "there is nothing to ask", "give at least one")
+    check_counts(0, generate=generate)
+    short = [question.answer for question in questions if len(question.answer.strip()) < 2]
+    if generate and short:
+        raise DataError(f"the answer {short[0]!r} in generated text", "so short a text is found anywhere", "use generate=0")
+    return Asked(tuple(questions), *encode_questions(adapter, questions, bos), generate)
+
+
+def as_question(item: Any) -> Question:
+    """A question, or a text and its answer after a space.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if isinstance(item, Question):
+        return item
+    if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) and text for text in item):
+        text, answer = item
+        return Question(text, answer if answer[0].isspace() else " " + answer)
+    raise DataError(f"{item!r} is not a question", "it is a text and an answer", "give (text, answer), or a Question")
+
+
+def grouped_texts(adapter: Adapter, tokens: Tensor, each: int) -> tuple[tuple[str, ...], ...]:
+    """What was generated, rows of tokens `[n, steps]` as texts, so many together."""
+    texts = decoded(adapter, tokens)
+    return tuple(texts[start : start + each] for start in range(0, len(texts), each))
+
+
+def mean_states(
+    adapter: Adapter,
+    prompts: Sequence[Tokens],
+    sites: Sequence[Site],
+    positions: Sequence[Position] = (-1,),
+    *,
+    dtype: torch.dtype | None = torch.float64,
+    progress: bool | None = None,
+) -> Tensor:
+    """States `[position, site, prompt, width]` on the CPU; of a span the mean, without the beginning-of-sequence token.
+
+    Args:
+        dtype: In which means are taken; None: the model's, but float32 at least.
+    """
+    reads = [Read(site, _spans(adapter, prompts, position)) for position in positions for site in sites]
+    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads), progress=progress)
+    n = len(sites)
+    return torch.stack([_pooled(reply.readings[p * n : (p + 1) * n], len(prompts), dtype) for p in range(len(positions))])
+
+
+def _spans(adapter: Adapter, prompts: Sequence[Tokens], position: Position) -> Each:
+    bos, spans = getattr(adapter.tokenizer, "bos_token_id", None), []
+    for tokens in prompts:
+        at = resolve(position, tokens)
+        spans.append([i for i in at if i] if len(at) > 1 and tokens.ids[0] == bos else list(at))
+    return Each(tuple(spans))
+
+
+def _pooled(readings: Sequence[Reading], n: int, dtype: torch.dtype | None) -> Tensor:
+    """`[site, prompt, width]`: the mean over each prompt's tokens."""
+    rows, values = readings[0].rows, torch.stack([reading.values for reading in readings]).cpu()
+    values = values.to(torch.promote_types(values.dtype, torch.float32) if dtype is None else dtype)
+    counts = torch.bincount(rows, minlength=n)[:, None]
+    return values.new_zeros((len(readings), n, values.shape[-1])).index_add(1, rows, values) / counts
+
+
+def _contained(adapter: Adapter, tokens: Tensor, answers: Sequence[str]) -> Tensor:
+    return torch.tensor([answer.lower() in text.lower() for answer, text in zip(answers, decoded(adapter, tokens), strict=True)])
