@@ -114,7 +114,10 @@ def check_shown(fence: Fence) -> None:
 
 def check_theirs(fence: Fence) -> None:
     assert THEIRS.search(fence.info), f"{fence}: say in the title why it is not run, or make it a `python` fence"
-    compile(fence.body, str(fence), "exec")
+    try:
+        compile(fence.body, str(fence), "exec")
+    except SyntaxError:
+        compile(f"{{\n{fence.body}}}", str(fence), "eval")  # or an entry of a dict
 
 
 CHECKS = {"json": check_json, "toml": check_toml, "console": check_shell, "sh": check_shell, "text": check_shown, "py": check_theirs}
