@@ -63,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    # real models first: the process of two that has them loads each once, and the other takes from the end of its list when its own is done
+    items.sort(key=lambda item: item.path.parent.name not in ("real", "agreement"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from hookbook import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
@@ -21,6 +28,8 @@ THEIRS = re.compile(r'title="[^"]*not run: [^"]+"')
 SERVER_PAGES = ("docs/how-to/run-on-ndif.md",)
 """Their Python needs a server: `make test-remote` runs it."""
 OTHER_PROGRAMS = ("llama-cli", "lm_eval")
+OWN = ("demo", "doctor")
+"""Commands of ours that are run in processes of their own, as lines with a redirection are; others in this one, where models are loaded."""
 LONG = ("reproduce",)
 """Commands of minutes: only their arguments are parsed; `tests/real/test_reproduce.py` runs one effect of one suite."""
 
@@ -55,6 +64,24 @@ def run_page(page: str, namespace: dict[str, Any] | None = None) -> dict[str, An
     return names
 
 
+def call(line: str) -> tuple[int, str]:
+    """The exit code of a line with our command, and the end of what it said."""
+    program, *words = shlex.split(line)
+    words += ["--help"] if words[0] in LONG else []
+    if words[0] in OWN or set(line) & set("|<>&;"):
+        line = " ".join([str(Path(sys.executable).with_name(program)), line.partition(" ")[2]])
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=570, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        return done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *words])
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            return int(stopped.code or 0), out.getvalue()[-4000:]
+    return 0, out.getvalue()[-4000:]
+
+
 def check_json(fence: Fence) -> None:
     json.loads(fence.body)
 
@@ -75,11 +102,8 @@ def check_shell(fence: Fence) -> None:
             named = [name for group in re.findall(r"hookbook\[([a-z0-9,]+)\]", line) for name in group.split(",")]
             assert words[0] == "install" and all(name in extras for name in named), f"{fence}: no such extra: {line}"
         elif program == "hookbook":
-            command = [str(Path(sys.executable).with_name("hookbook")), *words, *(["--help"] if words[0] in LONG else [])]
-            done = subprocess.run(
-                " ".join(command), shell=True, capture_output=True, text=True, timeout=570, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-            )
-            assert done.returncode == 0, f"{fence}: {line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            code, said = call(line.removeprefix("$ "))
+            assert code == 0, f"{fence}: {line}\n{said}"
         else:
             assert program in OTHER_PROGRAMS, f"{fence}: nobody checks {line!r}"
 
@@ -90,7 +114,10 @@ def check_shown(fence: Fence) -> None:
 
 def check_theirs(fence: Fence) -> None:
     assert THEIRS.search(fence.info), f"{fence}: say in the title why it is not run, or make it a `python` fence"
-    compile(fence.body, str(fence), "exec")
+    try:
+        compile(fence.body, str(fence), "exec")
+    except SyntaxError:
+        compile(f"{{\n{fence.body}}}", str(fence), "eval")  # or an entry of a dict
 
 
 CHECKS = {"json": check_json, "toml": check_toml, "console": check_shell, "sh": check_shell, "text": check_shown, "py": check_theirs}

@@ -11,14 +11,15 @@ import pytest
 import hookbook as hb
 from hookbook.models.packages import PACKAGES, find
 from tests.docs.fences import CHECKS, PAGES, SERVER_PAGES, fences, run_page
+from tests.docs.small import recipes
 from tests.support.needs import require
 from tests.support.real import shared, undisturbed
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """A folder of its own; names of the hub are the same models from packages; and what pages load by name is loaded once for all, which
-    no page may leave changed."""
+def offline(monkeypatch, tmp_path, pytestconfig):
+    """A folder of its own; names of the hub are the same models from packages; what pages load by name is loaded once for all, which no
+    page may leave changed; and samples are small, but with `--whole`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,6 +37,8 @@ def offline(monkeypatch, tmp_path):
     boot = TransformerBridge.boot_transformers
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **more: boot(str(find(here.get(name, name))), **more))
     monkeypatch.setattr(hb, "load", shared)
+    for name, recipe in ({} if pytestconfig.getoption("--whole") else recipes()).items():
+        monkeypatch.setattr(hb, name, recipe)
     with undisturbed():
         yield
 

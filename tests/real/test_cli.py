@@ -56,7 +56,7 @@ def test_steering_moves_the_next_word(run):
     "line, kind",
     [
         ("task-vector country_capital --layers 8-10 --shots 5 --n-prompts 8 --queries 12", hb.TaskVectors),
-        ("relation landmark_city --layers 8 --n-train 2 --queries 12", hb.LinearRelation),
+        pytest.param("relation landmark_city --layers 8 --n-train 2 --queries 12", hb.LinearRelation, marks=pytest.mark.whole),
     ],
 )
 def test_the_table_says_what_the_result_says(run, line, kind):

@@ -14,7 +14,11 @@ def gemma() -> hb.Adapter:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("singular_plural", "replace"), ("country_capital", "replace"), ("country_capital", "difference")]
+    ("name", "mode"),
+    [
+        ("singular_plural", "replace"),
+        *(pytest.param("country_capital", mode, marks=pytest.mark.whole) for mode in ("replace", "difference")),
+    ],
 )
 def test_a_middle_layer_holds_the_task(gemma, name, mode):
     task, other = hb.tasks.load(name), hb.tasks.load("present_past")

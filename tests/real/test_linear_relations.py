@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
 import torch
 
 import hookbook as hb
@@ -30,6 +31,7 @@ def test_edits_along_the_map_change_the_answer():
     assert found.best == (hb.Site("resid_post", 8), 150)
 
 
+@pytest.mark.whole
 def test_a_verb_map_is_no_least_squares():
     found = hb.linear_relation(real("smollm2-135m-instruct"), hb.relations.load("present_past"), layers=[9])
     assert found.faithfulness[0] >= 0.7 and all(found.controls[name][0] <= 0.15 for name in LESSER)
