@@ -129,6 +129,8 @@ def test_the_readme_shows_the_two_commands_and_names_that_exist():
     assert "make demo" in text and "make test" in text
     import re
 
+    guide = (ROOT / "docs/how-to/add-a-recipe.md").read_text()
+    made = set(re.findall(r"(\w+) as \1\b", guide))  # which tests/test_guide.py makes
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]:
         for name in re.findall(r"\bhb\.([A-Za-z_]+)", page.read_text()):
-            assert hasattr(hb, name), f"{page.name}: hb.{name}"
+            assert hasattr(hb, name) or name in made, f"{page.name}: hb.{name}"

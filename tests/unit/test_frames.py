@@ -50,7 +50,8 @@ def frames(kind: str) -> list[Any]:
 def prompts(made: Result) -> dict[str, Tokens]:
     """All prompts of a result by their texts."""
     values = [getattr(made, f.name) for f in fields(made)]
-    return {one.text: one for value in values if isinstance(value, tuple) for one in value if isinstance(one, Tokens)}
+    listed = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    return {one.text: one for one in listed if isinstance(one, Tokens)}
 
 
 def within(values: Any, n: int) -> bool:
