@@ -18,7 +18,7 @@ from hookbook.deferred import Deferred, Tape
 from hookbook.engine.seam import RemoteBackend, vjp_shapes
 from hookbook.remote.handles import Handle
 from hookbook.remote.service import Service
-from hookbook.request import LensReadout, TokenReadout
+from hookbook.reply import LensReadout, TokenReadout
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
 

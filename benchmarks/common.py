@@ -32,7 +32,8 @@ from torch import Tensor
 import hookbook as hb
 from hookbook.models.loading import load_module
 from hookbook.models.packages import PACKAGES
-from hookbook.request import Read, Reply, Request, Row
+from hookbook.reply import Reply
+from hookbook.request import Read, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 

@@ -31,7 +31,7 @@ from jacobian import SUBJECTS, TEMPLATE
 from layers import sentences
 
 import hookbook as hb
-from hookbook.engine import planning
+from hookbook.engine import cost
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import At, Tokens, resolve
@@ -150,7 +150,7 @@ def used(model: str, name: str) -> dict[str, float]:
     """Run one sweep in this process, which is fresh."""
     adapter = hb.load(model, "transformer_lens", device="cpu")
     sweep = SWEEPS[name](adapter)
-    with planning.accounting() as account:
+    with cost.accounting() as account:
         sweep.run()
     sweep.small()
     gc.collect()

@@ -237,7 +237,7 @@ BESIDE = {
 TOPICS: dict[str, tuple[str, list[str]]] = {
     "models": ("Models", ["load", "wrap", "ModelCard", "Plan", "job", "Handle"]),
     **{name: chapter(name) for name in sorted(CHAPTERS)},
-    "requests": ("Requests, sites, tokens", ["request", "sites", "tokens"]),
+    "requests": ("Requests, sites, tokens", ["request", "reply", "sites", "tokens"]),
     "data": ("Prompts, tasks, scores", ["prompts", "tasks", "scores"]),
     "results": ("Results and pictures", ["results", "show.view.View", "show.plots"]),
     "elsewhere": ("Other tools", ["interop"]),

@@ -30,7 +30,7 @@ def _room(name: str, what: str, modules: str, uses: str = "") -> Room:
 
 ROOMS = (
     _room("ground", "errors, the model's card, what runs beside the model", "errors card travel"),
-    _room("words", "sites, tokens, requests, numbers that come later, files", "sites tokens maps deferred request storage", "ground"),
+    _room("words", "sites, tokens, requests, numbers that come later, files", "sites tokens maps deferred request reply storage", "ground"),
     _room("data", "tasks, relations, questions, scores", "tasks relations hops scores", "ground words"),
     _room("show", "pictures, tables, views, pages", "show", "ground words"),
     _room("engine", "requests: planned, checked, run, kept", "engine", "ground words"),

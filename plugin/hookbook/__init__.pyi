@@ -16,7 +16,7 @@ from . import (
     tokens as tokens,
 )
 from .adapter import Adapter as Adapter, ModelCard as ModelCard
-from .engine.planning import Plan as Plan
+from .engine.cost import Plan as Plan
 from .errors import HookbookError as HookbookError
 from .maps import Affine as Affine
 from .models.loading import load as load, wrap as wrap

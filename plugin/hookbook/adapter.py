@@ -18,7 +18,8 @@ from hookbook.deferred import hold
 from hookbook.engine import questions, runs
 from hookbook.engine.seam import Backend
 from hookbook.errors import ModelError, Refused
-from hookbook.request import LensReadout, Reply, Request, TokenReadout
+from hookbook.reply import LensReadout, Reply, TokenReadout
+from hookbook.request import Request
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hookbook.deferred import later
 from hookbook.errors import DataError, TokenError, check_counts
-from hookbook.request import Each, Read, Reading, Reply, Request, Row, check_one_token
+from hookbook.reply import Reading, Reply
+from hookbook.request import Each, Read, Request, Row, check_one_token
 from hookbook.sites import Site
 from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve

@@ -16,7 +16,7 @@ from hookbook import deferred
 from hookbook.card import ModelCard as ModelCard
 from hookbook.deferred import Later, hold as hold, later as later
 from hookbook.engine import cost
-from hookbook.engine.planning import Plan, accounting
+from hookbook.engine.cost import Plan, accounting
 from hookbook.models.loading import wrap as wrap
 from hookbook.sites import Site
 from hookbook.tokens import At

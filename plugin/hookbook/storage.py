@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hookbook.card import ModelCard
 from hookbook.errors import ResultError
-from hookbook.request import Each, Read, Reading, Reply, TokenReadout
+from hookbook.reply import Reading, Reply, TokenReadout
+from hookbook.request import Each, Read
 from hookbook.sites import Site
 from hookbook.tokens import At, Tokens
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hookbook.adapter import Adapter
 from hookbook.asking import wanted_ids, wanted_words
-from hookbook.engine import planning
+from hookbook.engine import cost
 from hookbook.errors import DataError, EditError, Refused, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about
@@ -296,7 +296,7 @@ def _largest(sae: AttachedSAE, seen: Sequence[Tensor], chosen: Sequence[Sequence
 
 def _active(sae: AttachedSAE, seen: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """The features that are active in each prompt; in a plan, all."""
-    if planning.account() is not None:
+    if cost.account() is not None:
         return [tuple(range(sae.n_features))] * len(seen)
     found = [tuple(_most(sae, states).nonzero()[:, 0].tolist()) for states in seen]
     if not any(found):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hookbook.engine import planning
+from hookbook.engine import cost
 from hookbook.errors import DataError, TokenError, check_counts, check_feature, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about
@@ -308,7 +308,7 @@ def batches(sae: AttachedSAE, texts: Any, size: int, progress: bool | None) -> I
     check_counts(batch=size)
     listed = isinstance(texts, (str, list, tuple, Tensor, Tokens))
     prompts: Any = iter(sae.encode_prompts(texts) if listed else texts)
-    hidden = sae.model.remote or planning.account() is not None or progress is False
+    hidden = sae.model.remote or cost.account() is not None or progress is False
     empty = True
     with tqdm(desc="texts", unit="text", leave=False, disable=hidden, delay=0 if progress else 5) as bar:
         while some := list(islice(prompts, size)):

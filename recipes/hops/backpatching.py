@@ -24,7 +24,8 @@ from hookbook.controls import check_controls, other_questions, random_like
 from hookbook.errors import DataError, SiteError
 from hookbook.hops import TwoHop
 from hookbook.recipe import ModelCard, later, recipe, wrap
-from hookbook.request import Each, Edit, Read, Readout, Reply, Request, Row
+from hookbook.reply import Reply
+from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map
 from hookbook.show.text import need

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook.adapter import Adapter
-from hookbook.engine import planning
+from hookbook.engine import cost, planning
 from hookbook.errors import EditError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.request import Each, Edit, Read, Request, Row, position_of
@@ -107,7 +107,7 @@ def jacobian(
     parts = planning.plan(adapter, request, _answer_bytes(adapter, request, mean))
     found = _Gathered(adapter, request, mean)
     chunks = [_chunk(adapter, request, part, mean) for part in parts]
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         back = (
             min(found.d_out, n) * _bytes_of_one(adapter, request, part) + part.peak_bytes for n, part in zip(chunks, parts, strict=True)
         )
@@ -135,7 +135,7 @@ class _Gathered:
     """
 
     def __init__(self, adapter: Adapter, request: Request, mean: bool) -> None:
-        self.promised = adapter.remote or planning.account() is not None
+        self.promised = adapter.remote or cost.account() is not None
         self.n, self.mean, self.d_out, *widths = len(request.rows), mean, *(read.site.width(adapter.card) for read in request.reads)
         like: Any = {"dtype": getattr(torch, adapter.card.dtype), "device": "meta" if self.promised else "cpu"}
         self.ends = [torch.empty(self.n, width, **like) for width in (self.d_out, *widths)]

@@ -12,7 +12,7 @@ from torch import Tensor
 import hookbook as hb
 from hookbook.engine import planning
 from hookbook.errors import DataError, HookbookError, SiteError, TokenError
-from hookbook.request import LensReadout
+from hookbook.reply import LensReadout
 from hookbook.testing import toy
 from hookbook.tokens import beginnings, resolve
 from hookbook.travel import readout

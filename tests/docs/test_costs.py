@@ -7,7 +7,7 @@ import torch
 
 import hookbook as hb
 from hookbook import deferred
-from hookbook.engine.planning import accounting
+from hookbook.engine.cost import accounting
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.testing import toy
 from tests.docs.fences import ROOT

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hookbook as hb
 from hookbook import deferred
-from hookbook.engine.planning import accounting
+from hookbook.engine.cost import accounting
 from tests.contract.test_sae import N, make_sae
 
 SANDBOX = os.environ.get("HOOKBOOK_TEST_SERVER") == "sandbox"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.request import Reply, Request, position_of
+from hookbook.reply import Reply
+from hookbook.request import Request, position_of
 from hookbook.tokens import resolve
 from tests.support.formulas import flat, pattern_formula, unit_formula
 from tests.support.tiny import DTYPE

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.engine import planning, runs as engine
+from hookbook.engine import cost, planning, runs as engine
 from hookbook.errors import EditError, ResultError, SiteError
 from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy
@@ -160,7 +160,7 @@ def test_a_plan_checks_its_input():
 def test_a_plan_of_a_jacobian_says_its_products_and_memory(monkeypatch):
     adapter = toy()
     prompts = [adapter.encode("ab"), adapter.encode("cd")]
-    with planning.accounting() as account:
+    with cost.accounting() as account:
         found = hb.jacobian(adapter, prompts, Read("resid_post.2"), [Read("resid_post.0"), Read("resid_post.1")])
     assert account.plan.vjps == 2 * 16 and account.plan.climbs == 1
     assert account.plan.peak_bytes > sum(matrix.nbytes for matrix in found.matrices)
@@ -178,7 +178,7 @@ def test_readings_of_a_plan_have_the_shapes_of_the_run(counted):
         Read("final_norm"),
     ]
     request = Request(prompts, [Row(1), Row(0)], reads, Readout(k=2, tokens=torch.tensor([[1], [2]]), logits=True), generate=2)
-    with planning.accounting():
+    with cost.accounting():
         blank = adapter.run(request)
     assert counted == []
     real = adapter.run(request)

@@ -14,7 +14,8 @@ from hookbook import storage
 from hookbook.engine.planning import Part
 from hookbook.engine.seam import Backend
 from hookbook.errors import ResultError
-from hookbook.request import Edit, FeatureChange, Reply
+from hookbook.reply import Reply
+from hookbook.request import Edit, FeatureChange
 from hookbook.travel.climb import Climb
 
 KIND = "Checkpoint"

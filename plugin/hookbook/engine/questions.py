@@ -11,12 +11,12 @@ from torch import Tensor
 from hookbook.deferred import Deferred, Tape, here
 from hookbook.engine import cost, planning, selfcheck
 from hookbook.engine.seam import Backend, vjp_shapes
-from hookbook.request import LensReadout, TokenReadout
+from hookbook.reply import LensReadout, TokenReadout
 
 
 def readout(backend: Backend, resid: Tensor, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
     """See `hookbook.adapter.Adapter.readout`."""
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         if not normed:
             account.add([], unembedded=len(resid))
         if not backend.remote:
@@ -43,7 +43,7 @@ def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
 def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
     """See `hookbook.adapter.Adapter.lens`."""
     card = backend.card
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         n = states.shape[0] * states.shape[1]
         held = 2 * n * card.d_model * card.itemsize + 3 * min(4 * n * card.d_vocab, planning.logits_bytes())
         account.add([], unembedded=n, peak_bytes=held)
@@ -61,7 +61,7 @@ def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked
 
 def gradient(backend: Backend, value: Tensor, leaf: Tensor) -> Tensor:
     """See `hookbook.adapter.Adapter.gradient`."""
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         account.add([], vjps=1)
         if not backend.remote:
             return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
@@ -82,7 +82,7 @@ def vjps(
 ) -> list[Tensor]:
     """See `hookbook.adapter.Adapter.vjps`."""
     spent = {"vjps": out.shape[0] * out.shape[1]}
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         account.add([], **spent)
         if not backend.remote:
             return list(Tape().note("vjps", {}, vjp_shapes(out, leaves, mean)))

@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 from hookbook import deferred
 from hookbook.engine import cost, planning, questions, selfcheck
 from hookbook.engine.checkpoint import Checkpoint
-from hookbook.engine.planning import Part, join_place
+from hookbook.engine.checks import join_place
+from hookbook.engine.planning import Part
 from hookbook.engine.seam import Backend, RemoteBackend
 from hookbook.errors import EditError, Refused
-from hookbook.request import Edit, FeatureChange, Reading, Reply, Request, Sampling, TokenReadout
+from hookbook.reply import Reading, Reply, TokenReadout
+from hookbook.request import Edit, FeatureChange, Request, Sampling
 from hookbook.sites import Site
 from hookbook.tokens import resolve
 from hookbook.travel.climb import Climb
@@ -35,7 +37,7 @@ def run(backend: Backend, request: Request, *, progress: bool | None = None, che
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
         checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
-    if not backend.remote and planning.account() is None:
+    if not backend.remote and cost.account() is None:
         request = _here(request)
     parts = planning.plan(backend, request)
     if checkpoint is not None and request.grad:
@@ -44,7 +46,7 @@ def run(backend: Backend, request: Request, *, progress: bool | None = None, che
         raise Refused(
             "a checkpoint of a remote run", "it is one job, which is done or not", "submit it: recipe.submit(...), and save the handle"
         )
-    if (account := planning.account()) is not None:
+    if (account := cost.account()) is not None:
         account.add(parts)
         if not backend.remote:
             return _blank(request, parts)

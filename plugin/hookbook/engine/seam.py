@@ -15,7 +15,7 @@ from torch import Tensor
 from hookbook.card import ModelCard
 from hookbook.deferred import Deferred, Tape
 from hookbook.errors import Refused
-from hookbook.request import LensReadout, TokenReadout
+from hookbook.reply import LensReadout, TokenReadout
 from hookbook.sites import Site
 from hookbook.travel import decoding, readout, vjps
 from hookbook.travel.climb import Climb
