@@ -87,8 +87,7 @@ class Edit:
     | `scale` | `x * value` | a number |
     | `project_out` | `x - (x . u) u` | `[width]`, any length but 0 |
     | `clamp` | `x + (to - x . u) u`, so that the projection on `u` is `to` | `[width]`, any length but 0 |
-    | `rotate` | `x` turned towards `value`, its length kept: along `x / |x| + (1 + max(0, -cos(x, u))) value` | `[width]`, its length says
-    how far |
+    | `rotate` | along `x / |x| + (1 + max(0, -cos(x, u))) value`, as long as `x` | `[width]`, its length says how far |
     | `features` | the site under changed activations of an SAE | what `hookbook.sae.AttachedSAE.edit` gives |
     | `knock_out` | of `attn_pattern` alone: `keys` get no attention, the others share it as the softmax would without them | none |
 

@@ -56,8 +56,7 @@ class TwoHops(Result):
         self, *, first: bool | None = True, second: bool | None = True, composed: bool | None = None, shortcut: bool | None = None
     ) -> list[int]:
         """The numbers of the questions whose parts are answered or not, such as `select(composed=False)`: both hops are known, and the
-        question is not
-        answered. None: either way. The paper's sets leave out those with a shortcut (`shortcut=False`)."""
+        question is not answered. None: either way. The paper's sets leave out those with a shortcut (`shortcut=False`)."""
         asked = (
             (first, self.right["first"]),
             (second, self.right["second"]),

@@ -233,15 +233,13 @@ def linear_relation(
     """A relation as one affine map: the mean first-order expansion of the model around a few subjects.
 
     With `s` the subject's state at its last token and `F(s)` the last block's output at the last token of the prompt, before the final
-    norm:
-    `W` = mean of `dF/ds`, `b` = mean of `F(s) - dF/ds s`, and the map is `beta W s + b`. All layers come from the same backward passes.
-    Every prompt states the other training pairs first; `layers` and `beta` are chosen on one half of the other pairs, and reported on the
-    other half.
+    norm: `W` = mean of `dF/ds`, `b` = mean of `F(s) - dF/ds s`, and the map is `beta W s + b`. All layers come from the same backward
+    passes. Every prompt states the other training pairs first; `layers` and `beta` are chosen on one half of the other pairs, and reported
+    on the other half.
 
     Other maps, as controls: `beta = 1`; `logit lens`, the subject's state itself; `shift`, that state and the mean of `F(s) - s`; `bias`,
-        `b` alone;
-    `least squares`, fitted by ridge regression to the training pairs; `least squares, validation`, to the many validation pairs; and
-    `random`, noise of the norm of `W`.
+    `b` alone; `least squares`, fitted by ridge regression to the training pairs; `least squares, validation`, to the many validation pairs;
+    and `random`, noise of the norm of `W`.
 
     Args:
         model: Any model `hookbook.wrap` takes whose backend keeps gradients.

@@ -169,10 +169,9 @@ def edit_relation(
     """Make the model say another subject's object, by the low-rank inverse of the relation's map, and count how often it does.
 
     With `o` and `o'` the last block's outputs for the subject and for another one, `W+ (o' - o)` is added to the subject's state at its
-    last token;
-    `W+` is the pseudo-inverse of the largest singular values of `W`. All sites and ranks of all changes are one request. Controls: noise
-    of the same length, and the other subject's whole state; and how far the next token after sentences which do not ask for the relation
-    moves.
+    last token; `W+` is the pseudo-inverse of the largest singular values of `W`. All sites and ranks of all changes are one request.
+    Controls: noise of the same length, and the other subject's whole state; and how far the next token after sentences which do not ask for
+    the relation moves.
 
     Args:
         model: The model that the relation is of.

@@ -38,8 +38,7 @@ class RelationFeatures(Result):
     With `F` the difference of the logits that an output means, the answer's less the mean of the others', all numbers below are parts of
     `F(o)` and sum to it. `F` is `u . o / sigma(o)` and a constant: `u` is the difference of unembedding rows behind the final norm's
     weight (and its centring, if it is a LayerNorm), and `sigma(o)` is the norm's scale, which depends on the whole output and is held at
-    what it is for
-    `o`. A model's cap on logits is not applied.
+    what it is for `o`. A model's cap on logits is not applied.
     """
 
     card: ModelCard

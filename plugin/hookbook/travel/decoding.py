@@ -22,8 +22,7 @@ def decode(model, kept, normed, todo, tick=None):
         todo: `steps`; `ends`, the end tokens; `sampling` or None; `rows_at_once`, of logits; `last`, the number of blocks; `groups` and
             `joins`, of the prompts' layout; `pack`, rows in a row of the batch; of each trunk row `lengths` and `pads`; `ids`, `mask` and
             `width` of the prompts; for each row `items`, the edits of its prompt; and for each row `late`, the edits of generated tokens,
-            as
-            `group_edits` takes them, with `join`, `at` (positions, or None for all) and, of a pattern, `seen` (keys, or None for all).
+            as `group_edits` takes them, with `join`, `at` (positions, or None for all) and, of a pattern, `seen` (keys, or None for all).
         tick: Called after each step with the number of steps that are done.
 
     Returns:

@@ -19,8 +19,7 @@ def group_edits(items):
             and `keys`, for each of `cols` the columns attended to. Of `features`, `value` is a dict: `code` (see
             `hookbook.travel.features`),
             `scale`, `shift`, `drop`; `kind`, the same for edits that can be one operation; `alike`, whether all of a kind have one code;
-            and
-            `seen`, the site an encoder reads if it is another one, or None.
+            and `seen`, the site an encoder reads if it is another one, or None.
 
     Returns:
         `{site: [group]}`, as `apply_edit` takes them.
@@ -127,10 +126,9 @@ def apply_edit(x, group):
     """Apply one group of edits to `x` in place; `hookbook.request.Edit` says what each operation is.
 
     A group has `rows`, `cols`, `op`, `value` (`[m, width]`, of which each takes the one that `of` `[n]` says, or `[n]` of numbers for
-    `scale`) and `to` `[n]`. With `units`
-    `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads` and `cols` name
-    lines, and `entries`, `keys` and `value` say what changes in which of these lines. Of `features`, `looked` is what the encoder
-    reads if that is not `x`; `hookbook.travel.features.changed` says the rest.
+    `scale`) and `to` `[n]`. With `units` `[n]` and `n_units` it is about one head or neuron each. Of an attention pattern, `rows`, `heads`
+    and `cols` name lines, and `entries`, `keys` and `value` say what changes in which of these lines. Of `features`, `looked` is what the
+    encoder reads if that is not `x`; `hookbook.travel.features.changed` says the rest.
     """
     op = group["op"]
     if "entries" in group:

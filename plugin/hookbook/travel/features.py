@@ -3,9 +3,8 @@
 A code is a dict of tensors, of all features of an SAE or of some: `reads` `[m, d_in]`, the encoder's rows; `centre` `[d_in]`, taken from
 the input before, or None; `gain` `[m]`, of what a row reads, or None; `bias` `[m]`; `gate` `[m]` and `threshold` `[m]`, or None: a feature
 is active where what its row reads plus `gate` is above `threshold`; `k`, how many of the largest are active, or 0; `norm`, how inputs are
-brought to one size: `none`,
-`layer_norm` or `constant_norm_rescale`; `writes` `[m, d_out]`, the decoder's rows; `offset` `[d_out]`, which the decoder adds; and `skip`
-`[d_out, d_in]`, a transcoder's linear part, or None.
+brought to one size: `none`, `layer_norm` or `constant_norm_rescale`; `writes` `[m, d_out]`, the decoder's rows; `offset` `[d_out]`, which
+the decoder adds; and `skip` `[d_out, d_in]`, a transcoder's linear part, or None.
 """
 
 import torch
