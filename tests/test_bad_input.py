@@ -74,6 +74,7 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     "no prompts": (scope([]), TokenError, "at least one"),
     "empty token ids": (lambda: TOY.encode(torch.tensor([], dtype=torch.long)), TokenError, "the prompt is empty"),
     "token id out of range": (scope([3, 9999]), TokenError, "ids 0 to 257"),
+    "wanted word that is a list": (lambda: hb.logit_lens(TOY, "abc", tokens=[["d"]]), TokenError, "neither a text nor a token"),  # type: ignore[list-item]
     "prompt that is no prompt": (scope([3.5]), TokenError, "is not a prompt"),
     "prompt longer than the context": (scope("a" * 64), TokenError, "reads at most 64"),
     "target and decoding longer than the context": (scope(target="a" * 60, generate=9), TokenError, "reads at most 64"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,10 +63,13 @@ def wanted_id(adapter: Adapter, prompt: Tokens, word: str | int, after: int = -1
     Raises:
         TokenError: The word is several tokens or none, or changes how the prompt is cut; or there is no such id.
     """
-    if isinstance(word, int):
-        if not 0 <= word < adapter.card.d_vocab:
-            raise TokenError(f"token id {word}", f"the vocabulary has ids 0 to {adapter.card.d_vocab - 1}", "use one of them")
-        return word
+    if not isinstance(word, str):
+        if not isinstance(word, Integral) or isinstance(word, bool):
+            raise TokenError(f"{word!r} where a word is wanted", "it is neither a text nor a token's id", "give one of them")
+        number = int(word)
+        if not 0 <= number < adapter.card.d_vocab:
+            raise TokenError(f"token id {number}", f"the vocabulary has ids 0 to {adapter.card.d_vocab - 1}", "use one of them")
+        return number
     if prompt.offsets is not None and after not in (-1, len(prompt) - 1):
         prompt = replace(prompt, text=prompt.text[: prompt.offsets[after][1]])
     return check_one_token(answer_ids(prompt, word, adapter.tokenizer), repr(word), adapter.tokenizer)
