@@ -9,8 +9,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from hookbook.adapter import Adapter, ModelCard, check_eval, versions
-from hookbook.adapters import hf
+from hookbook.adapter import Adapter, ModelCard, versions
+from hookbook.adapters import hf, weights
 from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
 from hookbook.sites import INNER, Site
@@ -32,7 +32,6 @@ class BridgeAdapter(Adapter):
     """
 
     def __init__(self, model: TransformerBridge, tokenizer: Any = None) -> None:
-        check_eval(model, "the bridge")
         check_saes(model)
         if not hasattr(model, "blocks"):
             raise ModelError(
@@ -67,6 +66,20 @@ class BridgeAdapter(Adapter):
     @property
     def eos_ids(self) -> frozenset[int]:
         return hf.eos_ids(self.model.original_model, self.tokenizer)
+
+    @property
+    def module(self) -> Any:
+        return self.model.original_model
+
+    @property
+    def roots(self) -> Any:
+        return self.model, self.module
+
+    def weights(self) -> Any:
+        return weights.of_module(self.model.adapter, self.module)
+
+    def runs_in(self) -> tuple[str, str]:
+        return hf.dtype_name(self.module), str(hf.device(self.module))
 
     def ready(self) -> None:
         check_saes(self.model)

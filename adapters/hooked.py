@@ -12,7 +12,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 from hookbook.adapter import Adapter, ModelCard, versions
-from hookbook.adapters import hf
+from hookbook.adapters import hf, weights
 from hookbook.adapters.bridge import Hooked, check_saes
 from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
@@ -71,6 +71,13 @@ class HookedAdapter(Adapter):
 
     def ready(self) -> None:
         check_saes(self.model)
+
+    def weights(self) -> Any:
+        return weights.of_hooked(self.model)
+
+    def runs_in(self) -> tuple[str, str]:
+        where = self.model.embed.W_E
+        return str(where.dtype).removeprefix("torch."), str(where.device)
 
     def refuses(self, site: Site) -> Refused | None:
         if site.name in ("embed", *INNER) and site.name != "mlp_in" and site.hook_name not in self.model.hook_dict:

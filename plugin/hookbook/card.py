@@ -29,6 +29,8 @@ class ModelCard:
     tokenizer: str
     """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
     remote: bool = False
+    weights: tuple[tuple[str, str], ...] = ()
+    """Fingerprints of the weights, by dtype, see `hookbook.engine.weights`; nothing is known of those on a server."""
     versions: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -37,7 +39,12 @@ class ModelCard:
         return getattr(torch, self.dtype).itemsize
 
     def same_model(self, other: ModelCard) -> bool:
-        """Whether vectors of one mean anything in the other: the same name, whoever published it and whatever runs it."""
+        """Whether vectors of one mean anything in the other: the same weights, whatever runs them and in whatever dtype. Where they are not
+        known, the same name, whoever published it."""
+        mine, theirs = dict(self.weights), dict(other.weights)
+        both = [dtype for dtype in mine if dtype in theirs]
+        if both:
+            return mine[both[0]] == theirs[both[0]]
         return self.model_id.rsplit("/", 1)[-1].lower() == other.model_id.rsplit("/", 1)[-1].lower()
 
     def to_dict(self) -> dict[str, Any]:

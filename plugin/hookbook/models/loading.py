@@ -41,10 +41,13 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool | str = False) -> Adapt
     if isinstance(model, Adapter):
         if tokenizer is not None:
             raise ModelError("a tokenizer for a model that is already wrapped", "it has its own", "wrap adapter.model with the tokenizer")
+        model.look()
         return model
     for accepts, make in _adapters():
         if accepts(model):
-            return make(model, tokenizer)
+            adapter = make(model, tokenizer)
+            adapter.look()
+            return adapter
     raise ModelError(
         f"a {type(model).__module__}.{type(model).__qualname__} is not a model hookbook knows",
         "no adapter accepts it",

@@ -1,0 +1,228 @@
+"""What a run depends on beside what is asked, looked at before each run: weights, hooks, training mode, dtype and device.
+
+A model belongs to its user, who may have changed it since the last call. What is looked at is where torch keeps it, so that looking costs
+about a millisecond: the modules and their hooks, the tensors with their pointers, versions and a few of their numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookbook.engine.seam import Backend
+from hookbook.engine.weights import digests
+from hookbook.errors import ModelError
+
+LIBRARIES = {"torch", "transformers", "accelerate", "transformer_lens", "nnsight", "peft", "bitsandbytes", "functools"}
+"""Whose own hooks and forward methods are part of a model."""
+
+SAMPLE = 8
+"""How many numbers of each tensor are looked at before each run, evenly spaced."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+class State:
+    """What is known of one underlying model, whatever wraps it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.watch: Watch | None = None
+        self.seen: tuple[Any, ...] = ()
+        self.sample: list[Tensor] = []
+        self.weights: tuple[tuple[str, str], ...] = ()
+        self.hooks: tuple[str, ...] = ()
+        """Hooks of the user's, by name; while there are any, rows run one at a time."""
+        self.found: Any = None
+        self.answers: dict[str, Any] = {}
+        """What the model said to the questions of `hookbook.engine.selfcheck`, as it is now."""
+        self.said: set[str] = set()
+
+
+def state(backend: Backend) -> State:
+    """The state of the model behind a backend; all its wrappers share one."""
+    key = backend.model if backend.module is None else backend.module
+    with _making:
+        return _states.setdefault(key, State())
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[State]:
+    """Look at a model, and let no other thread run it meanwhile.
+
+    Raises:
+        ModelError: It would give random numbers, or is in the middle of a run of the user's.
+    """
+    with locked(backend) as mine:
+        look(backend, mine)
+        yield mine
+
+
+@contextmanager
+def locked(backend: Backend) -> Iterator[State]:
+    """Let no other thread run a model meanwhile."""
+    mine = state(backend)
+    with mine.lock:
+        yield mine
+
+
+def look(backend: Backend, mine: State, whole: bool = False) -> None:
+    """Bring what is known of a model up to date; `whole`: look at every number of its weights.
+
+    Raises:
+        ModelError: See `using`.
+    """
+    backend.ready()
+    if backend.remote or backend.module is None:
+        return
+    backend.check_free()
+    if mine.watch is None or not mine.watch.still():
+        mine.watch, mine.seen = Watch(backend.roots), ()
+    watch = mine.watch
+    watch.check_random()
+    hooks = watch.hooks()
+    if (found := [id(hook) for _, hook in hooks] + [str(hook) for hook in backend.edits]) != mine.found:
+        mine.found, mine.answers = found, {}
+        mine.hooks = tuple(f"{_name(hook)} at {watch.path(module)}" for module, hook in hooks) + tuple(backend.edits)
+    for hook in mine.hooks:
+        if hook not in mine.said:
+            mine.said.add(hook)
+            warnings.warn(f"{hook} is a hook on {backend.card.model_id}: while it is there, rows run one at a time", stacklevel=4)
+    seen, sample = watch.seen(), watch.sample()
+    same = seen == mine.seen and all(map(torch.equal, sample, mine.sample))
+    if not same or whole or not mine.weights:
+        mine.weights = digests(backend.weights())
+        mine.seen, mine.sample = seen, sample
+    if not same:
+        mine.answers = {}
+    dtype, device = backend.runs_in()
+    if (backend.card.weights, backend.card.dtype, backend.card.device) != (mine.weights, dtype, device):
+        backend.card = replace(backend.card, weights=mine.weights, dtype=dtype, device=device)
+
+
+class Watch:
+    """The modules of a model, and where what may change in them is."""
+
+    def __init__(self, roots: tuple[nn.Module, ...]) -> None:
+        self.roots = roots
+        self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self.places = [(module, getattr(module, name)) for module in self.modules for name in HOOKS]
+        self.dicts = [kept for _, kept in self.places]
+        self.children = [module._modules for module in self.modules]
+        self.tree = self._tree()
+        self.own = [module.__dict__ for module in self.modules]
+        self.kept = [kept for module in self.modules for kept in (module._parameters, module._buffers)]
+        self.all = self._all()
+        self.tensors = list({id(tensor): tensor for tensor in self.all if tensor is not None and tensor.device.type != "meta"}.values())
+        self.random = [module for module in self.modules if _may_be_random(module)]
+        self.views = [
+            _spread(x) for dtype in sorted({x.dtype for x in self.tensors}, key=str) for x in self.tensors if x.dtype == dtype and x.numel()
+        ]
+
+    def _tree(self) -> list[Any]:
+        return list(chain.from_iterable(kept.values() for kept in self.children))
+
+    def _all(self) -> list[Any]:
+        return list(chain.from_iterable(kept.values() for kept in self.kept))
+
+    def still(self) -> bool:
+        """Whether modules and tensors are the ones that were found."""
+        return _alike(self._tree(), self.tree) and _alike(self._all(), self.all)
+
+    def hooks(self) -> list[tuple[nn.Module, Any]]:
+        """Hooks and forward methods that are not a library's, and the modules they are on."""
+        found = []
+        if any(self.dicts):
+            found += [(module, hook) for module, kept in self.places for hook in kept.values() if _foreign(module, hook)]
+        found += [
+            (module, own["forward"])
+            for module, own in zip(self.modules, self.own, strict=True)
+            if "forward" in own and _foreign(None, own["forward"])
+        ]
+        return found
+
+    def check_random(self) -> None:
+        """Raise for a module that would draw random numbers."""
+        for module in self.random:
+            if module.training and (why := _random(module)):
+                raise ModelError(
+                    f"{self.path(module)} is in training mode",
+                    f"its {why} would make every run another",
+                    "call model.eval() first (of a bridge: bridge.original_model.eval(), too)",
+                )
+
+    def seen(self) -> tuple[Any, ...]:
+        """Where each tensor is, and how often it was written to."""
+        return tuple((x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype, x.device) for x in self.tensors) + tuple(
+            (module._disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
+            for module in self.random
+            if hasattr(module, "merged_adapters")
+        )
+
+    def sample(self) -> list[Tensor]:
+        """Some numbers of each tensor, one after the other, for each dtype."""
+        with torch.no_grad():
+            groups: dict[Any, list[Tensor]] = {}
+            for view in self.views:
+                groups.setdefault((view.dtype, view.device), []).append(view)
+            return [torch.cat(views) for views in groups.values()]
+
+    def path(self, module: nn.Module) -> str:
+        """What a module is called in the model."""
+        named = (name for root in self.roots for name, one in root.named_modules() if one is module)
+        return next(named, "") or type(module).__name__
+
+
+def _alike(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _spread(x: Tensor) -> Tensor:
+    x = x.detach()
+    if x.is_contiguous():
+        return x.as_strided((min(SAMPLE, x.numel()),), (max(1, x.numel() // SAMPLE),))
+    return x.diagonal() if x.dim() == 2 else x[(0,) * (x.dim() - 1)] if x.dim() else x[None]
+
+
+def _foreign(module: Any, hook: Any) -> bool:
+    if type(module).__name__ == "HookPoint":  # whose hooks TransformerLens wraps
+        return True
+    own = inspect.unwrap(getattr(hook, "func", hook))
+    home = type(own.__self__).__module__ if inspect.ismethod(own) else getattr(own, "__module__", None) or type(own).__module__
+    return home.partition(".")[0] not in LIBRARIES
+
+
+def _name(hook: Any) -> str:
+    name = getattr(getattr(hook, "func", hook), "__qualname__", None) or repr(hook)
+    return " ".join(str(name).split())[:80]
+
+
+def _may_be_random(module: nn.Module) -> bool:
+    names = [name.lower() for name in (*vars(module), type(module).__name__)]
+    return hasattr(module, "merged_adapters") or any(word in name for name in names for word in ("drop", "jitter", "noise", "batchnorm"))
+
+
+def _random(module: nn.Module) -> str:
+    """What in a module in training mode is random; empty if nothing is."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "batch normalisation"
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return f"dropout of {module.p:g}" if module.p else ""
+    for name, value in vars(module).items():
+        if isinstance(value, float) and value > 0 and any(word in name.lower() for word in ("drop", "jitter", "noise")):
+            return f"{name} of {value:g}"
+    return ""
