@@ -32,7 +32,8 @@ HOOKED = {
 def of_hooked(model: Any) -> Iterator[Weight]:
     """Of a HookedTransformer."""
     for name, x in model.named_parameters(remove_duplicate=False):
-        *block, inner = name.split(".", 2) if name.startswith("blocks.") else [name]
+        parts = name.split(".", 2) if name.startswith("blocks.") else [name]
+        inner = parts[-1]
         known = HOOKED.get(inner, inner)
         if known.endswith((".w", ".b")):
             known = known[:-1] + {"w": "weight", "b": "bias"}[known[-1]]
@@ -44,7 +45,7 @@ def of_hooked(model: Any) -> Iterator[Weight]:
             x = x.T
         elif inner.startswith("attn.") and x.dim() == 2:
             x = x.flatten()
-        yield Weight(".".join([*block, known]), x)
+        yield Weight(".".join([*parts[:-1], known]), x)
 
 
 def of_module(names: Any, module: Any) -> Iterator[Weight]:

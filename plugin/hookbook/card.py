@@ -29,7 +29,7 @@ class ModelCard:
     tokenizer: str
     """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
     remote: bool = False
-    weights: tuple[tuple[str, str], ...] = ()
+    weights: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Fingerprints of the weights, by dtype, see `hookbook.engine.weights`; nothing is known of those on a server."""
     versions: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -46,6 +46,12 @@ class ModelCard:
         if both:
             return mine[both[0]] == theirs[both[0]]
         return self.model_id.rsplit("/", 1)[-1].lower() == other.model_id.rsplit("/", 1)[-1].lower()
+
+    def unlike(self, other: ModelCard) -> str:
+        """Why vectors of one mean nothing in the other, or nothing."""
+        if self.same_model(other):
+            return ""
+        return "they have other weights" if self.model_id == other.model_id else "they are different spaces"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

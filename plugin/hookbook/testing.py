@@ -161,4 +161,6 @@ def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> ToyA
             nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else nn.init.normal_(
                 parameter, std=parameter.shape[-1] ** -0.5 * 1.5
             )
-        return ToyAdapter(model.to(dtype).eval())
+        adapter = ToyAdapter(model.to(dtype).eval())
+    adapter.look()
+    return adapter

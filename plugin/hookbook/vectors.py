@@ -66,6 +66,13 @@ class Vector(Result):
         card = wrap(model).card
         return cls(card, Site.parse(site).check(card), torch.as_tensor(values).detach().cpu().float(), **more)
 
+    def on(self, model: Any) -> Vector:
+        """The same numbers as a vector of another model with this width, on purpose: of a tuned copy, or of a base model."""
+        from hookbook.models.loading import wrap
+
+        card = wrap(model).card
+        return replace(self, card=card, site=self.site.check(card))
+
     @property
     def norm(self) -> Tensor:
         """Its length."""
@@ -74,10 +81,11 @@ class Vector(Result):
     def _with(self, other: Vector, sign: str) -> Vector:
         if not isinstance(other, Vector):
             return NotImplemented
-        mine, theirs = (_kind(vector) for vector in (self, other))
-        if mine != theirs:
+        why = self.card.unlike(other.card) if self.site == other.site else "they are directions in different spaces"
+        if why:
+            mine, theirs = (_kind(vector) for vector in (self, other))
             raise SiteError(
-                f"a vector of {mine} {sign} one of {theirs}", "they are directions in different spaces", "use vectors of one model and site"
+                f"a vector of {mine} {sign} one of {theirs}", why, "use vectors of one model and site, or on purpose `v.on(model)`"
             )
         values = self.values + other.values if sign == "+" else self.values - other.values
         return replace(self, values=values, recipe=f"({self.recipe or 'vector'} {sign} {other.recipe or 'vector'})", settings={})

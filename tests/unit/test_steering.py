@@ -280,7 +280,7 @@ BAD = {
     "several vectors with layers": (steer([VECTOR], layers=[1]), EditError, "leave layers out"),
     "two vectors at one site": (steer([VECTOR, VECTOR]), SiteError, "one place"),
     "no vectors": (steer([]), EditError, "0 vectors"),
-    "a vector of another width": (steer(OTHER), EditError, "width"),
+    "a vector of another width": (steer(OTHER), EditError, "other weights"),
     "ablation of heads": (
         lambda: hb.directional_ablation(hb.Vector.of(TOY, "head_z.1", torch.ones(16))),
         EditError,

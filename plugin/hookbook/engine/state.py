@@ -55,7 +55,7 @@ class State:
 
 def state(backend: Backend) -> State:
     """The state of the model behind a backend; all its wrappers share one."""
-    key = backend.model if backend.module is None else backend.module
+    key = backend.model if backend.remote or backend.module is None else backend.module
     with _making:
         return _states.setdefault(key, State())
 
@@ -128,7 +128,7 @@ class Watch:
         self.kept = [kept for module in self.modules for kept in (module._parameters, module._buffers)]
         self.all = self._all()
         self.tensors = list({id(tensor): tensor for tensor in self.all if tensor is not None and tensor.device.type != "meta"}.values())
-        self.random = [module for module in self.modules if _may_be_random(module)]
+        self.random: list[Any] = [module for module in self.modules if _may_be_random(module)]
         self.views = [
             _spread(x) for dtype in sorted({x.dtype for x in self.tensors}, key=str) for x in self.tensors if x.dtype == dtype and x.numel()
         ]
@@ -166,9 +166,9 @@ class Watch:
                 )
 
     def seen(self) -> tuple[Any, ...]:
-        """Where each tensor is, and how often it was written to."""
+        """Where each tensor is, how often it was written to, and which adapters of PEFT are switched on."""
         return tuple((x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype, x.device) for x in self.tensors) + tuple(
-            (module._disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
+            (module._disable_adapters, (*module.active_adapters,), (*module.merged_adapters,))
             for module in self.random
             if hasattr(module, "merged_adapters")
         )
@@ -184,7 +184,7 @@ class Watch:
     def path(self, module: nn.Module) -> str:
         """What a module is called in the model."""
         named = (name for root in self.roots for name, one in root.named_modules() if one is module)
-        return next(named, "") or type(module).__name__
+        return next(named, "").replace("_original_component.", "").removesuffix("._original_component") or type(module).__name__
 
 
 def _alike(a: list[Any], b: list[Any]) -> bool:
@@ -207,8 +207,9 @@ def _foreign(module: Any, hook: Any) -> bool:
 
 
 def _name(hook: Any) -> str:
-    name = getattr(getattr(hook, "func", hook), "__qualname__", None) or repr(hook)
-    return " ".join(str(name).split())[:80]
+    own = getattr(hook, "func", hook)
+    name = own.__name__ if getattr(own, "__qualname__", "").endswith("full_hook") else getattr(own, "__qualname__", repr(own))
+    return " ".join(name.split())[:80]
 
 
 def _may_be_random(module: nn.Module) -> bool:
