@@ -34,7 +34,7 @@ def of_hooked(model: Any) -> Iterator[Weight]:
     for name, x in model.named_parameters(remove_duplicate=False):
         parts = name.split(".", 2) if name.startswith("blocks.") else [name]
         inner = parts[-1]
-        known = HOOKED.get(inner, inner)
+        known = str(HOOKED.get(inner, inner))
         if known.endswith((".w", ".b")):
             known = known[:-1] + {"w": "weight", "b": "bias"}[known[-1]]
         if inner == "attn.W_O":

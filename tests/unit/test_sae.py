@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch

@@ -100,7 +100,8 @@ class Backend(ABC):
 
     def runs_in(self) -> tuple[str, str]:
         """The dtype of the stream and the device, as they are now."""
-        return self.card.dtype, self.card.device
+        first = None if self.module is None else next((x for x in self.module.parameters() if x.is_floating_point()), None)
+        return (self.card.dtype, self.card.device) if first is None else (str(first.dtype).removeprefix("torch."), str(first.device))
 
     def ready(self) -> None:  # noqa: B027  most backends have nothing to look for
         """Raise if something was done to the model since it was wrapped that hookbook would not see. Runs nothing."""

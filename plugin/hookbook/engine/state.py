@@ -13,8 +13,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -41,7 +39,11 @@ class State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.watch: Watch | None = None
+        self.ids: list[int] = []
+        self.refs: list[Any] = []
+        """Its modules and tensors, which are its user's to let go."""
+        self.random: list[int] = []
+        """Which modules may draw random numbers."""
         self.seen: tuple[Any, ...] = ()
         self.sample: list[Tensor] = []
         self.weights: tuple[tuple[str, str], ...] = ()
@@ -90,19 +92,21 @@ def look(backend: Backend, mine: State, whole: bool = False) -> None:
     if backend.remote or backend.module is None:
         return
     backend.check_free()
-    if mine.watch is None or not mine.watch.still():
-        mine.watch, mine.seen = Watch(backend.roots), ()
-    watch = mine.watch
-    watch.check_random()
-    hooks = watch.hooks()
+    parts = Parts(backend.roots)
+    if parts.ids != mine.ids or any(ref() is None for ref in mine.refs):
+        mine.ids, mine.refs, mine.seen = parts.ids, [weakref.ref(x) for x in (*parts.modules, *parts.tensors)], ()
+        mine.random = [number for number, module in enumerate(parts.modules) if _may_be_random(module)]
+    random = [parts.modules[number] for number in mine.random]
+    parts.check_random(random)
+    hooks = parts.hooks()
     if (found := [id(hook) for _, hook in hooks] + [str(hook) for hook in backend.edits]) != mine.found:
         mine.found, mine.answers = found, {}
-        mine.hooks = tuple(f"{_name(hook)} at {watch.path(module)}" for module, hook in hooks) + tuple(backend.edits)
+        mine.hooks = tuple(f"{_name(hook)} at {parts.path(module)}" for module, hook in hooks) + tuple(backend.edits)
     for hook in mine.hooks:
         if hook not in mine.said:
             mine.said.add(hook)
             warnings.warn(f"{hook} is a hook on {backend.card.model_id}: while it is there, rows run one at a time", stacklevel=4)
-    seen, sample = watch.seen(), watch.sample()
+    seen, sample = parts.seen(random), parts.sample()
     same = seen == mine.seen and all(map(torch.equal, sample, mine.sample))
     if not same or whole or not mine.weights:
         mine.weights = digests(backend.weights())
@@ -114,50 +118,39 @@ def look(backend: Backend, mine: State, whole: bool = False) -> None:
         backend.card = replace(backend.card, weights=mine.weights, dtype=dtype, device=device)
 
 
-class Watch:
-    """The modules of a model, and where what may change in them is."""
+class Parts:
+    """The modules and tensors of a model, as they are now."""
 
     def __init__(self, roots: tuple[nn.Module, ...]) -> None:
         self.roots = roots
-        self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        self.places = [(module, getattr(module, name)) for module in self.modules for name in HOOKS]
-        self.dicts = [kept for _, kept in self.places]
-        self.children = [module._modules for module in self.modules]
-        self.tree = self._tree()
-        self.own = [module.__dict__ for module in self.modules]
-        self.kept = [kept for module in self.modules for kept in (module._parameters, module._buffers)]
-        self.all = self._all()
-        self.tensors = list({id(tensor): tensor for tensor in self.all if tensor is not None and tensor.device.type != "meta"}.values())
-        self.random: list[Any] = [module for module in self.modules if _may_be_random(module)]
-        self.views = [
-            _spread(x) for dtype in sorted({x.dtype for x in self.tensors}, key=str) for x in self.tensors if x.dtype == dtype and x.numel()
-        ]
-
-    def _tree(self) -> list[Any]:
-        return list(chain.from_iterable(kept.values() for kept in self.children))
-
-    def _all(self) -> list[Any]:
-        return list(chain.from_iterable(kept.values() for kept in self.kept))
-
-    def still(self) -> bool:
-        """Whether modules and tensors are the ones that were found."""
-        return _alike(self._tree(), self.tree) and _alike(self._all(), self.all)
+        self.modules: list[Any] = []
+        known: set[int] = set()
+        waiting: list[Any] = list(reversed(roots))
+        while waiting:
+            module = waiting.pop()
+            if module is not None and id(module) not in known:
+                known.add(id(module))
+                self.modules.append(module)
+                waiting.extend(module._modules.values())
+        found = (x for module in self.modules for kept in (module._parameters, module._buffers) if kept for x in kept.values())
+        self.tensors = list({id(x): x for x in found if x is not None and x.device.type != "meta"}.values())
+        self.ids = [*map(id, self.modules), *map(id, self.tensors)]
 
     def hooks(self) -> list[tuple[nn.Module, Any]]:
         """Hooks and forward methods that are not a library's, and the modules they are on."""
         found = []
-        if any(self.dicts):
-            found += [(module, hook) for module, kept in self.places for hook in kept.values() if _foreign(module, hook)]
-        found += [
-            (module, own["forward"])
-            for module, own in zip(self.modules, self.own, strict=True)
-            if "forward" in own and _foreign(None, own["forward"])
-        ]
+        for module in self.modules:
+            own = module.__dict__
+            for name in HOOKS:
+                if own[name]:
+                    found += [(module, hook) for hook in own[name].values() if _foreign(module, hook)]
+            if "forward" in own and _foreign(None, own["forward"]):
+                found.append((module, own["forward"]))
         return found
 
-    def check_random(self) -> None:
+    def check_random(self, random: list[Any]) -> None:
         """Raise for a module that would draw random numbers."""
-        for module in self.random:
+        for module in random:
             if module.training and (why := _random(module)):
                 raise ModelError(
                     f"{self.path(module)} is in training mode",
@@ -165,20 +158,18 @@ class Watch:
                     "call model.eval() first (of a bridge: bridge.original_model.eval(), too)",
                 )
 
-    def seen(self) -> tuple[Any, ...]:
+    def seen(self, random: list[Any]) -> tuple[Any, ...]:
         """Where each tensor is, how often it was written to, and which adapters of PEFT are switched on."""
-        return tuple((x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype, x.device) for x in self.tensors) + tuple(
-            (module._disable_adapters, (*module.active_adapters,), (*module.merged_adapters,))
-            for module in self.random
-            if hasattr(module, "merged_adapters")
-        )
+        switches = [(x._disable_adapters, (*x.active_adapters,), (*x.merged_adapters,)) for x in random if hasattr(x, "merged_adapters")]
+        return tuple((x.data_ptr(), 0 if x.is_inference() else x._version, x.dtype) for x in self.tensors), tuple(switches)
 
     def sample(self) -> list[Tensor]:
         """Some numbers of each tensor, one after the other, for each dtype."""
+        groups: dict[Any, list[Tensor]] = {}
         with torch.no_grad():
-            groups: dict[Any, list[Tensor]] = {}
-            for view in self.views:
-                groups.setdefault((view.dtype, view.device), []).append(view)
+            for x in self.tensors:
+                if n := x.numel():
+                    groups.setdefault((x.dtype, x.device), []).append(x.as_strided((min(n, SAMPLE),), (max(1, _span(x) // SAMPLE),)))
             return [torch.cat(views) for views in groups.values()]
 
     def path(self, module: nn.Module) -> str:
@@ -187,15 +178,9 @@ class Watch:
         return next(named, "").replace("_original_component.", "").removesuffix("._original_component") or type(module).__name__
 
 
-def _alike(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _spread(x: Tensor) -> Tensor:
-    x = x.detach()
-    if x.is_contiguous():
-        return x.as_strided((min(SAMPLE, x.numel()),), (max(1, x.numel() // SAMPLE),))
-    return x.diagonal() if x.dim() == 2 else x[(0,) * (x.dim() - 1)] if x.dim() else x[None]
+def _span(x: Tensor) -> int:
+    """How far its numbers reach in memory."""
+    return x.numel() if x.is_contiguous() else 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _foreign(module: Any, hook: Any) -> bool:
