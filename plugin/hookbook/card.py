@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -50,6 +51,8 @@ class ModelCard:
     def unlike(self, other: ModelCard) -> str:
         """Why vectors of one mean nothing in the other, or nothing."""
         if self.same_model(other):
+            if (self.remote or other.remote) and self.weights != other.weights:
+                warnings.warn(f"vectors of {self.model_id} go by its name: the weights on a server are not seen", stacklevel=3)
             return ""
         return "they have other weights" if self.model_id == other.model_id else "they are different spaces"
 
