@@ -133,10 +133,10 @@ class ToyAdapter(Adapter):
         return kept if keep else None
 
     def final_norm(self, resid: Tensor) -> Tensor:
-        return self.model.norm(resid[:, None])[:, 0]
+        return self.model.norm(resid.unsqueeze(-2)).squeeze(-2)
 
     def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
-        return self.model.unembed(normed[:, None])[:, 0]
+        return self.model.unembed(normed.unsqueeze(-2)).squeeze(-2)
 
     def writer(self, name: str, layer: int) -> Any:
         block: Any = self.model.blocks[layer]
