@@ -40,7 +40,7 @@ class BridgeAdapter(Adapter):
                 "use a causal language model",
             )
         self.model = model
-        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model)
         self.blocks = list(model.blocks)
         hf.check_attention(model.original_model.config)
         self.names = hf.Names(model.adapter, model.original_model)

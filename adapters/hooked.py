@@ -38,7 +38,7 @@ class HookedAdapter(Adapter):
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
         check_saes(model)
         self.model: Any = model
-        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model)
         cfg = model.cfg
         if cfg.positional_embedding_type == "shortformer":
             raise ModelError(

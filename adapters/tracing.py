@@ -43,13 +43,12 @@ class TracingAdapter(Adapter):
     def __init__(self, model: TransformersModel, tokenizer: Any = None) -> None:
         if not self.remote:
             if not model.dispatched:
-                model.dispatch()
+                with hf.as_it_was(model.tokenizer):
+                    model.dispatch()
         module = model._module
         hf.check_attention(module.config)
         self.model = model
-        self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
-        if self.tokenizer is None:
-            raise ModelError("the model has no tokenizer", "prompts cannot be read", "pass one: hb.wrap(model, tokenizer=...)")
+        self.tokenizer = hf.has(tokenizer if tokenizer is not None else model.tokenizer)
         try:
             architecture = determine_architecture_from_hf_config(module.config)
             cfg = build_bridge_config_from_hf(module.config, architecture, hf.model_id(module), module.dtype)
