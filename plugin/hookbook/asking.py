@@ -21,22 +21,19 @@ from hookbook.reply import Reading, Reply
 from hookbook.request import Each, Read, Request, Row, check_one_token
 from hookbook.sites import Site
 from hookbook.tasks import Question
-from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve
+from hookbook.tokens import Position, Tokens, answer_ids, decoded, prompts_of, resolve
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
 
 def encode_prompts(adapter: Adapter, prompts: Any, bos: bool | None = None, chat: bool = False) -> list[Tokens]:
-    """One prompt or several, as tokens; `bos` and `chat` as `hookbook.tokens.encode` takes them.
+    """One prompt or several, see `hookbook.tokens.prompts_of`, as tokens; `bos` and `chat` as `hookbook.tokens.encode` takes them.
 
     Raises:
-        TokenError: There are none, or one cannot be encoded.
+        TokenError: There are none, or one cannot be encoded; or a table, of which one column is meant.
     """
-    one = isinstance(prompts, (str, Tokens, Tensor)) or (
-        isinstance(prompts, (list, tuple)) and prompts and isinstance(prompts[0], (int, dict))
-    )
-    listed: list[Any] = [prompts] if one else list(prompts)  # pyright: ignore[reportArgumentType]
+    listed = prompts_of(prompts, adapter.tokenizer)
     if not listed:
         raise TokenError("no source prompts", "there is nothing to read", "give at least one")
     return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]

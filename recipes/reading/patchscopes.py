@@ -28,7 +28,7 @@ from hookbook.show.plots import Cells, heat_map, samples, site_labels
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, decoded, vocabulary, words
+from hookbook.tokens import Position, Tokens, decoded, prompts_of, vocabulary, words
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,8 +296,7 @@ class _Targets:
 
 def _targets(writer: Adapter, target: Any, n: int, bos: bool | None, written: Position | None, read: Position) -> _Targets:
     """The target prompts of `n` sources, encoded and checked."""
-    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
-    listed = list(target) if many else [target]
+    listed = [target] if isinstance(target, prompts.Target) else prompts_of(target, writer.tokenizer)
     coded = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
     if len(coded) not in (1, n):
         raise TokenError(
