@@ -92,10 +92,14 @@ class BridgeAdapter(Adapter):
     def writer(self, name: str, layer: int) -> Any:
         return self.names.writer(name, layer)
 
+    def hook_name(self, site: Site) -> str | None:
+        point = self._hook_point(site.name, site.layer)
+        return None if point is None or self.model.hook_dict.get(str(point.name)) is not point else point.name
+
     def _hook_point(self, name: str, layer: int | None) -> HookPoint | None:
         # an attribute of the part, or an alias that says where it is; `bridge.hooks` skips names it does not know
         if layer is None:
-            return self.model.embed.hook_out
+            return (self.model.embed if name == "embed" else self.model.ln_final).hook_out
         inner = {
             "head_z": ("attn", "hook_z"),
             "attn_pattern": ("attn", "hook_pattern"),

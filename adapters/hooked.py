@@ -88,6 +88,9 @@ class HookedAdapter(Adapter):
             return Refused(f"{site} of {self.card.model_id}", "its MLPs are several experts", "use mlp_out")
         return None
 
+    def hook_name(self, site: Site) -> str | None:
+        return site.hook_name if site.hook_name in self.model.hook_dict else None
+
     def writer(self, name: str, layer: int) -> Any:
         block = self.model.blocks[layer]
         norms = self.model.cfg.use_normalization_before_and_after

@@ -113,6 +113,10 @@ class Backend(ABC):
         """Why this backend cannot read and edit a site, or None if it can. Runs nothing."""
         return None
 
+    def hook_name(self, site: Site) -> str | None:
+        """What this very model calls a whole site where it takes TransformerLens hooks; None: nothing, or it takes none."""
+        return None
+
     def require(self, site: Site) -> None:
         """Raise `SiteError` or `Refused` unless a site can be read and edited."""
         self.ready()
