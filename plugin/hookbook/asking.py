@@ -6,6 +6,7 @@ text, in what is generated.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -24,6 +25,9 @@ from hookbook.tokens import Position, Tokens, answer_ids, decoded, prompts_of, r
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
+
+
+logger = logging.getLogger(__name__)
 
 
 def encode_prompts(adapter: Adapter, prompts: Any, bos: bool | None = None, chat: bool = False) -> list[Tokens]:
@@ -116,13 +120,16 @@ def check_asked(
 
 
 def encode_questions(adapter: Adapter, questions: Sequence[Question], bos: bool | None = None) -> tuple[list[Tokens], Tensor]:
-    """Prompts, and the first token `[n]` of each answer as it follows its prompt.
+    """Prompts, and the first token `[n]` of each answer as it follows its prompt. That all begin with one token is logged.
 
     Raises:
         TokenError: An answer changes how its prompt is cut into tokens, or has none.
     """
     prompts = [adapter.encode(question.text, bos=bos) for question in questions]
     answers = [answer_ids(prompt, question.answer, adapter.tokenizer)[0] for prompt, question in zip(prompts, questions, strict=True)]
+    if len({prompt.ids for prompt in prompts}) > 1 and len({*answers}) == 1:
+        said = adapter.tokenizer.decode(answers[:1])
+        logger.warning("all %d answers begin with the token %r: whatever says it is right, of every question", len(answers), said)
     return prompts, torch.tensor(answers)
 
 

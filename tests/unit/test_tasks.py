@@ -85,7 +85,7 @@ def test_files_and_frames(tmp_path):
     assert load(pd.DataFrame({"in": ["x", "z"], "out": ["y", "w"]})).pairs == want
     (tmp_path / "d.json").write_text("{")
     for bad in ("d.json", "none.csv"):
-        with pytest.raises(DataError, match="cannot be read as pairs"):
+        with pytest.raises(DataError, match="cannot be read"):
             load(tmp_path / bad)
 
 
