@@ -22,7 +22,7 @@ from hookbook.engine.seam import Backend
 from hookbook.engine.weights import digests
 from hookbook.errors import ModelError
 
-LIBRARIES = {"torch", "transformers", "accelerate", "transformer_lens", "nnsight", "peft", "bitsandbytes", "functools"}
+LIBRARIES = {"torch", "transformers", "accelerate", "transformer_lens", "sae_lens", "nnsight", "peft", "bitsandbytes", "functools"}
 """Whose own hooks and forward methods are part of a model."""
 
 SAMPLE = 8
