@@ -298,7 +298,7 @@ def _names_columns(first: Sequence[Any], *others: Sequence[Any]) -> bool:
 
 _WORDS = {
     *"input output subject object question answer prompt completion response target source text label key value query word entity".split(),
-    *"name term lemma translation positive negative category class title year date".split(),
+    *"name term lemma translation category class title year date".split(),
 }
 
 

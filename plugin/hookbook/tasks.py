@@ -226,7 +226,12 @@ def contrast(source: Any) -> Contrast:
         'The movie was wonderful and I loved every minute of it.'
     """
     if storage.holds_pairs(source):
-        found = storage.pairs(source, columns=Contrast._fields)
+        try:
+            found = storage.pairs(source, columns=Contrast._fields)
+        except DataError as error:
+            named = source if isinstance(source, (str, Path)) else type(source).__name__
+            instead = "give as many texts in the columns positive and negative"
+            raise DataError(f"{named} cannot be read as a contrast", f"{error.what}: {error.why}", instead) from error
         if not found:
             raise DataError(f"{source} has no texts", "", "give as many positive as negative ones")
         return Contrast(*zip(*found, strict=True))
