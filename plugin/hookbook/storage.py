@@ -11,7 +11,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from numbers import Integral
@@ -56,18 +56,19 @@ def write(path: str | os.PathLike[str], kind: str, data: dict[str, Any]) -> Path
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A scratch file to write, which becomes `path` if nothing is raised; missing folders are made."""
+    """A scratch file to write, which becomes `path` if nothing is raised; missing folders are made. `ResultError` if there is no place."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    scratch.touch()
-    rights = scratch.stat().st_mode
     try:
-        yield str(scratch)
-        scratch.chmod(rights)  # which safetensors takes from others
-        scratch.replace(path)
+        with _writable(path):
+            scratch.touch()
+            rights = scratch.stat().st_mode
+            yield str(scratch)
+            scratch.chmod(rights)  # which safetensors takes from others
+            scratch.replace(path)
     except BaseException:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
         raise
 
 
@@ -75,14 +76,23 @@ def whole(path: str | os.PathLike[str]) -> Iterator[str]:
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch folder to fill, which becomes `path`, new or empty, if nothing is raised; missing folders above it are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+    with _writable(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         made = Path(scratch) / "new"
         made.mkdir()
         yield made
         if path.exists():
             path.rmdir()
         made.rename(path)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Make missing folders above a path; a disk that is full or closed is a `ResultError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ResultError(f"{path} cannot be written", str(error), "make room there, or give another place") from error
 
 
 def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class FeatureActivations(Result):
     """What the SAE is called, with a fingerprint of its weights."""
     site: Site
     prompts: tuple[Tokens, ...]
-    """The prompts as the model saw them."""
+    """`[n]`: the prompts as the model saw them."""
     read: tuple[tuple[int, ...], ...]
-    """Of each prompt the positions that were read."""
+    """`[n]`: of each prompt the positions that were read."""
     rows: Tensor
     """`[m]` which prompt."""
     positions: Tensor

@@ -35,7 +35,7 @@ class Jacobian(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """The `n` prompts as the model saw them."""
+    """`[n]`: the prompts as the model saw them."""
     of: Read
     wrt: tuple[Read, ...]
     output: Tensor

@@ -59,7 +59,7 @@ class LogitLens(Result):
     own_tokens: tuple[str, ...]
     """`[n]`: the same as text."""
     wanted: tuple[str, ...]
-    """The tokens asked for."""
+    """`[m]`: the tokens asked for."""
     wanted_logprobs: Tensor
     """`[n, site, m]`"""
     wanted_ranks: Tensor

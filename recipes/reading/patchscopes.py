@@ -38,13 +38,14 @@ class Patchscope(Result):
     source_card: ModelCard
     target_card: ModelCard
     sources: tuple[Tokens, ...]
-    """The source prompts as the model saw them."""
+    """`[n]`: the source prompts as the model saw them."""
     source_positions: tuple[int, ...]
+    """`[n]`"""
     targets: tuple[Tokens, ...]
     """The target prompts; one for all sources, or one for each."""
     target_positions: tuple[int, ...]
     pairs: tuple[tuple[Site, Site], ...]
-    """Where each state was read, and where it was written."""
+    """`[p]`: where each state was read, and where it was written."""
     vocab: dict[int, str]
     """The text of every token id in this result."""
     token_ids: Tensor
@@ -64,7 +65,7 @@ class Patchscope(Result):
     surprisal: Tensor | None
     """`[n, p]`: `-log` of the probability which the source prompt's own run gives to the likeliest token, in nats."""
     wanted: tuple[str, ...]
-    """The tokens asked for."""
+    """`[m]`: the tokens asked for."""
     wanted_logprobs: Tensor
     """`[n, p, m]`"""
     control_wanted_logprobs: Tensor

@@ -50,9 +50,9 @@ class LinearRelation(Result):
     test: tuple[Pair, ...]
     """The pairs that chose nothing."""
     validation_known: Tensor
-    """`[n]` whether the model says the object itself."""
+    """`[validation]`: whether the model says the object itself."""
     test_known: Tensor
-    """`[n]`"""
+    """`[test]`"""
     sites: tuple[Site, ...]
     """Where the subject's state is read, at its last token."""
     weight: Tensor

@@ -35,7 +35,7 @@ class ContrastVectors(Result):
     values: Tensor
     """`[position, site, width]`: the positive mean less the negative one."""
     norms: Tensor
-    """`[class, position, site]`: the mean length of a positive and of a negative state."""
+    """`[2, position, site]`: the mean length of a positive and of a negative state."""
     auroc: Tensor
     """`[position, site]`: of the projection of held-out texts, 0.5 by chance; NaN if none are held out."""
     shuffled: Tensor

@@ -27,7 +27,7 @@ class InContextVectors(Result):
 
     card: ModelCard
     sites: tuple[Site, ...]
-    """The block outputs."""
+    """`[layer]`: the block outputs."""
     values: Tensor
     """`[layer, width]`"""
     means: Tensor

@@ -47,7 +47,10 @@ class Checkpoint:
         path = self._path(part)
         if not path.exists():
             return None
-        data = storage.read(path, KIND)
+        try:
+            data = storage.read(path, KIND)
+        except ResultError as error:
+            raise ResultError(f"a file of the checkpoint, {path}", error.why, "delete this file: its part is then run again") from error
         tolerance = (1e-3 if self.card.itemsize >= 4 else 5e-2) * (1 + float(self.probe.abs().max()))
         if (
             not data["card"].same_model(self.card)
