@@ -34,10 +34,15 @@ class Template:
     separator: str
     source: str = ""
     """Where it was published."""
+    spaced: Template | None = None
+    """The same with a space before input and output, if a task chooses by the tokenizer which of the two it is (`Task.fitted`)."""
 
     def __post_init__(self) -> None:
         if self.query.count("{}") != 1 or self.answer.count("{}") != 1:
             raise DataError(f"a template of {self.query!r} and {self.answer!r}", "each has one place for a word", "write {} once in each")
+
+    def __str__(self) -> str:
+        return self.query + self.answer
 
     def prompt(self, shown: Sequence[tuple[str, str]], query: str) -> str:
         """Pairs that are shown, and the query."""
@@ -45,7 +50,9 @@ class Template:
 
 
 QA = Template("Q: {}\nA:", " {}", "\n\n", "Todd et al. 2023, arXiv:2310.15213")
-ARROW = Template("example:{}->", "{}", "\n", "Hendel et al. 2023, arXiv:2310.15916, its code")
+_HENDEL = "Hendel et al. 2023, arXiv:2310.15916, its code"
+ARROW = Template("example:{}->", "{}", "\n", _HENDEL, spaced=Template("example: {}->", " {}", "\n", _HENDEL))
+"""With or without spaces, as the tokenizer has it; `ARROW.spaced`, or a template of your own, is one of them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,23 @@ class Task:
     def with_template(self, template: Template) -> Task:
         """The same pairs in another template."""
         return replace(self, template=template)
+
+    def fitted(self, tokenizer: Any) -> Task:
+        """The same task with its template chosen, if that has two forms: with spaces where at least 0.7 times as many outputs are one
+        token with a space as without. Recipes do this first, and name the template in their results.
+
+        Source: Hendel et al. 2023, arXiv:2310.15916, as the authors' code has it.
+
+        Differs: there, tasks of knowledge have no spaces, and of the others outputs of several tokens are left out.
+        """
+        if self.template.spaced is None:
+            return self
+        plain, spaced = replace(self.template, spaced=None), self.template.spaced
+        single = [
+            sum(len(tokenizer("!" + some.answer.format(y), add_special_tokens=False).input_ids) == 2 for _, y in self.pairs)
+            for some in (plain, spaced)
+        ]
+        return replace(self, template=spaced if single[1] >= 0.7 * single[0] else plain)
 
     def split(self, seed: int = 0, train: float = 0.5, validation: float = 0.25) -> Splits:
         """Three parts without a pair in common; the same for the same seed, whatever the order of the pairs.

@@ -317,7 +317,8 @@ def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
 def beginnings(word: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens with which a word can begin: each that is a non-empty part of it from its first character on, alone or after a space.
 
-    Where the first character is not one token, tokens of its first bytes count, too.
+    Where the first character is not one token, tokens of its first bytes count, too. Wendler et al. 2024, arXiv:2402.10588, count others;
+    see `hookbook.logit_lens`.
 
     Raises:
         TokenError: The word is empty, or the tokenizer has neither SentencePiece's nor byte-level BPE's mark of a space.

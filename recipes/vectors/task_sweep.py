@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hookbook.adapter import Adapter
-from hookbook.asking import encode_questions, mean_states
+from hookbook.asking import Match, encode_questions, mean_states, right_tokens
 from hookbook.card import ModelCard
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result
@@ -88,6 +88,7 @@ def judge(
     shots: int,
     queries: int,
     seed: int,
+    match: Match,
     progress: bool | None,
     misled: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,6 +97,7 @@ def judge(
     Args:
         named: Of the vector (`""`) and of each control an edit for each site.
         shots: Examples shown for the ceiling.
+        match: See `hookbook.asking.right_tokens`.
         misled: Whose edits are also tried behind examples with rotated answers.
 
     Returns:
@@ -110,6 +112,7 @@ def judge(
             where[name] = range(len(asked), len(asked) + n)
             asked += parts.test.questions(parts.train, shots, n, seed=seed, shuffled=wrong)
     prompts, answers = encode_questions(adapter, asked)
+    wanted = right_tokens(adapter, asked, answers, match)
     runs: list[tuple[str, str, list[Any]]] = [
         ("zero_shot", "test", [None]),
         ("few_shot", "examples", [None]),
@@ -120,7 +123,7 @@ def judge(
     rows = [Row(i, () if edit is None else (edit,)) for _, on, edits in runs for i in where[on] for edit in edits]
     numbers, sizes = [row.prompt for row in rows], [len(where[on]) * len(edits) for _, on, edits in runs]
     reply = adapter.run(Request(prompts, rows, (), Readout(k=1)), progress=progress)
-    right = (reply.said.topk_ids[:, 0] == answers[numbers]).double().split(sizes)
+    right = (reply.said.topk_ids == wanted[numbers]).any(-1).double().split(sizes)
     shares = {name: part.unflatten(0, (-1, len(edits))).mean(0) for part, (name, _, edits) in zip(right, runs, strict=True)}
     controls, behind = (
         {name.removeprefix(kind): share for name, share in shares.items() if name.startswith(kind)} for kind in ("control ", "misled ")
