@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from hookbook.asking import Match, check_match, encode_questions
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
 from hookbook.recipe import Later, ModelCard, fetch, later, plain, recipe, wrap
-from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
-from hookbook.recipes.vectors.task_vectors import known as answered
+from hookbook.recipes.vectors.task_sweep import TaskSweep, answered, judge
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map, lines
@@ -122,8 +121,9 @@ def head_effects(
         shots: Examples in a prompt.
         n_prompts: Prompts over which a head's output is averaged.
         n_trials: Prompts with rotated answers on which each head is tried.
-        known: Draw queries from those which the model answers behind right examples, as the authors do: each training pair is asked once
-            beforehand (`hookbook.known`). Of a remote model that is a job of its own, since it decides what is asked next.
+        known: Draw queries from those which the model answers behind right examples, as the authors do: of as many training pairs as there
+            are prompts or trials, whichever are more, each asked once beforehand. Of a remote model that is a job of its own, since it
+            decides what is asked next.
         seed: Of everything that is drawn.
         progress: Show a progress bar; None: for long work only.
 
@@ -154,7 +154,7 @@ def head_effects(
     if not tasks:
         raise DataError("no task", "", "give one")
     check_counts(shots=shots, n_prompts=n_prompts, n_trials=n_trials)
-    asked = _asked(adapter, tasks, shots, known, seed, progress)
+    asked = _asked(adapter, tasks, shots, known * max(n_prompts, n_trials), seed, progress)
     found = [
         _effects(adapter, some, _means(adapter, some, [], shots, n_prompts, seed, progress), shots, n_trials, seed, progress)
         for some in asked
@@ -239,7 +239,7 @@ def function_vector(
     if not 1 <= n_heads <= card.n_layers * card.n_heads // 2:
         raise EditError(f"{n_heads} heads", f"of {card.n_layers * card.n_heads}, as many others are the control", "use fewer")
     sites = layers_to_sites(layers, card)
-    (asked,) = _asked(adapter, [task], shots, known, seed, progress)
+    (asked,) = _asked(adapter, [task], shots, known * max(n_prompts, n_trials), seed, progress)
     means = _means(adapter, asked, sites, shots, n_prompts, seed, progress)
     if given is None:
         found, _ = _effects(adapter, asked, means, shots, n_trials, seed, progress)
@@ -289,15 +289,15 @@ class _Asked:
         return self.pairs.questions(self.parts.train, shots, n, seed=seed, shuffled=shuffled)
 
 
-def _asked(adapter: Adapter, tasks: Sequence[Task], shots: int, only: bool, seed: int, progress: bool | None) -> list[_Asked]:
-    """Which pairs are asked of each task: all training pairs, or `only` those that are answered, which a plan does not know."""
+def _asked(adapter: Adapter, tasks: Sequence[Task], shots: int, known: int, seed: int, progress: bool | None) -> list[_Asked]:
+    """Which pairs are asked of each task: all training pairs (0), or those of so many that are answered, which a plan does not know."""
     split = [task.fitted(adapter.tokenizer).split(seed) for task in tasks]
     for parts in split:
         parts.train.questions(shots=shots, n=1)  # too few pairs are refused before anything runs
-    if not only:
-        return [_Asked(parts, parts.train) for parts in split]
-    found = fetch([answered(adapter, parts.train, shots=shots, seed=seed, progress=progress) for parts in split])
-    return [_Asked(parts, parts.train if isinstance(pairs, Later) else pairs) for parts, pairs in zip(split, found, strict=True)]
+    some = [replace(parts.train, pairs=parts.train.pairs[: known or None]) for parts in split]
+    ask: Any = {"shots": shots, "match": "first_token", "seed": seed, "progress": progress}
+    found = fetch([answered(adapter, pairs, parts.train, **ask) for pairs, parts in zip(some, split, strict=True)] if known else some)
+    return [_Asked(parts, all_ if isinstance(pairs, Later) else pairs) for parts, all_, pairs in zip(split, some, found, strict=True)]
 
 
 @dataclass(frozen=True)

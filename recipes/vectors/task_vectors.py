@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from hookbook.asking import Match, check_match, encode_questions, right_tokens
+from hookbook.asking import Match, check_match
 from hookbook.controls import random_like
 from hookbook.errors import DataError, check_counts
 from hookbook.recipe import later, plain, recipe, wrap
-from hookbook.recipes.vectors.task_sweep import TaskSweep, judge, task_means
-from hookbook.request import Edit, Op, Readout, Request, Row
+from hookbook.recipes.vectors.task_sweep import TaskSweep, answered, judge, task_means
+from hookbook.request import Edit, Op
 from hookbook.sites import layers_to_sites
 from hookbook.tasks import Splits, Task, lists
 
@@ -228,24 +228,8 @@ def known(model: Any, task: Task, *, shots: int = 10, match: Match = "first_toke
     """
     adapter = wrap(model)
     check_match(match)
-    task, order = task.fitted(adapter.tokenizer), list(task.pairs)
-    asked = [
-        question
-        for at, (x, y) in enumerate(order)
-        for question in Task(((x, y),), task.name, task.template).questions(task, shots, seed=seed + at)
-    ]
-    prompts, answers = encode_questions(adapter, asked)
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
-    return later(_kept, task, (reply.said.topk_ids == right_tokens(adapter, asked, answers, match)).any(-1))
-
-
-def _kept(task: Task, right: Any) -> Task:
-    pairs = tuple(pair for pair, ok in zip(task.pairs, right.tolist(), strict=True) if ok)
-    if not pairs:
-        raise DataError(
-            f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model"
-        )
-    return replace(task, pairs=pairs)
+    task = task.fitted(adapter.tokenizer)
+    return answered(adapter, task, task, shots=shots, match=match, seed=seed, progress=progress)
 
 
 def _op(mode: str) -> Op:

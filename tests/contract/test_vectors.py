@@ -70,13 +70,13 @@ def test_answers_are_matched_as_texts(case, match):
         said = said if said.strip() and said.isprintable() and "\ufffd" not in said else "?"
         pairs.append((letter, (said, said + "x", said[0], "~")[at % 4]))
     task = Task(tuple(pairs), "said", Template("{}>", "{}", ";"))
-    found = hb.task_vector(adapter, task, layers=[0], shots=2, n_prompts=2, queries=7, match=match)
-    asked = task.split(0).test.questions(n=7)
+    found = hb.task_vector(adapter, task, layers=[0], shots=2, n_prompts=2, queries=6, match=match)
+    asked = task.split(0).test.questions(n=6)
     right = []
     for question in asked:
         logits, _ = case.plain(adapter.encode(question.text).ids)
         right.append(theirs(adapter.tokenizer.decode([int(logits[-1].argmax())], skip_special_tokens=True), question.answer, match))
-    assert float(found.zero_shot) == pytest.approx(sum(right) / 7) and found.settings["match"] == match
+    assert float(found.zero_shot) == pytest.approx(sum(right) / 6) and found.settings["match"] == match
 
 
 def test_a_vector_goes_through_a_file_back_into_hooks_and_traces(case, tmp_path):
