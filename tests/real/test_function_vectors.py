@@ -3,8 +3,6 @@ hooks."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,16 +13,6 @@ from tests.support.real import real
 
 def tasks(*names: str) -> list[hb.Task]:
     return [hb.tasks.load(name) for name in names]
-
-
-@pytest.mark.parametrize(("name", "gain"), [("antonym", 0.2), ("present_past", 0.15)])
-def test_the_tokenizer_has_spaces_in_the_prompts_of_hendel(name, gain):
-    """Words are one token with a space in SmolLM2: their prompts have spaces, and without these the model answers less."""
-    model, ask = real("smollm2-135m-instruct"), {"layers": [18], "n_prompts": 4, "queries": 24}
-    task = hb.tasks.load(name, hb.tasks.ARROW)
-    found, plain = (hb.task_vector(model, some, **ask) for some in (task, task.with_template(replace(hb.tasks.ARROW, spaced=None))))
-    assert found.template == found.settings["template"] == found.best.template == "example: {}-> {}" != plain.template == "example:{}->{}"
-    assert found.few_shot >= plain.few_shot + gain and found.few_shot >= 0.7
 
 
 def test_effects_equal_plain_hooks_on_transformers():
