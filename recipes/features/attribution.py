@@ -40,11 +40,9 @@ class FeatureAttribution(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     answers: tuple[str, ...]
-    """`[n]`"""
     others: tuple[str, ...]
-    """`[n]`: the answers to compare with; empty without."""
+    """The answers to compare with; empty without."""
     metric: Tensor
     """`[n]`: of the plain runs, in nats."""
     sae: str

@@ -42,9 +42,8 @@ class FeatureSweep(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     positions: tuple[tuple[int, ...], ...]
-    """`[n]`: the tokens of each prompt at which features were changed."""
+    """The tokens of each prompt at which features were changed."""
     sae: str
     site: Site
     """What was changed."""

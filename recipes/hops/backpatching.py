@@ -75,11 +75,9 @@ class Backpatch(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     answers: tuple[str, ...]
-    """`[n]`"""
     positions: tuple[int, ...]
-    """`[n]`: the token that is patched, of each prompt."""
+    """The token that is patched, of each prompt."""
     pairs: tuple[tuple[int, int], ...]
     """Source and target layer: block outputs, from 0."""
     clean: Tensor
@@ -97,9 +95,9 @@ class Backpatch(Result):
     vocab: dict[int, str]
     """The text of every token id in this result."""
     donors: tuple[int, ...]
-    """`[n]`: the question whose states are the shuffled control, of each; empty without it."""
+    """The question whose states are the shuffled control, of each; empty without it."""
     order: tuple[int, ...]
-    """`[n]`: the questions as they were drawn; those of them that are not answered are halved in this order to choose a pair."""
+    """The questions as they were drawn; those of them that are not answered are halved in this order to choose a pair."""
     settings: dict[str, Any]
 
     def shares(self, answered: bool = False) -> dict[str, Tensor]:

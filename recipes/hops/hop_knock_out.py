@@ -40,15 +40,13 @@ class HopKnockOut(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     answers: tuple[str, ...]
-    """`[n]`"""
     edges: tuple[tuple[str, str], ...]
     """Who attends, and to what."""
     keys: tuple[tuple[tuple[int, ...], ...], ...]
-    """`[n]`: the tokens that are not seen, by question and edge."""
+    """The tokens that are not seen, by question and edge."""
     control_keys: tuple[tuple[tuple[int, ...], ...], ...]
-    """`[n]`: as many others, or all others if there are fewer."""
+    """As many others, or all others if there are fewer."""
     windows: tuple[tuple[int, ...], ...]
     """The layers of each window, by its centre."""
     clean: Tensor

@@ -35,15 +35,11 @@ class TwoHops(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     chains: tuple[str, ...]
-    """`[n]`: the two relations of each question."""
+    """The two relations of each question."""
     entities: tuple[str, ...]
-    """`[n]`"""
     bridges: tuple[str, ...]
-    """`[n]`"""
     answers: tuple[str, ...]
-    """`[n]`"""
     right: dict[str, Tensor]
     """Of each of `WAYS` `[n]`: whether it is answered."""
     token_ids: dict[str, Tensor]

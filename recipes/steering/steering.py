@@ -31,7 +31,6 @@ class Steering(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """`[n]`"""
     sites: tuple[Site, ...]
     strengths: tuple[float, ...]
     metric: str

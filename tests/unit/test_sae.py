@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,8 +129,9 @@ def test_bad_edits(model):
     assert unlike.encode(torch.randn(2, 16)).shape == (2, N)
     with pytest.raises(Refused, match="matching_pursuit"):
         unlike.edit(1, to=2.0)
-    with pytest.raises(EditError, match="other weights"):
-        other = toy(seed=1)
+    with pytest.raises(EditError, match="different spaces"):
+        other = toy()
+        other.card = replace(other.card, model_id="another")
         other.run(Request([other.encode("ab")], [Row(0, (sae.edit(1, to=1.0),))], readout=Readout()))
 
 
