@@ -22,7 +22,7 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
     model = load(model_name, backend)
     card = model.card
     pairs = card.n_layers**2
-    with step(f"patching every layer's last state into every layer of the identity prompt: {pairs} runs in one climb"):
+    with step(f"patching every layer's last state into every layer of the identity prompt: {pairs} runs at once"):
         grid = hb.patchscope(model, prompt, target_layers="all")
     with step(f"describing {name!r} from the state of every layer"):
         said = hb.patchscope(model, name, target=hb.prompts.ENTITY_DESCRIPTION, generate=12)
@@ -51,8 +51,8 @@ def demo(model_name: str, backend: str, prompt: str, name: str, out: Path) -> No
 
     cost, plain = grid.settings["cost"], pairs * len(grid.targets[0]) * card.n_layers
     saved = (
-        f"{pairs} runs cost {cost['token_layers']:,} token-layers in {cost['climbs']} climbs; run one by one they cost {plain:,}, "
-        f"{plain / cost['token_layers']:.0f} times as many."
+        f"{pairs} runs cost {cost['token_layers']:,} token-layers in {cost['climbs']} climbs, one of which reads the states; run one by "
+        f"one they cost {plain:,}, {plain / cost['token_layers']:.0f} times as many."
     )
     console.print(saved, highlight=False, markup=False)
     description = report.table(["layer", "description"], [[str(read.layer), said.texts[0][p]] for p, (read, _) in enumerate(said.pairs)])
