@@ -9,8 +9,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from hookbook.adapter import Adapter, ModelCard, check_eval, versions
-from hookbook.adapters import hf
+from hookbook.adapter import Adapter, ModelCard, versions
+from hookbook.adapters import hf, weights
 from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
 from hookbook.sites import INNER, Site
@@ -32,7 +32,6 @@ class BridgeAdapter(Adapter):
     """
 
     def __init__(self, model: TransformerBridge, tokenizer: Any = None) -> None:
-        check_eval(model, "the bridge")
         check_saes(model)
         if not hasattr(model, "blocks"):
             raise ModelError(
@@ -41,7 +40,7 @@ class BridgeAdapter(Adapter):
                 "use a causal language model",
             )
         self.model = model
-        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model)
         self.blocks = list(model.blocks)
         hf.check_attention(model.original_model.config)
         self.names = hf.Names(model.adapter, model.original_model)
@@ -68,6 +67,20 @@ class BridgeAdapter(Adapter):
     def eos_ids(self) -> frozenset[int]:
         return hf.eos_ids(self.model.original_model, self.tokenizer)
 
+    @property
+    def module(self) -> Any:
+        return self.model.original_model
+
+    @property
+    def roots(self) -> Any:
+        return self.model, self.module
+
+    def weights(self) -> Any:
+        return weights.of_module(self.model.adapter, self.module)
+
+    def runs_in(self) -> tuple[str, str]:
+        return hf.dtype_name(self.module), str(hf.device(self.module))
+
     def ready(self) -> None:
         check_saes(self.model)
 
@@ -79,10 +92,14 @@ class BridgeAdapter(Adapter):
     def writer(self, name: str, layer: int) -> Any:
         return self.names.writer(name, layer)
 
+    def hook_name(self, site: Site) -> str | None:
+        point = self._hook_point(site.name, site.layer)
+        return None if point is None or self.model.hook_dict.get(str(point.name)) is not point else point.name
+
     def _hook_point(self, name: str, layer: int | None) -> HookPoint | None:
         # an attribute of the part, or an alias that says where it is; `bridge.hooks` skips names it does not know
         if layer is None:
-            return self.model.embed.hook_out
+            return (self.model.embed if name == "embed" else self.model.ln_final).hook_out
         inner = {
             "head_z": ("attn", "hook_z"),
             "attn_pattern": ("attn", "hook_pattern"),

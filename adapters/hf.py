@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +16,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hookbook.errors import ModelError
+from hookbook.tokens import adds_bos
 
-_own_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_own: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+"""Of tokenizers that TransformerLens changed: what they were when they were looked at, and a copy that is changed back."""
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose beginning-of-sequence token was spoken of."""
 
 
 def device(model: Any) -> torch.device:
@@ -45,23 +53,88 @@ def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def own_tokenizer(tokenizer: Any) -> Any:
-    """The checkpoint's tokenizer as it was before TransformerLens made it add a beginning-of-sequence token.
-
-    Every backend must cut a prompt alike. A tokenizer that cannot be loaded again (it was made in memory) stays.
-    """
+def has(tokenizer: Any) -> Any:
+    """A tokenizer, or `ModelError` if there is none."""
     if tokenizer is None:
         raise ModelError("the model has no tokenizer", "prompts cannot be read", "pass one: hb.wrap(model, tokenizer=...)")
-    if tokenizer not in _own_tokenizers:
+    return tokenizer
+
+
+@contextmanager
+def as_it_was(tokenizer: Any) -> Iterator[None]:
+    """Put a tokenizer's side of padding and padding token back after nnsight, which sets both whenever it loads a model."""
+    before = {} if tokenizer is None else {name: getattr(tokenizer, name) for name in ("padding_side", "pad_token")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tokenizer, name, value)
+
+
+def own_tokenizer(model: Any) -> Any:
+    """The tokenizer of a TransformerLens model as it is now, without what TransformerLens changed.
+
+    It loads a tokenizer that adds no beginning-of-sequence token again, so that it adds one, and takes the end token for that token where
+    there is none. Every backend must cut a prompt alike, so both are undone. One for which the user asked so (`add_bos_token=True`) looks
+    the same: if texts then begin otherwise than the model's own `to_tokens` has them, a warning says so, once for each model.
+    """
+    tokenizer = has(model.tokenizer)
+    own, bos = _undone(tokenizer), getattr(tokenizer, "bos_token_id", None)
+    theirs = bos is not None and bool(getattr(model.cfg, "default_prepend_bos", True))
+    if theirs != adds_bos(own) and model not in _told:
+        _told.add(model)
+        ours, else_ = ("without", "with") if theirs else ("with", "without")
+        warnings.warn(
+            f"hookbook begins texts {ours} {tokenizer.bos_token}, as the checkpoint's tokenizer does; to_tokens of this "
+            f"{type(model).__name__} begins them {else_} it, so that numbers differ. For its tokens give model.to_tokens(text)[0] as the "
+            "prompt; to say which tokenizer is meant, hb.wrap(model, tokenizer).",
+            stacklevel=2,
+        )
+    return own
+
+
+def _undone(tokenizer: Any) -> Any:
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    kwargs = {key: value for key, value in tokenizer.init_kwargs.items() if key not in ("add_bos_token", "local_files_only")}
+    name = kwargs.pop("name_or_path", "")
+    added = name and tokenizer.init_kwargs.get("add_bos_token") and tokenizer.add_bos_token
+    taken = tokenizer.bos_token is not None and kwargs.get("bos_token") is None
+    taken = taken and tokenizer.bos_token in (tokenizer.eos_token, str(kwargs.get("eos_token")))
+    if not added and not taken:
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    parts = pickle.dumps([backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder])
+    state = hash((parts, len(tokenizer), str(tokenizer.chat_template), str(tokenizer.special_tokens_map)))
+    if _own.get(tokenizer, (None,))[0] != state:
+        _own[tokenizer] = state, _changed_back(tokenizer, name if added else "", kwargs, taken)
+    return _own[tokenizer][1] or tokenizer
+
+
+def _changed_back(tokenizer: Any, name: str, kwargs: dict[str, Any], taken: bool) -> Any:
+    """A copy as it was before, or None if it is that already. A post-processor that is not the one TransformerLens made is the user's."""
+    now, before = tokenizer.backend_tokenizer.post_processor, None
+    if name:
         try:
-            own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
-        except (OSError, ValueError, TypeError):
-            return tokenizer
-        _own_tokenizers[tokenizer] = own
-    own = _own_tokenizers[tokenizer]
-    if own.get_vocab() != tokenizer.get_vocab():
-        return tokenizer  # the user's own, or with tokens of their own
-    own.chat_template = tokenizer.chat_template
+            before = AutoTokenizer.from_pretrained(name, local_files_only=True, **copy.deepcopy(kwargs)).backend_tokenizer.post_processor
+        except (OSError, ValueError, TypeError) as error:
+            warnings.warn(
+                f"texts begin with {tokenizer.bos_token}, as TransformerLens made the tokenizer; whether the checkpoint's does so is not "
+                f"known, as {name!r} cannot be loaded again ({type(error).__name__}). Give yours: hb.wrap(model, tokenizer).",
+                stacklevel=2,
+            )
+    if not taken and (before is None or pickle.dumps(before) == pickle.dumps(now)):
+        return None
+    own = copy.deepcopy(tokenizer)
+    if taken:
+        own.bos_token = None
+    if before is not None:
+        own.add_bos_token = True  # which makes the post-processor again
+        if pickle.dumps(own.backend_tokenizer.post_processor) == pickle.dumps(now):
+            own.add_bos_token = False
+            own.backend_tokenizer.post_processor = before
+        else:
+            own.backend_tokenizer.post_processor = now
     return own
 
 

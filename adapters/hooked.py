@@ -12,7 +12,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.utilities import apply_softcap  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 from hookbook.adapter import Adapter, ModelCard, versions
-from hookbook.adapters import hf
+from hookbook.adapters import hf, weights
 from hookbook.adapters.bridge import Hooked, check_saes
 from hookbook.engine.route import routed
 from hookbook.errors import ModelError, Refused
@@ -38,7 +38,7 @@ class HookedAdapter(Adapter):
     def __init__(self, model: HookedTransformer, tokenizer: Any = None) -> None:
         check_saes(model)
         self.model: Any = model
-        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model.tokenizer)
+        self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model)
         cfg = model.cfg
         if cfg.positional_embedding_type == "shortformer":
             raise ModelError(
@@ -72,6 +72,13 @@ class HookedAdapter(Adapter):
     def ready(self) -> None:
         check_saes(self.model)
 
+    def weights(self) -> Any:
+        return weights.of_hooked(self.model)
+
+    def runs_in(self) -> tuple[str, str]:
+        where = self.model.embed.W_E
+        return str(where.dtype).removeprefix("torch."), str(where.device)
+
     def refuses(self, site: Site) -> Refused | None:
         if site.name in ("embed", *INNER) and site.name != "mlp_in" and site.hook_name not in self.model.hook_dict:
             return Refused(f"{site} of {self.card.model_id}", "it has no such part", "use resid_pre or resid_post")
@@ -80,6 +87,9 @@ class HookedAdapter(Adapter):
         if site.name == "mlp_act" and self.model.cfg.num_experts:
             return Refused(f"{site} of {self.card.model_id}", "its MLPs are several experts", "use mlp_out")
         return None
+
+    def hook_name(self, site: Site) -> str | None:
+        return site.hook_name if site.hook_name in self.model.hook_dict else None
 
     def writer(self, name: str, layer: int) -> Any:
         block = self.model.blocks[layer]

@@ -11,8 +11,8 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
-from hookbook.adapter import Adapter, ModelCard, check_eval, versions
-from hookbook.adapters import hf
+from hookbook.adapter import Adapter, ModelCard, versions
+from hookbook.adapters import hf, weights
 from hookbook.errors import ModelError, Refused
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
@@ -43,14 +43,12 @@ class TracingAdapter(Adapter):
     def __init__(self, model: TransformersModel, tokenizer: Any = None) -> None:
         if not self.remote:
             if not model.dispatched:
-                model.dispatch()
-            check_eval(model._module, "the nnsight model")
+                with hf.as_it_was(model.tokenizer):
+                    model.dispatch()
         module = model._module
         hf.check_attention(module.config)
-        self.model, self.module = model, module
-        self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
-        if self.tokenizer is None:
-            raise ModelError("the model has no tokenizer", "prompts cannot be read", "pass one: hb.wrap(model, tokenizer=...)")
+        self.model = model
+        self.tokenizer = hf.has(tokenizer if tokenizer is not None else model.tokenizer)
         try:
             architecture = determine_architecture_from_hf_config(module.config)
             cfg = build_bridge_config_from_hf(module.config, architecture, hf.model_id(module), module.dtype)
@@ -95,6 +93,29 @@ class TracingAdapter(Adapter):
             tokenizer=fingerprint(self.tokenizer),
             versions=versions("nnsight", "transformer-lens"),
         )
+
+    @property
+    def module(self) -> Any:
+        return self.model._module
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        return tuple(f"an edit of nnsight ({number})" for number, _ in enumerate(self.model._edits))
+
+    def weights(self) -> Any:
+        return weights.of_module(self.names, self.module)
+
+    def runs_in(self) -> tuple[str, str]:
+        self.passes.device = hf.device(self.module)
+        return hf.dtype_name(self.module), str(self.passes.device)
+
+    def check_free(self) -> None:
+        if self.model.interleaver.interleaving:
+            raise ModelError(
+                "a call inside an open trace of nnsight",
+                "the model is in the middle of a run, and cannot begin another",
+                "call it after the `with` block; save() what it needs from there",
+            )
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -7,6 +7,7 @@ Give the machine nothing else to do: ratios on a busy machine mean little.
 
 import all_pairs
 import backpatch
+import checks
 import features
 import generation
 import growth
@@ -20,5 +21,5 @@ import relation
 from common import main
 
 if __name__ == "__main__":
-    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation, questions, features)
+    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation, questions, features, checks)
     main({part.__name__: part.bench for part in parts})

@@ -125,7 +125,9 @@ def sites() -> str:
         "stream, after the norm. "
         "`final_norm` is `ln_final.hook_out` of a TransformerBridge; HookedTransformer has no such hook point, and gets it from the "
         "norm itself. "
-        "Nor has it one of `mlp_in`, which it gets from the MLP; a TransformerBridge of OPT calls it `blocks.L.mlp.in.hook_in`.", "",
+        "Nor has it one of `mlp_in`, which it gets from the MLP; a TransformerBridge of OPT calls it `blocks.L.mlp.in.hook_in`. "
+        "SAELens' `SAETransformerBridge` has few of these names: `Adapter.hook_name` and `vector.fwd_hooks(model)` say what a model "
+        "has.", "",
         "## Who has which", "",
         "A model is asked when it is first used: what is written at a site must reach the stream as it should, and what a block adds "
         "must be the sum of its parts. Else the site is refused by name, before anything is edited. "

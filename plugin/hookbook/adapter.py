@@ -17,7 +17,8 @@ from hookbook.card import ModelCard as ModelCard, versions as versions
 from hookbook.deferred import hold
 from hookbook.engine import questions, runs
 from hookbook.engine.seam import Backend
-from hookbook.errors import ModelError, Refused
+from hookbook.engine.state import using
+from hookbook.errors import Refused
 from hookbook.reply import LensReadout, Reply, TokenReadout
 from hookbook.request import Request
 from hookbook.sites import SITES, Site
@@ -32,6 +33,11 @@ class Adapter(Backend):
         """Every site that can be read and edited, in the order of the pass."""
         every = (Site(name, layer) for name, spec in SITES.items() for layer in (range(self.card.n_layers) if spec.layered else [None]))
         return tuple(sorted((s for s in every if self.refuses(s) is None), key=lambda s: s.order))
+
+    def look(self) -> None:
+        """Bring the card up to date; see `hookbook.engine.state.look`."""
+        with using(self):
+            pass
 
     def encode(self, prompt: Any, *, bos: bool | None = None, chat: bool = False) -> Tokens:
         """A prompt as this model sees it; see `hookbook.tokens.encode`."""
@@ -119,9 +125,3 @@ class Adapter(Backend):
 def _rms(x: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(x.dtype)
-
-
-def check_eval(module: Any, name: str) -> None:
-    """Raise if a model is in training mode, where dropout would make every run another."""
-    if module.training:
-        raise ModelError(f"{name} is in training mode", "dropout would make every run another", "call model.eval() first")

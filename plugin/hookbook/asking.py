@@ -1,15 +1,17 @@
 """What recipes ask of a model: prompts, words whose probability is wanted, and questions whose answers are right or not.
 
 An answer counts by its first token as it follows its prompt, so that what is cut into tokens is the text that the model reads; or by its
-text, in what is generated.
+text, in the likeliest token or in what is generated.
 """
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,22 +22,22 @@ from hookbook.reply import Reading, Reply
 from hookbook.request import Each, Read, Request, Row, check_one_token
 from hookbook.sites import Site
 from hookbook.tasks import Question
-from hookbook.tokens import Position, Tokens, answer_ids, decoded, resolve
+from hookbook.tokens import Position, Tokens, answer_ids, decoded, prompts_of, resolve
 
 if TYPE_CHECKING:
     from hookbook.adapter import Adapter
 
 
+logger = logging.getLogger(__name__)
+
+
 def encode_prompts(adapter: Adapter, prompts: Any, bos: bool | None = None, chat: bool = False) -> list[Tokens]:
-    """One prompt or several, as tokens; `bos` and `chat` as `hookbook.tokens.encode` takes them.
+    """One prompt or several, see `hookbook.tokens.prompts_of`, as tokens; `bos` and `chat` as `hookbook.tokens.encode` takes them.
 
     Raises:
-        TokenError: There are none, or one cannot be encoded.
+        TokenError: There are none, or one cannot be encoded; or a table, of which one column is meant.
     """
-    one = isinstance(prompts, (str, Tokens, Tensor)) or (
-        isinstance(prompts, (list, tuple)) and prompts and isinstance(prompts[0], (int, dict))
-    )
-    listed: list[Any] = [prompts] if one else list(prompts)  # pyright: ignore[reportArgumentType]
+    listed = prompts_of(prompts, adapter.tokenizer)
     if not listed:
         raise TokenError("no source prompts", "there is nothing to read", "give at least one")
     return [adapter.encode(prompt, bos=bos, chat=chat) for prompt in listed]
@@ -119,14 +121,56 @@ def check_asked(
 
 
 def encode_questions(adapter: Adapter, questions: Sequence[Question], bos: bool | None = None) -> tuple[list[Tokens], Tensor]:
-    """Prompts, and the first token `[n]` of each answer as it follows its prompt.
+    """Prompts, and the first token `[n]` of each answer as it follows its prompt. That all begin with one token is logged.
 
     Raises:
         TokenError: An answer changes how its prompt is cut into tokens, or has none.
     """
     prompts = [adapter.encode(question.text, bos=bos) for question in questions]
     answers = [answer_ids(prompt, question.answer, adapter.tokenizer)[0] for prompt, question in zip(prompts, questions, strict=True)]
+    if len({prompt.ids for prompt in prompts}) > 1 and len({*answers}) == 1:
+        said = adapter.tokenizer.decode(answers[:1])
+        logger.warning("all %d answers begin with the token %r: whatever says it is right, of every question", len(answers), said)
     return prompts, torch.tensor(answers)
+
+
+Match = Literal["first_token", "exact", "prefix"]
+
+
+def check_match(match: str) -> None:
+    """Raise `DataError` unless it is a way to match an answer."""
+    if match not in get_args(Match):
+        raise DataError(f"match={match!r}", "", f"use {', '.join(get_args(Match))}")
+
+
+def right_tokens(adapter: Adapter, questions: Sequence[Question], answers: Tensor, match: Match = "first_token") -> Tensor:
+    """The tokens `[n, most]` that are right as the likeliest one after each question; -1 is none.
+
+    Args:
+        questions: With their answers.
+        answers: `[n]`: the first token of each answer.
+        match: `first_token`: that token. `exact`: those whose text is the whole answer, so that one of several tokens is never right;
+            `prefix`: those whose text begins the answer, be it one letter, or is begun by it. Texts are compared without white space
+            around them, and end where a line ends.
+
+    Source: texts as in Hendel et al. 2023, arXiv:2310.15916, as the authors' code has it, which takes prefixes for tasks of knowledge.
+    """
+    check_match(match)
+    if match == "first_token":
+        return answers[:, None]
+    ids: dict[str, list[int]] = {}
+    for i, text in enumerate(adapter.tokenizer.batch_decode([[i] for i in range(len(adapter.tokenizer))], skip_special_tokens=True)):
+        ids.setdefault(text.partition("\n")[0].strip(), []).append(i)
+    ids.pop("", None)
+    texts, found = sorted(ids), []
+    for answer in (question.answer.strip() for question in questions):
+        some = [answer]
+        if match == "prefix":
+            some = [answer[:end] for end in range(1, len(answer))]
+            some += texts[bisect_left(texts, answer) : bisect_left(texts, answer + chr(0x10FFFF))]
+        found.append([i for text in some for i in ids.get(text, ())])
+    most = max(map(len, found), default=0)
+    return torch.tensor([some + [-1] * (most - len(some)) for some in found], dtype=torch.long).view(len(found), most)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +30,8 @@ class ModelCard:
     tokenizer: str
     """Fingerprint of the tokenizer, see `hookbook.tokens.fingerprint`."""
     remote: bool = False
+    weights: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Fingerprints of the weights, by dtype, see `hookbook.engine.weights`; nothing is known of those on a server."""
     versions: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -37,8 +40,21 @@ class ModelCard:
         return getattr(torch, self.dtype).itemsize
 
     def same_model(self, other: ModelCard) -> bool:
-        """Whether vectors of one mean anything in the other: the same name, whoever published it and whatever runs it."""
+        """Whether vectors of one mean anything in the other: the same weights, whatever runs them and in whatever dtype. Where they are not
+        known, the same name, whoever published it."""
+        mine, theirs = dict(self.weights), dict(other.weights)
+        both = [dtype for dtype in mine if dtype in theirs]
+        if both:
+            return mine[both[0]] == theirs[both[0]]
         return self.model_id.rsplit("/", 1)[-1].lower() == other.model_id.rsplit("/", 1)[-1].lower()
+
+    def unlike(self, other: ModelCard) -> str:
+        """Why vectors of one mean nothing in the other, or nothing."""
+        if self.same_model(other):
+            if (self.remote or other.remote) and self.weights != other.weights:
+                warnings.warn(f"vectors of {self.model_id} go by its name: the weights on a server are not seen", stacklevel=3)
+            return ""
+        return "they have other weights" if self.model_id == other.model_id else "they are different spaces"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""

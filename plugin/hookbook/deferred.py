@@ -223,6 +223,8 @@ class Recording:
         """Nothing is sent."""
         self.tapes: dict[int, Tape] = {}
         self.results: list[Any] = []
+        self.sent: list[tuple[int, int]] = []
+        """Of each job that would be sent before the last one the bytes up and down."""
 
 
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -295,7 +297,23 @@ def here(value: Any, tape: Tape | None = None) -> Any:
         return known(value)
     for one in {id(x.tape): x.tape for x in _deferred(value) if x.number is None and x.tape is not tape}.values():
         one.ship([x for x in (ref() for ref in one.living) if x is not None and x.number is None])
+        one.steps = []  # nothing waits for them any more
     return known(value)
+
+
+def fetch(value: Any) -> Any:
+    """`value` with its numbers, by which a recipe decides what it asks next: of a model elsewhere they are a job of their own. In a plan
+    they never come."""
+    record, promises = _recording.get(), list(waiting(value))
+    if record is None or not record.dry:
+        here(promises)
+        return known(value)
+    for one in {id(x.tape): x.tape for x in promises}.values():
+        if one.model is not None:
+            mine = [x for x in promises if x.tape is one]
+            record.sent.append((one.model.size(one, mine), sum(x.numel() * x.element_size() for x in mine)))
+            one.steps = []
+    return value
 
 
 def waiting(value: Any) -> Iterator[Deferred]:

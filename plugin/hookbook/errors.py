@@ -6,7 +6,7 @@
     ├── DataError     pairs or contrasts that cannot be used
     ├── EditError     an edit that cannot be applied, or that never fired
     ├── ModelError    a model that cannot be found, loaded or wrapped
-    ├── ResultError   a file that is not a saved result, or not this kind of result; a page that would be too large
+    ├── ResultError   a file that is not a saved result, or not this kind of result, or cannot be written; a page that would be too large
     ├── RemoteError   a job that a server refused, failed or lost touch with
     └── Refused       an adapter cannot do what was asked
 

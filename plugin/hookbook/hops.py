@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hookbook import relations
 from hookbook.errors import DataError, check_counts
@@ -49,14 +50,14 @@ class TwoHop(Statement):
         return covering(tokens, self.entity_start, self.entity_end)
 
 
-def chain(first: str | Relation, second: str | Relation, n: int | None = None, *, shots: int = 0, seed: int = 0) -> list[TwoHop]:
+def chain(first: Any, second: Any, n: int | None = None, *, shots: int = 0, seed: int = 0) -> list[TwoHop]:
     """Questions of two relations, of which the first leads to subjects of the second.
 
     Prompts are the second relation's first template with the first one's phrase as its subject. A question is left out if its text holds
     the answer or the bridge, or if one of these holds the other.
 
     Args:
-        first: Of entities and bridges, with a `phrase`: a relation, or the name of one that ships.
+        first: Of entities and bridges, with a `phrase`: a relation, or whatever `hookbook.relations.load` takes.
         second: Of bridges and answers.
         n: At most so many, drawn; None: all, in the order of the first relation.
         shots: Other questions with their answers before each, and likewise before its hops and shortcuts; their bridges and answers are
@@ -75,7 +76,7 @@ def chain(first: str | Relation, second: str | Relation, n: int | None = None, *
         >>> found.text, found.answer, found.first.text
         ('The capital of the country of Lyon is', ' Paris', 'The country of Lyon is')
     """
-    first, second = (relations.load(source) if isinstance(source, str) else source for source in (first, second))
+    first, second = (relations.load(source) for source in (first, second))
     if not first.phrase:
         raise DataError(
             f"the relation {first.name!r} has no phrase", "its object has to be named in another prompt", "give phrase='the country of {}'"

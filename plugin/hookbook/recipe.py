@@ -1,5 +1,5 @@
 """What a recipe is written with: `@recipe`, which gives a call its plan, its job, its settings and its cost; and what nearly all begin and
-end with, `wrap`, `later`, `hold`, `plain` and the model's card."""
+end with, `wrap`, `later`, `fetch`, `hold`, `plain` and the model's card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hookbook import deferred
 from hookbook.card import ModelCard as ModelCard
-from hookbook.deferred import Later, hold as hold, later as later
+from hookbook.deferred import Later as Later, fetch as fetch, hold as hold, later as later
 from hookbook.engine import cost
 from hookbook.engine.cost import Plan, accounting
 from hookbook.models.loading import wrap as wrap
@@ -76,6 +76,8 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
     def plan(*args: P.args, **kwargs: P.kwargs) -> Plan:
         with accounting() as account, deferred.recording(dry=True) as record:
             result = made(*args, **kwargs)
+            for sizes in record.sent:
+                account.send(*sizes)
             for tape in record.tapes.values():
                 wanted = [x for x in deferred.waiting(result) if x.tape is tape]
                 if tape.model is not None:

@@ -6,13 +6,12 @@ Those that ship are the pairs in `data/pairs` that have sentences: facts (countr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hookbook import tasks
+from hookbook import storage, tasks
 from hookbook.errors import DataError
 from hookbook.tasks import Question, Task, Template
 from hookbook.tokens import Tokens, covering
@@ -105,23 +104,33 @@ def names() -> list[str]:
     return [name for name in tasks.names() if "templates" in tasks.data(name)]
 
 
-def load(source: Any, templates: str | Sequence[str] = (), *, phrase: str = "") -> Relation:
-    """A relation by name, from a file, or from a table.
+def load(
+    source: Any,
+    templates: str | Sequence[str] = (),
+    *,
+    phrase: str = "",
+    header: bool | None = None,
+    columns: Sequence[str | int] | None = None,
+) -> Relation:
+    """A relation by name, from a file, or from pairs of any kind.
 
     Args:
-        source: A name of `names()`; the path of a JSON file (an object with `pairs` and `templates`, or a list of pairs) or a CSV file (two
-            columns); or a pandas frame (its first two columns).
+        source: A name of `names()`; whatever else `hookbook.tasks.load` takes, of which a JSON object or a dict with `pairs` may have
+            `templates` and a `phrase`; or a relation.
         templates: Sentences; none: those of the source.
         phrase: Words for the object; empty: those of the source.
+        header, columns: See `hookbook.tasks.load`.
 
     Raises:
         DataError: No such relation, or what was found are no pairs, or there are no templates.
     """
-    task = tasks.load(source)
-    found = tasks.data(task.name) if isinstance(source, str) and source in names() else {}
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".json":
-        found = json.loads(Path(source).read_text(encoding="utf-8"))
-        found = found if isinstance(found, dict) else {}
+    if isinstance(source, Relation):
+        return replace(source, templates=templates or source.templates, phrase=phrase or source.phrase)
+    task = tasks.load(source, header=header, columns=columns)
+    found: Any = tasks.data(task.name) if isinstance(source, str) and source in names() else source
+    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".json":
+        found = storage.load_json(source)
+    found = found if isinstance(found, Mapping) else {}
     templates = templates or found.get("templates", ())
     return Relation(
         task.pairs,

@@ -245,12 +245,8 @@ class Edit:
 
     def check(self, card: ModelCard, n_positions: int) -> None:
         """Raise unless this edit fits a model and the number of tokens its position names."""
-        if self.card is not None and not self.card.same_model(card):
-            raise EditError(
-                f"a vector of {self.card.model_id} in {card.model_id}",
-                "they are different spaces",
-                "if you know they are alike: hb.Vector.of(model, vector.site, vector.values)",
-            )
+        if self.card is not None and (why := self.card.unlike(card)):
+            raise EditError(f"a vector of {self.card.model_id} in {card.model_id}", why, "if you mean it: vector.on(model)")
         self.site.check(card)
         if isinstance(self.value, FeatureChange) and self.value.code["writes"].shape[-1] != self.site.width(card):
             raise EditError(

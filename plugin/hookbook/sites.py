@@ -158,7 +158,11 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """What TransformerLens calls this site; a head or a neuron is a part of that tensor."""
+        """What TransformerLens calls this site; a head or a neuron is a part of that tensor.
+
+        A TransformerBridge has all of these names, a HookedTransformer not those of `mlp_in` and `final_norm`, and SAELens'
+        `SAETransformerBridge` few: `Adapter.hook_name` says what one model calls it.
+        """
         return SITES[self.name].hook_name.format(layer=self.layer)
 
     @property

@@ -6,7 +6,6 @@ The data that ships is our own: facts and words as JSON in `data/pairs`, texts i
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hookbook import storage
 from hookbook.errors import DataError
 
 
@@ -34,10 +34,15 @@ class Template:
     separator: str
     source: str = ""
     """Where it was published."""
+    spaced: Template | None = None
+    """The same with a space before input and output, if a task chooses by the tokenizer which of the two it is (`Task.fitted`)."""
 
     def __post_init__(self) -> None:
         if self.query.count("{}") != 1 or self.answer.count("{}") != 1:
             raise DataError(f"a template of {self.query!r} and {self.answer!r}", "each has one place for a word", "write {} once in each")
+
+    def __str__(self) -> str:
+        return self.query + self.answer
 
     def prompt(self, shown: Sequence[tuple[str, str]], query: str) -> str:
         """Pairs that are shown, and the query."""
@@ -45,7 +50,9 @@ class Template:
 
 
 QA = Template("Q: {}\nA:", " {}", "\n\n", "Todd et al. 2023, arXiv:2310.15213")
-ARROW = Template("example:{}->", "{}", "\n", "Hendel et al. 2023, arXiv:2310.15916, its code")
+_HENDEL = "Hendel et al. 2023, arXiv:2310.15916, its code"
+ARROW = Template("example:{}->", "{}", "\n", _HENDEL, spaced=Template("example: {}->", " {}", "\n", _HENDEL))
+"""With or without spaces, as the tokenizer has it; `ARROW.spaced`, or a template of your own, is one of them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Task:
     """Pairs of an input and an output.
 
     Args:
-        pairs: The pairs; an input occurs once.
+        pairs: The pairs, without white space around their texts; an input occurs once.
         name: What it is called.
         template: How pairs become prompts.
 
@@ -75,14 +82,15 @@ class Task:
     template: Template = QA
 
     def __post_init__(self) -> None:
-        pairs = tuple((x, y) for x, y in self.pairs)
+        for pair in self.pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(not isinstance(text, str) or not text.strip() for text in pair):
+                raise DataError(f"a pair {pair!r} of {self.name!r}", "input and output are texts", "leave it out")
+        pairs = tuple((x.strip(), y.strip()) for x, y in self.pairs)
         object.__setattr__(self, "pairs", tuple(dict.fromkeys(pairs)))
         if not pairs:
             raise DataError(f"the task {self.name!r} has no pairs", "", "give pairs of an input and an output")
         seen: dict[str, str] = {}
         for pair in pairs:
-            if any(not isinstance(text, str) or not text.strip() for text in pair):
-                raise DataError(f"a pair {pair!r} of {self.name!r}", "input and output are texts", "leave it out")
             if seen.setdefault(pair[0], pair[1]) != pair[1]:
                 raise DataError(
                     f"two outputs of {pair[0]!r} in {self.name!r}: {seen[pair[0]]!r} and {pair[1]!r}",
@@ -96,6 +104,23 @@ class Task:
     def with_template(self, template: Template) -> Task:
         """The same pairs in another template."""
         return replace(self, template=template)
+
+    def fitted(self, tokenizer: Any) -> Task:
+        """The same task with its template chosen, if that has two forms: with spaces where at least 0.7 times as many outputs are one
+        token with a space as without. Recipes do this first, and name the template in their results.
+
+        Source: Hendel et al. 2023, arXiv:2310.15916, as the authors' code has it.
+
+        Differs: there, tasks of knowledge have no spaces, and of the others outputs of several tokens are left out.
+        """
+        if self.template.spaced is None:
+            return self
+        plain, spaced = replace(self.template, spaced=None), self.template.spaced
+        single = [
+            sum(len(tokenizer("!" + some.answer.format(y), add_special_tokens=False).input_ids) == 2 for _, y in self.pairs)
+            for some in (plain, spaced)
+        ]
+        return replace(self, template=spaced if single[1] >= 0.7 * single[0] else plain)
 
     def split(self, seed: int = 0, train: float = 0.5, validation: float = 0.25) -> Splits:
         """Three parts without a pair in common; the same for the same seed, whatever the order of the pairs.
@@ -166,22 +191,26 @@ def names() -> list[str]:
     )
 
 
-def load(source: Any, template: Template = QA) -> Task:
-    """A task by name, from a file, or from a table.
+def load(source: Any, template: Template | None = None, *, header: bool | None = None, columns: Sequence[str | int] | None = None) -> Task:
+    """A task by name, from a file, or from pairs of any kind.
 
     Args:
         source: A name of `names()`; `NAME:first` or `NAME:last` for lists of three inputs, of which one is asked for; the path of a
-            JSON file (a list of pairs, or an object with `pairs`) or a CSV file (two columns); or a pandas frame (its first two columns).
-        template: How pairs become prompts.
+            JSON file (a list of pairs or of records, or an object with `pairs`) or of a CSV or TSV file; a frame; a list of pairs; a dict
+            of inputs and their outputs; or a task.
+        template: How pairs become prompts; None: `QA`, or a task's own.
+        header: Whether the first row of a file or list names the columns; None: a file's does if it looks so, which is logged.
+        columns: The two columns that are meant, by name or by number from 0; None: there are two.
 
     Raises:
-        DataError: No such task, or what was found are no pairs.
+        DataError: No such task, or what was found are no pairs: the line of an empty cell, a missing one or one too many is named.
     """
-    if hasattr(source, "itertuples"):
-        return Task(tuple((str(row[0]), str(row[1])) for row in source.itertuples(index=False)), "frame", template)
-    path = Path(source)
-    if path.suffix in (".json", ".csv"):
-        return Task(_read(path), path.stem, template)
+    if isinstance(source, Task):
+        return source if template is None else source.with_template(template)
+    template = QA if template is None else template
+    if storage.holds_pairs(source):
+        name = Path(source).stem if isinstance(source, (str, Path)) else "pairs"
+        return Task(tuple(storage.pairs(source, header, columns)), name, template)
     name, _, item = str(source).partition(":")
     if item:
         if item not in ("first", "last"):
@@ -192,7 +221,7 @@ def load(source: Any, template: Template = QA) -> Task:
         change = {"capitalize": str.capitalize, "uppercase": str.upper, "copy": str}[name]
         return Task(tuple((word, change(word)) for word in words), name, template)
     if name not in names():
-        raise DataError(f"no task {name!r}", "", f"use one of {', '.join(names())}, or a .json or .csv file")
+        raise DataError(f"no task {name!r}", "", f"use one of {', '.join(names())}, or a .json, .csv or .tsv file")
     return Task(tuple((x, y) for x, y in data(name)["pairs"]), name, template)
 
 
@@ -209,35 +238,34 @@ class Contrast(NamedTuple):
     negative: tuple[str, ...]
 
 
-def contrast(source: str | Path) -> Contrast:
+def contrast(source: Any) -> Contrast:
     """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or
-    `sentiment`; or the path of a JSON file, an object with two lists of texts, `positive` and `negative`.
+    `sentiment`; or a table with the columns `positive` and `negative`: the path of a file, a frame, or a dict of two lists.
 
     Raises:
-        DataError: There is no such contrast, or the file is none.
+        DataError: There is no such contrast, or the table is none: a text is missing, or there are more on one side.
 
     Example:
         >>> contrast("sentiment").positive[0]
         'The movie was wonderful and I loved every minute of it.'
     """
-    data = _contrast_file(Path(source)) if Path(source).suffix == ".json" else _contrast_data(str(source), "positive", "a contrast")
+    if storage.holds_pairs(source):
+        try:
+            found = storage.pairs(source, columns=Contrast._fields)
+        except DataError as error:
+            named = source if isinstance(source, (str, Path)) else type(source).__name__
+            instead = "give as many texts in the columns positive and negative"
+            raise DataError(f"{named} cannot be read as a contrast", f"{error.what}: {error.why}", instead) from error
+        if not found:
+            raise DataError(f"{source} has no texts", "", "give as many positive as negative ones")
+        return Contrast(*zip(*found, strict=True))
+    data = _contrast_data(str(source), "positive", "a contrast")
     return Contrast(tuple(data["positive"]), tuple(data["negative"]))
 
 
 def contrasts() -> list[str]:
     """The contrasts that ship."""
     return sorted(file.name.removesuffix(".json") for file in (_DATA / "contrasts").iterdir() if not file.name.startswith("openings_"))
-
-
-def _contrast_file(path: Path) -> dict[str, list[str]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if all(data[side] and all(isinstance(text, str) for text in data[side]) for side in Contrast._fields):
-            return data
-        why = "positive and negative are lists of texts"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-    raise DataError(f"{path} cannot be read as a contrast", why, "give an object with two lists of texts, positive and negative")
 
 
 def openings(name: str) -> tuple[str, ...]:
@@ -295,22 +323,6 @@ def lists(task: Task, item: str, *, length: int = 3, n: int = 200, seed: int = 0
         if len(found) == n:
             break
     return Task(tuple(found.items()), f"{task.name}:{item}", task.template if template is None else template)
-
-
-def _read(path: Path) -> tuple[tuple[str, str], ...]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            rows: Any = [row for row in csv.reader(text.splitlines()) if row]
-            rows = rows[1:] if rows and [cell.strip().lower() for cell in rows[0][:2]] == ["input", "output"] else rows
-        else:
-            data = json.loads(text)
-            rows = data["pairs"] if isinstance(data, dict) else data
-        return tuple((str(row[0]), str(row[1])) for row in rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read as pairs", f"{type(error).__name__}: {error}", "give a list of pairs, or two columns"
-        ) from error
 
 
 _DATA: Any = files("hookbook") / "data"

@@ -133,10 +133,10 @@ class ToyAdapter(Adapter):
         return kept if keep else None
 
     def final_norm(self, resid: Tensor) -> Tensor:
-        return self.model.norm(resid)
+        return self.model.norm(resid.unsqueeze(-2)).squeeze(-2)
 
     def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
-        return self.model.unembed(normed)
+        return self.model.unembed(normed.unsqueeze(-2)).squeeze(-2)
 
     def writer(self, name: str, layer: int) -> Any:
         block: Any = self.model.blocks[layer]
@@ -161,4 +161,6 @@ def toy(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: int) -> ToyA
             nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else nn.init.normal_(
                 parameter, std=parameter.shape[-1] ** -0.5 * 1.5
             )
-        return ToyAdapter(model.to(dtype).eval())
+        adapter = ToyAdapter(model.to(dtype).eval())
+    adapter.look()
+    return adapter

@@ -9,12 +9,11 @@ Positions are always in a prompt's own tokens, before any padding: `-1` is the l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from hookbook.errors import TokenError
@@ -69,8 +68,9 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     """Turn a prompt into tokens.
 
     Args:
-        prompt: A text; token ids (a list or a 1-D tensor), used as they are; chat messages (a list of dicts with `role`
-            and `content`); or `Tokens`, returned as they are.
+        prompt: A text; token ids (a list, a tensor or an array of one row), used as they are; what a tokenizer gives of one text, without
+            the padding that its attention mask names; chat messages (a list of dicts with `role` and `content`); or `Tokens`, returned
+            as they are.
         tokenizer: A Hugging Face tokenizer.
         bos: True: exactly one beginning-of-sequence token; False: none is added; None: as the checkpoint's own tokenizer
             does. A text that already begins with one never gets a second.
@@ -80,15 +80,19 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     Raises:
         TokenError: The prompt is empty, too long, or asks for a template or token the tokenizer lacks.
     """
+    found = prompts_of(prompt, tokenizer)
+    if len(found) != 1:
+        raise TokenError(
+            "the prompt is empty" if not found else f"{len(found)} prompts", "one is wanted", "give one text, or one row of ids"
+        )
+    (prompt,) = found
     if isinstance(prompt, Tokens):
         tokens = prompt
-    elif isinstance(prompt, torch.Tensor) or (
-        isinstance(prompt, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    ):
+    elif _are_ids(prompt):
         if chat:
             raise TokenError("chat=True for token ids", "a chat template renders texts", "give a text, or leave chat off")
         tokens = _from_ids(prompt, tokenizer)
-    elif isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)):
+    elif isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt)):
         tokens = _from_text(prompt, tokenizer, bos, chat)
     else:
         raise TokenError(f"{type(prompt).__name__} is not a prompt", "", "give a text, token ids, or chat messages")
@@ -97,17 +101,80 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
     return tokens
 
 
-def _from_ids(ids: Any, tokenizer: Any) -> Tokens:
-    if isinstance(ids, torch.Tensor):
-        if ids.dim() != 1 or ids.is_floating_point():
-            raise TokenError(
-                f"token ids of shape {list(ids.shape)} and {ids.dtype}",
-                "one prompt is one row of whole numbers",
-                "pass a 1-D integer tensor, or a list of prompts",
-            )
-        ids = ids.tolist()
-    if not ids:
-        raise TokenError("the prompt is empty", "there is no token to run the model on", "give at least one token")
+def prompts_of(given: Any, tokenizer: Any) -> list[Any]:
+    """One prompt or several, as a list of what `encode` takes.
+
+    Args:
+        given: A prompt; or a list, an array, a column of a frame, or whatever gives one after the other. Also rows of ids: what a
+            tokenizer gives of several texts, without the padding that its attention mask names, or a tensor of texts of one length.
+        tokenizer: Says which token is padding.
+
+    Raises:
+        TokenError: A table or a mapping, of which one column is meant; rows of ids whose padding cannot be told; nothing to go through.
+    """
+    if isinstance(given, Mapping) and given.get("input_ids") is not None:
+        return _unpadded(given, tokenizer)
+    if is_table(given):
+        names = list(given if isinstance(given, Mapping) else getattr(given, "column_names", None) or given.columns)
+        raise TokenError(
+            f"{type(given).__name__} is not a prompt",
+            f"going through it gives its names {', '.join(map(repr, names[:5]))}",
+            "give a list of messages" if "role" in names else f'give one column, such as df["{names[0] if names else "text"}"]',
+        )
+    given = _listed(given)
+    if isinstance(given, (str, Tokens)):
+        return [given]
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise TokenError(f"{type(given).__name__} is not a prompt", "", "give a text, token ids, chat messages, or a list of these")
+    listed = [_listed(item) for item in given]
+    if _are_ids(listed[:1]) or (listed and isinstance(listed[0], Mapping) and "role" in listed[0]):  # ids, or chat messages
+        return [listed]
+    return _unpadded({"input_ids": listed}, tokenizer) if listed and all(map(_are_ids, listed)) else listed
+
+
+def _listed(given: Any) -> Any:
+    """Tensors, arrays and columns as lists, also in a list."""
+    if isinstance(given, (list, tuple)):
+        return [_listed(item) for item in given]
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def is_table(given: Any) -> bool:
+    """A mapping or a frame, which is gone through by its names."""
+    return isinstance(given, Mapping) or (not hasattr(given, "tolist") and (hasattr(given, "columns") or hasattr(given, "column_names")))
+
+
+def _are_ids(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in item)
+
+
+def _unpadded(coded: Mapping, tokenizer: Any) -> list[list[int]]:
+    """The rows of what a tokenizer gave, without their padding."""
+    ids, mask = (
+        rows if rows and isinstance(rows[0], list) else [rows]
+        for rows in (_listed(coded.get(name)) for name in ("input_ids", "attention_mask"))
+    )
+    if mask == [None]:
+        pad = getattr(tokenizer, "pad_token_id", None)
+        pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+        for row in ids if len(ids) > 1 and len({*map(len, ids)}) == 1 else ():
+            row = row[row[0] == getattr(tokenizer, "bos_token_id", None) :]
+            if pad in (*row[:1], *row[-1:]):
+                raise TokenError(
+                    f"rows of token ids, of which one begins or ends with {tokenizer.decode([pad])!r}",
+                    "it may be padding",
+                    "give them with their attention_mask, as the tokenizer does, or each without its padding",
+                )
+        return ids
+    if [len(row) for row in mask] != [len(row) for row in ids]:
+        raise TokenError("an attention_mask of another shape than input_ids", "it says of each token whether it is padding", "give both")
+    kept = [[i for i, keep in enumerate(row) if keep] for row in mask]
+    if any(at and at[-1] - at[0] >= len(at) for at in kept):
+        raise TokenError("an attention_mask with a gap", "padding is before or after a text", "give the texts, and edit attn_pattern")
+    return [[row[i] for i in at] for row, at in zip(ids, kept, strict=True)]
+
+
+def _from_ids(ids: list[int], tokenizer: Any) -> Tokens:
     bad = [i for i in ids if not 0 <= i < len(tokenizer)]
     if bad:
         raise TokenError(f"token id {bad[0]}", f"this tokenizer has ids 0 to {len(tokenizer) - 1}", "use ids of this tokenizer")
@@ -250,7 +317,8 @@ def answer_ids(prompt: Tokens, answer: str, tokenizer: Any) -> tuple[int, ...]:
 def beginnings(word: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens with which a word can begin: each that is a non-empty part of it from its first character on, alone or after a space.
 
-    Where the first character is not one token, tokens of its first bytes count, too.
+    Where the first character is not one token, tokens of its first bytes count, too. Wendler et al. 2024, arXiv:2402.10588, count others;
+    see `hookbook.logit_lens`.
 
     Raises:
         TokenError: The word is empty, or the tokenizer has neither SentencePiece's nor byte-level BPE's mark of a space.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hookbook.card import ModelCard
-from hookbook.errors import EditError, SiteError
+from hookbook.errors import EditError, Refused, SiteError
 from hookbook.request import Edit, Op, Scope
 from hookbook.results import Result, View
 from hookbook.show.tidy import tidy
@@ -66,6 +66,13 @@ class Vector(Result):
         card = wrap(model).card
         return cls(card, Site.parse(site).check(card), torch.as_tensor(values).detach().cpu().float(), **more)
 
+    def on(self, model: Any) -> Vector:
+        """The same numbers as a vector of another model with this width, on purpose: of a tuned copy, or of a base model."""
+        from hookbook.models.loading import wrap
+
+        card = wrap(model).card
+        return replace(self, card=card, site=self.site.check(card))
+
     @property
     def norm(self) -> Tensor:
         """Its length."""
@@ -74,10 +81,11 @@ class Vector(Result):
     def _with(self, other: Vector, sign: str) -> Vector:
         if not isinstance(other, Vector):
             return NotImplemented
-        mine, theirs = (_kind(vector) for vector in (self, other))
-        if mine != theirs:
+        why = self.card.unlike(other.card) if self.site == other.site else "they are directions in different spaces"
+        if why:
+            mine, theirs = (_kind(vector) for vector in (self, other))
             raise SiteError(
-                f"a vector of {mine} {sign} one of {theirs}", "they are directions in different spaces", "use vectors of one model and site"
+                f"a vector of {mine} {sign} one of {theirs}", why, "use vectors of one model and site, or on purpose `v.on(model)`"
             )
         values = self.values + other.values if sign == "+" else self.values - other.values
         return replace(self, values=values, recipe=f"({self.recipe or 'vector'} {sign} {other.recipe or 'vector'})", settings={})
@@ -149,18 +157,41 @@ class Vector(Result):
         """An `Edit` for `hookbook.generate` and requests."""
         return Edit(self.site, self.values * strength if op in ("add", "set") else self.values, op, position, to, scope, card=self.card)
 
-    def fwd_hooks(self, *, strength: float = 1.0, position: int | slice = -1, op: Op = "add") -> list[tuple[str, Callable]]:
-        """Hooks for TransformerLens: `bridge.run_with_hooks(tokens, fwd_hooks=vector.fwd_hooks())`.
+    def fwd_hooks(
+        self, model: Any = None, *, strength: float = 1.0, position: int | slice = -1, op: Op = "add"
+    ) -> list[tuple[str, Callable]]:
+        """Hooks for TransformerLens: `bridge.run_with_hooks(tokens, fwd_hooks=vector.fwd_hooks(bridge))`.
 
         Args:
+            model: What will run them, a TransformerBridge, a HookedTransformer, or SAELens' class of either: the names are those that it
+                knows. None: names of a TransformerBridge; a HookedTransformer has them, too, but for `mlp_in` and `final_norm`. SAELens'
+                `SAETransformerBridge` knows few of them, and a bridge skips a name that it does not know without a word.
             strength: What it is multiplied by.
             position: Index or slice of the token dimension, which must not be padded there.
             op: `add` or `set`.
+
+        Raises:
+            EditError: Another operation, one head or neuron, or attention; or the vector is of another model than `model`.
+            Refused: `model` has no hook point for the site.
+            ModelError: hookbook does not know `model`, or SAEs are spliced into it.
         """
-        if op not in ("add", "set") or self.site.unit is not None:
+        if op not in ("add", "set") or self.site.unit is not None or self.site.name == "attn_pattern":
             raise EditError(
                 f"{op} at {self.site} as a TransformerLens hook", "only add and set at a whole site are written as hooks", "use edit()"
             )
+        name = self.site.hook_name
+        if model is not None:
+            from hookbook.models.loading import wrap
+
+            adapter = wrap(model)
+            self.edit(op, strength).check(adapter.card, 1)
+            adapter.require(self.site)
+            if (name := adapter.hook_name(self.site)) is None:
+                raise Refused(
+                    f"{self.site} of a {type(adapter.model).__name__} as a TransformerLens hook",
+                    "it has no hook point there",
+                    "use edit(), or apply() inside a trace of nnsight",
+                )
 
         def hook(x: Tensor, hook: Any) -> Tensor:
             value = (self.values * strength).to(x.device, x.dtype).reshape(x.shape[2:])
@@ -168,7 +199,7 @@ class Vector(Result):
             x[:, position] = x[:, position] + value if op == "add" else value
             return x
 
-        return [(self.site.hook_name, hook)]
+        return [(name, hook)]
 
     def apply(self, model: Any, *, strength: float = 1.0, position: int | slice = -1) -> None:
         """Add it inside an open trace of an nnsight model: `with model.trace(prompt): vector.apply(model)`.

@@ -40,9 +40,11 @@ class FeatureAttribution(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     answers: tuple[str, ...]
+    """`[n]`"""
     others: tuple[str, ...]
-    """The answers to compare with; empty without."""
+    """`[n]`: the answers to compare with; empty without."""
     metric: Tensor
     """`[n]`: of the plain runs, in nats."""
     sae: str

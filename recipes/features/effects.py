@@ -42,8 +42,9 @@ class FeatureSweep(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     positions: tuple[tuple[int, ...], ...]
-    """The tokens of each prompt at which features were changed."""
+    """`[n]`: the tokens of each prompt at which features were changed."""
     sae: str
     site: Site
     """What was changed."""

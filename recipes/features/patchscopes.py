@@ -39,6 +39,7 @@ class FeaturePatchscope(Result):
     sae: str
     """What the SAE is called, with a fingerprint of its weights."""
     features: tuple[int, ...]
+    """`[m]`"""
     labels: dict[int, str]
     """What features were said to be about, where somebody did."""
     links: dict[int, str]
@@ -49,7 +50,7 @@ class FeaturePatchscope(Result):
     op: str
     """`set` or `add`."""
     pairs: tuple[tuple[Site, float], ...]
-    """Where the direction was written, and how many times as long as the state there."""
+    """`[p]`: where the direction was written, and how many times as long as the state there."""
     norms: Tensor
     """`[p]`: the length of the target prompt's own state."""
     vocab: dict[int, str]
@@ -67,7 +68,7 @@ class FeaturePatchscope(Result):
     control_logprobs: Tensor
     """`[k]`"""
     wanted: tuple[str, ...]
-    """The tokens asked for."""
+    """`[w]`: the tokens asked for."""
     wanted_logprobs: Tensor
     """`[m, p, w]`"""
     random_wanted_logprobs: Tensor

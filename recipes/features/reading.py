@@ -7,7 +7,7 @@ them, and their activations are huge.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,7 +26,7 @@ from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import heat_map, token_values
 from hookbook.show.tidy import at_tokens, tidy
 from hookbook.sites import Site
-from hookbook.tokens import Position, Tokens, resolve
+from hookbook.tokens import Position, Tokens, is_table, resolve
 
 CHUNK_BYTES = 64 << 20
 """How many bytes of activations are dense at once."""
@@ -41,9 +41,9 @@ class FeatureActivations(Result):
     """What the SAE is called, with a fingerprint of its weights."""
     site: Site
     prompts: tuple[Tokens, ...]
-    """The prompts as the model saw them."""
+    """`[n]`: the prompts as the model saw them."""
     read: tuple[tuple[int, ...], ...]
-    """Of each prompt the positions that were read."""
+    """`[n]`: of each prompt the positions that were read."""
     rows: Tensor
     """`[m]` which prompt."""
     positions: Tensor
@@ -306,8 +306,9 @@ def readable(sae: AttachedSAE, prompt: Tokens, position: Position | None = None,
 def batches(sae: AttachedSAE, texts: Any, size: int, progress: bool | None) -> Iterator[list[Tokens]]:
     """Texts as prompts, so many at once; what is no list is taken as it comes."""
     check_counts(batch=size)
-    listed = isinstance(texts, (str, list, tuple, Tensor, Tokens))
-    prompts: Any = iter(sae.encode_prompts(texts) if listed else texts)
+    listed = isinstance(texts, (str, list, tuple, Tokens)) or hasattr(texts, "tolist") or is_table(texts) or not isinstance(texts, Iterable)
+    prompts: Any = sae.encode_prompts(texts) if listed else texts
+    prompts = iter(prompts)
     hidden = sae.model.remote or cost.account() is not None or progress is False
     empty = True
     with tqdm(desc="texts", unit="text", leave=False, disable=hidden, delay=0 if progress else 5) as bar:

@@ -75,9 +75,11 @@ class Backpatch(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     answers: tuple[str, ...]
+    """`[n]`"""
     positions: tuple[int, ...]
-    """The token that is patched, of each prompt."""
+    """`[n]`: the token that is patched, of each prompt."""
     pairs: tuple[tuple[int, int], ...]
     """Source and target layer: block outputs, from 0."""
     clean: Tensor
@@ -95,9 +97,9 @@ class Backpatch(Result):
     vocab: dict[int, str]
     """The text of every token id in this result."""
     donors: tuple[int, ...]
-    """The question whose states are the shuffled control, of each; empty without it."""
+    """`[n]`: the question whose states are the shuffled control, of each; empty without it."""
     order: tuple[int, ...]
-    """The questions as they were drawn; those of them that are not answered are halved in this order to choose a pair."""
+    """`[n]`: the questions as they were drawn; those of them that are not answered are halved in this order to choose a pair."""
     settings: dict[str, Any]
 
     def shares(self, answered: bool = False) -> dict[str, Tensor]:

@@ -40,13 +40,15 @@ class HopKnockOut(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     answers: tuple[str, ...]
+    """`[n]`"""
     edges: tuple[tuple[str, str], ...]
     """Who attends, and to what."""
     keys: tuple[tuple[tuple[int, ...], ...], ...]
-    """The tokens that are not seen, by question and edge."""
+    """`[n]`: the tokens that are not seen, by question and edge."""
     control_keys: tuple[tuple[tuple[int, ...], ...], ...]
-    """As many others, or all others if there are fewer."""
+    """`[n]`: as many others, or all others if there are fewer."""
     windows: tuple[tuple[int, ...], ...]
     """The layers of each window, by its centre."""
     clean: Tensor

@@ -42,6 +42,7 @@ class HopReadability(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     names: dict[str, tuple[str, ...]]
     """What is looked for, of each question."""
     sites: tuple[Site, ...]

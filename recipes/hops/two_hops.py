@@ -35,11 +35,15 @@ class TwoHops(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     chains: tuple[str, ...]
-    """The two relations of each question."""
+    """`[n]`: the two relations of each question."""
     entities: tuple[str, ...]
+    """`[n]`"""
     bridges: tuple[str, ...]
+    """`[n]`"""
     answers: tuple[str, ...]
+    """`[n]`"""
     right: dict[str, Tensor]
     """Of each of `WAYS` `[n]`: whether it is answered."""
     token_ids: dict[str, Tensor]

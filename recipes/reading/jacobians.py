@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hookbook.adapter import Adapter
+from hookbook.asking import encode_prompts
 from hookbook.engine import cost, planning
 from hookbook.errors import EditError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
@@ -34,7 +35,7 @@ class Jacobian(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """The `n` prompts as the model saw them."""
+    """`[n]`: the prompts as the model saw them."""
     of: Read
     wrt: tuple[Read, ...]
     output: Tensor
@@ -102,7 +103,7 @@ def jacobian(
         [(2, 16, 16), (2, 16, 16)]
     """
     adapter = wrap(model)
-    prompts = [adapter.encode(prompt) for prompt in prompts]
+    prompts = encode_prompts(adapter, prompts)
     request = _request(adapter, prompts, of, wrt)
     parts = planning.plan(adapter, request, _answer_bytes(adapter, request, mean))
     found = _Gathered(adapter, request, mean)

@@ -59,7 +59,7 @@ class LogitLens(Result):
     own_tokens: tuple[str, ...]
     """`[n]`: the same as text."""
     wanted: tuple[str, ...]
-    """The tokens asked for."""
+    """`[m]`: the tokens asked for."""
     wanted_logprobs: Tensor
     """`[n, site, m]`"""
     wanted_ranks: Tensor
@@ -240,8 +240,9 @@ def logit_lens(
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens", with the final norm; the divergence as in Belrose et al. 2023,
     arXiv:2303.08112; languages as in Wendler et al. 2024, arXiv:2402.10588.
 
-    Differs: Wendler et al. count entropy in bits, here it is in nats; and, of byte-level BPE, a first byte alone, where here all tokens of
-    the first character's first bytes count.
+    Differs: Wendler et al. count entropy in bits, here it is in nats. For Chinese and Russian they always add the token of the first byte,
+    here of a first character that is no token, in any language: 0.002 in probability. In byte-level vocabularies their notebook finds
+    neither bytes nor what follows a space, here both count.
 
     Example:
         >>> from hookbook.testing import toy

@@ -28,7 +28,7 @@ from hookbook.show.plots import Cells, heat_map, samples, site_labels
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens, decoded, vocabulary, words
+from hookbook.tokens import Position, Tokens, decoded, prompts_of, vocabulary, words
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +38,14 @@ class Patchscope(Result):
     source_card: ModelCard
     target_card: ModelCard
     sources: tuple[Tokens, ...]
-    """The source prompts as the model saw them."""
+    """`[n]`: the source prompts as the model saw them."""
     source_positions: tuple[int, ...]
+    """`[n]`"""
     targets: tuple[Tokens, ...]
     """The target prompts; one for all sources, or one for each."""
     target_positions: tuple[int, ...]
     pairs: tuple[tuple[Site, Site], ...]
-    """Where each state was read, and where it was written."""
+    """`[p]`: where each state was read, and where it was written."""
     vocab: dict[int, str]
     """The text of every token id in this result."""
     token_ids: Tensor
@@ -64,7 +65,7 @@ class Patchscope(Result):
     surprisal: Tensor | None
     """`[n, p]`: `-log` of the probability which the source prompt's own run gives to the likeliest token, in nats."""
     wanted: tuple[str, ...]
-    """The tokens asked for."""
+    """`[m]`: the tokens asked for."""
     wanted_logprobs: Tensor
     """`[n, p, m]`"""
     control_wanted_logprobs: Tensor
@@ -296,8 +297,7 @@ class _Targets:
 
 def _targets(writer: Adapter, target: Any, n: int, bos: bool | None, written: Position | None, read: Position) -> _Targets:
     """The target prompts of `n` sources, encoded and checked."""
-    many = isinstance(target, (list, tuple)) and bool(target) and not isinstance(target[0], (int, dict))
-    listed = list(target) if many else [target]
+    listed = [target] if isinstance(target, prompts.Target) else prompts_of(target, writer.tokenizer)
     coded = [writer.encode(t.text if isinstance(t, prompts.Target) else t, bos=bos) for t in listed]
     if len(coded) not in (1, n):
         raise TokenError(

@@ -50,9 +50,9 @@ class LinearRelation(Result):
     test: tuple[Pair, ...]
     """The pairs that chose nothing."""
     validation_known: Tensor
-    """`[n]` whether the model says the object itself."""
+    """`[validation]`: whether the model says the object itself."""
     test_known: Tensor
-    """`[n]`"""
+    """`[test]`"""
     sites: tuple[Site, ...]
     """Where the subject's state is read, at its last token."""
     weight: Tensor
@@ -266,7 +266,8 @@ def linear_relation(
     `hookbook.edit_relation`.
 
     Differs: an answer is right if it is the first token of the object, also of one of several tokens (the authors take any prefix, in
-    lower case); training pairs are not required to be known; and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
+    lower case); training pairs are not required to be known; no end-of-sequence token is put before prompts, as theirs is for GPT models;
+    and `layers="all"` leaves out the embedding, which is `"resid_pre.0"`.
 
     Example:
         found = hb.linear_relation(model, hb.relations.load("country_capital"))

@@ -195,7 +195,8 @@ def edit_relation(
     Source: Hernandez et al. 2023, arXiv:2308.09124, section 5. As in the authors' code, `W` is inverted without `beta`.
 
     Differs: success is by the answer's first token; what else an edit changes, noise of the same length, and the other subject's state are
-    measured beside it.
+    measured beside it. Singular values that are only rounding, as of GPT-2 at full rank (`d_model`, the last default), have 0 as their
+    inverse here, and theirs is noise. Prompts begin as in `linear_relation`.
 
     Example:
         found = hb.linear_relation(model, hb.relations.load("country_capital"))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from hookbook.adapter import Adapter
-from hookbook.asking import mean_states
+from hookbook.asking import encode_prompts, mean_states
 from hookbook.errors import DataError, SiteError, TokenError
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import heat_map, lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tokens import Position, Tokens
+from hookbook.tokens import Position, Tokens, prompts_of
 from hookbook.vectors import Vector
 
 SHUFFLES = 20
@@ -35,7 +35,7 @@ class ContrastVectors(Result):
     values: Tensor
     """`[position, site, width]`: the positive mean less the negative one."""
     norms: Tensor
-    """`[class, position, site]`: the mean length of a positive and of a negative state."""
+    """`[2, position, site]`: the mean length of a positive and of a negative state."""
     auroc: Tensor
     """`[position, site]`: of the projection of held-out texts, 0.5 by chance; NaN if none are held out."""
     shuffled: Tensor
@@ -196,10 +196,11 @@ def contrast_vector(
 
 
 def _encoded(adapter: Adapter, texts: Any, name: str, bos: bool | None, chat: bool) -> list[Tokens]:
-    if isinstance(texts, (str, Tokens, Tensor)) or not list(texts):
-        why = "there is nothing to contrast" if not isinstance(texts, (str, Tokens, Tensor)) else "it is one prompt, not a list"
+    listed = prompts_of(texts, adapter.tokenizer)
+    if not listed or isinstance(texts, (str, Tokens)):
+        why = "it is one prompt, not a list" if listed else "there is nothing to contrast"
         raise DataError(f"the {name} class {texts!r}", why, "give a list of prompts for each class")
-    return [adapter.encode(text, bos=bos, chat=chat) for text in texts]
+    return encode_prompts(adapter, listed, bos, chat)
 
 
 def _splits(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:

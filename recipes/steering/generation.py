@@ -26,7 +26,7 @@ class Generation(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
-    """The prompts as the model saw them."""
+    """`[n]`: the prompts as the model saw them."""
     texts: tuple[str, ...]
     """`[n]`: what was generated under the edits."""
     ids: tuple[tuple[int, ...], ...]
@@ -36,7 +36,9 @@ class Generation(Result):
     control_texts: tuple[str, ...]
     """`[n]`: what the same model says without the edits."""
     control_ids: tuple[tuple[int, ...], ...]
+    """`[n]`"""
     control_logprobs: tuple[tuple[float, ...], ...]
+    """`[n]`"""
     vocab: dict[int, str]
     """The text of every generated token."""
     edits: tuple[str, ...]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookbook import storage
 from hookbook.asking import mean_states
 from hookbook.errors import DataError, EditError
 from hookbook.recipe import ModelCard, recipe, wrap
@@ -17,6 +17,7 @@ from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
+from hookbook.tokens import is_table
 from hookbook.vectors import Vector
 
 
@@ -26,7 +27,7 @@ class InContextVectors(Result):
 
     card: ModelCard
     sites: tuple[Site, ...]
-    """The block outputs."""
+    """`[layer]`: the block outputs."""
     values: Tensor
     """`[layer, width]`"""
     means: Tensor
@@ -74,13 +75,13 @@ class InContextVectors(Result):
 
 @recipe
 def in_context_vector(
-    model: Any, pairs: Sequence[tuple[Any, Any]], *, bos: bool | None = None, chat: bool = False, progress: bool | None = None
+    model: Any, pairs: Any, *, bos: bool | None = None, chat: bool = False, progress: bool | None = None
 ) -> InContextVectors:
     """One direction over all layers that leads from the first texts of some pairs to the second.
 
     Args:
         model: Any model `hookbook.wrap` takes.
-        pairs: Texts `(x, y)`, of which `y` is as wanted, such as a rude sentence and a polite one.
+        pairs: Texts `(x, y)`, of which `y` is as wanted, such as a rude sentence and a polite one; or a frame of two columns.
         bos, chat: See `hookbook.tokens.encode`.
         progress: Show a progress bar; None: for long work only.
 
@@ -105,6 +106,7 @@ def in_context_vector(
         (torch.Size([3, 16]), 'mlp_out.0')
     """
     adapter = wrap(model)
+    pairs = storage.pairs(pairs) if is_table(pairs) else list(pairs)
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs) or len(pairs) < 2:
         raise DataError(
             f"{len(pairs)} pairs", "two texts are a pair, and one pair has no principal component", "give two or more pairs of texts"

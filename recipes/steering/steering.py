@@ -31,6 +31,7 @@ class Steering(Result):
 
     card: ModelCard
     prompts: tuple[Tokens, ...]
+    """`[n]`"""
     sites: tuple[Site, ...]
     strengths: tuple[float, ...]
     metric: str

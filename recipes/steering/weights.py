@@ -42,8 +42,9 @@ def orthogonalize(model: Any, vector: Vector, folder: str | os.PathLike[str]) ->
     Source: Arditi et al. 2024, arXiv:2406.11717.
 
     Differs: the paper has `r` itself for every matrix and says that weights and ablation are the same; where a norm follows, they are not,
-    and matrices are made orthogonal to what the norm turns into `r`. A bias for activation addition is not written: most families have
-    none to write to.
+    and matrices are made orthogonal to what the norm turns into `r`. Of a tied model the authors' code changes the unembedding with the
+    embedding, here they are untied: the logits are those of ablation to 1.5e-6, theirs to 1.1e-2. Biases of what writes are changed here,
+    not there. A bias for activation addition is not written: most families have none to write to.
     """
     path = Path(folder)
     if path.exists():

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookbook.adapter import Adapter
-from hookbook.asking import encode_questions
+from hookbook.asking import Match, check_match, encode_questions
 from hookbook.controls import random_like
 from hookbook.errors import DataError, EditError, check_counts
-from hookbook.recipe import ModelCard, hold, later, plain, recipe, wrap
-from hookbook.recipes.vectors.task_sweep import TaskSweep, judge
+from hookbook.recipe import Later, ModelCard, fetch, later, plain, recipe, wrap
+from hookbook.recipes.vectors.task_sweep import TaskSweep, answered, judge
 from hookbook.request import Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import heat_map, lines
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site, layers_to_sites
-from hookbook.tasks import Question, Task
+from hookbook.tasks import Question, Splits, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,9 @@ def head_effects(
         shots: Examples in a prompt.
         n_prompts: Prompts over which a head's output is averaged.
         n_trials: Prompts with rotated answers on which each head is tried.
-        known: Use only queries which the model answers behind right examples, as the authors do.
+        known: Draw queries from those which the model answers behind right examples, as the authors do: of as many training pairs as there
+            are prompts or trials, whichever are more, each asked once beforehand. Of a remote model that is a job of its own, since it
+            decides what is asked next.
         seed: Of everything that is drawn.
         progress: Show a progress bar; None: for long work only.
 
@@ -135,8 +137,11 @@ def head_effects(
 
     Source: Todd et al. 2023, arXiv:2310.15213, section 2.3.
 
-    Differs: answers are rotated among the examples, where the authors permute them at random and some stay right; and queries are training
-    pairs, where theirs are a validation part.
+    Differs: answers are rotated among the examples, where the authors permute them at random and some stay right. That does not order heads
+    otherwise: of 270 heads on 20 prompts the rank correlation between the two ways is .61 to .78, between two permutations .68 to .72 and
+    between two rotations .81 to .89; but the answer itself is .045 likely behind rotated examples, and .08 to .14 behind permuted ones.
+    Queries are training pairs, where theirs are a validation part, and, where there is no beginning-of-sequence token, none is put first,
+    where their prompts begin with `<|endoftext|>`.
 
     Example:
         >>> from hookbook.testing import toy
@@ -149,16 +154,17 @@ def head_effects(
     if not tasks:
         raise DataError("no task", "", "give one")
     check_counts(shots=shots, n_prompts=n_prompts, n_trials=n_trials)
+    asked = _asked(adapter, tasks, shots, known * max(n_prompts, n_trials), seed, progress)
     found = [
-        _effects(adapter, task, _means(adapter, task, [], shots, n_prompts, known, seed, progress), shots, n_trials, known, seed, progress)
-        for task in tasks
+        _effects(adapter, some, _means(adapter, some, [], shots, n_prompts, seed, progress), shots, n_trials, seed, progress)
+        for some in asked
     ]
     return HeadEffects(
         card=adapter.card,
         tasks=tuple(task.name for task in tasks),
         effects=later(plain, torch.stack([effects for effects, _ in found])),
         misled=later(plain, torch.stack([misled for _, misled in found])),
-        settings={},
+        settings={"templates": [some.template for some in asked], "pairs": [len(some.pairs) for some in asked]},
     )
 
 
@@ -176,6 +182,7 @@ def function_vector(
     n_trials: int = 25,
     known: bool = True,
     queries: int = 100,
+    match: Match = "first_token",
     seed: int = 0,
     progress: bool | None = None,
 ) -> FunctionVectors:
@@ -190,10 +197,11 @@ def function_vector(
             heads' sum, more is needed.
         layers: Where it is added: `"all"`, a layer, a site, or a list; a bare layer is a block's output.
         queries: The most queries of validation, and of test.
+        match: When an answer is right; see `hookbook.task_vector`.
         model, task, shots, n_prompts, n_trials, known, seed, progress: See `head_effects`.
 
     Returns:
-        `FunctionVectors`: accuracies are of the answer's first token; the layer is chosen on validation pairs and reported on test pairs.
+        `FunctionVectors`: accuracies are of the likeliest token; the layer is chosen on validation pairs and reported on test pairs.
 
     Raises:
         EditError: No such head, or more heads than there are.
@@ -203,6 +211,7 @@ def function_vector(
 
     Differs: biases of the output projection are left out (the authors' code adds them once for each head). In Gemma 2 and 3, where a norm
     follows the projection, a head's output is what the norm makes of its part with its scale frozen (`Adapter.head_contributions`).
+    Prompts begin without `<|endoftext|>`, as in `head_effects`.
 
     Example:
         >>> from hookbook.testing import toy
@@ -214,6 +223,7 @@ def function_vector(
     adapter = wrap(model)
     card = adapter.card
     check_counts(shots=shots, n_prompts=n_prompts, n_trials=n_trials, queries=queries)
+    check_match(match)
     given = None if isinstance(heads, int) else [(int(layer), int(head)) for layer, head in heads]
     if effects is not None and isinstance(heads, int):
         if not effects.card.same_model(card):
@@ -229,9 +239,10 @@ def function_vector(
     if not 1 <= n_heads <= card.n_layers * card.n_heads // 2:
         raise EditError(f"{n_heads} heads", f"of {card.n_layers * card.n_heads}, as many others are the control", "use fewer")
     sites = layers_to_sites(layers, card)
-    means = _means(adapter, task, sites, shots, n_prompts, known, seed, progress)
+    (asked,) = _asked(adapter, [task], shots, known * max(n_prompts, n_trials), seed, progress)
+    means = _means(adapter, asked, sites, shots, n_prompts, seed, progress)
     if given is None:
-        found, _ = _effects(adapter, task, means, shots, n_trials, known, seed, progress)
+        found, _ = _effects(adapter, asked, means, shots, n_trials, seed, progress)
         ranked, scores = found.flatten().topk(n_heads).indices, found
     else:
         ranked, scores = torch.tensor([layer * card.n_heads + head for layer, head in given]), torch.empty(0)
@@ -246,21 +257,47 @@ def function_vector(
         for name, value in (("", vector), ("random heads", random_heads), ("random", noise))
     }
     named["layer mean"] = [Edit(site, means.states[at], "add") for at, site in enumerate(sites)]
-    split = task.split(seed)
-    measured, behind = judge(adapter, split, named, shots=shots, queries=queries, seed=seed, progress=progress, misled=("", "layer mean"))
+    ask = {"shots": shots, "queries": queries, "seed": seed, "match": match, "progress": progress}
+    measured, behind = judge(adapter, asked.parts, named, misled=("", "layer mean"), **ask)
     return FunctionVectors(
         card=card,
         task=task.name,
-        template=task.template.query + task.template.answer,
+        template=asked.template,
         mode="add the function vector",
         sites=tuple(sites),
         values=later(plain, vector[None].expand(len(sites), -1)),
         heads=later(_pairs, ranked, card.n_heads),
         effects=later(plain, scores),
         misled={name or "vector": values for name, values in behind.items()},
-        settings={"queries": measured.pop("queries")},
+        settings={"template": asked.template, "pairs": len(asked.pairs), "queries": measured.pop("queries")},
         **measured,
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A task in parts, and those of its training pairs that are asked."""
+
+    parts: Splits
+    pairs: Task
+
+    @property
+    def template(self) -> str:
+        return str(self.pairs.template)
+
+    def questions(self, shots: int, n: int, seed: int, shuffled: bool = False) -> list[Question]:
+        return self.pairs.questions(self.parts.train, shots, n, seed=seed, shuffled=shuffled)
+
+
+def _asked(adapter: Adapter, tasks: Sequence[Task], shots: int, known: int, seed: int, progress: bool | None) -> list[_Asked]:
+    """Which pairs are asked of each task: all training pairs (0), or those of so many that are answered, which a plan does not know."""
+    split = [task.fitted(adapter.tokenizer).split(seed) for task in tasks]
+    for parts in split:
+        parts.train.questions(shots=shots, n=1)  # too few pairs are refused before anything runs
+    some = [replace(parts.train, pairs=parts.train.pairs[: known or None]) for parts in split]
+    ask: Any = {"shots": shots, "match": "first_token", "seed": seed, "progress": progress}
+    found = fetch([answered(adapter, pairs, parts.train, **ask) for pairs, parts in zip(some, split, strict=True)] if known else some)
+    return [_Asked(parts, all_ if isinstance(pairs, Later) else pairs) for parts, all_, pairs in zip(split, some, found, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -271,50 +308,30 @@ class _Means:
     """`[site, width]`"""
 
 
-def _means(
-    adapter: Adapter, task: Task, sites: Sequence[Site], shots: int, n_prompts: int, known: bool, seed: int, progress: bool | None
-) -> _Means:
-    """Means at the last token behind examples, over the queries that are answered."""
-    asked = task.split(seed).train.questions(shots=shots, n=n_prompts, seed=seed)
-    prompts, answers = encode_questions(adapter, asked)
+def _means(adapter: Adapter, asked: _Asked, sites: Sequence[Site], shots: int, n_prompts: int, seed: int, progress: bool | None) -> _Means:
+    """Means at the last token behind examples."""
+    prompts, _ = encode_questions(adapter, asked.questions(shots, n_prompts, seed))
     reads = [Read(Site("head_z", layer)) for layer in range(adapter.card.n_layers)] + [Read(site) for site in sites]
-    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads, Readout(k=1)), progress=progress)
-    weights = _weights(reply.said.topk_ids[:, 0] == answers, task, known)
-    means = [(reading.values.cpu().to(weights.dtype) * weights[:, None]).sum(0).to(reading.values.dtype) for reading in reply.readings]
+    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], reads), progress=progress)
+    means = [reading.values.cpu().double().mean(0).to(reading.values.dtype) for reading in reply.readings]
     n = adapter.card.n_layers
     return _Means(means[:n], torch.stack(means[n:]) if sites else torch.empty(0))
 
 
-def _weights(right: Tensor, task: Task, known: bool) -> Tensor:
-    """What each query counts: the same, or the same for those which are answered."""
-    if not known:
-        return torch.full((len(right),), 1 / len(right), dtype=torch.float64)
-    unknown = DataError(
-        f"the model answers none of the queries of {task.name!r}", "there is nothing to average", "use another task, or known=False"
-    )
-    hold(right.any(), unknown)
-    return right.double() / right.double().sum().clamp(min=1)
-
-
 def _effects(
-    adapter: Adapter, task: Task, means: _Means, shots: int, n_trials: int, known: bool, seed: int, progress: bool | None
+    adapter: Adapter, asked: _Asked, means: _Means, shots: int, n_trials: int, seed: int, progress: bool | None
 ) -> tuple[Tensor, Tensor]:
     """Average indirect effects `[layer, head]`, and the probability of answers behind rotated examples."""
-    train, card = task.split(seed).train, adapter.card
-    wrong: list[Question] = train.questions(shots=shots, n=n_trials, seed=seed + 1, shuffled=True)
-    right = train.questions(shots=shots, n=n_trials, seed=seed + 1)
-    prompts, answers = encode_questions(adapter, [*wrong, *right])
+    card = adapter.card
+    prompts, answers = encode_questions(adapter, asked.questions(shots, n_trials, seed + 1, shuffled=True))
     units = [z.unflatten(0, (card.n_heads, card.d_head)).unbind(0) for z in means.z]
     edits = [Edit(Site("head_z", layer, head), value, "set") for layer, heads in enumerate(units) for head, value in enumerate(heads)]
     rows = [Row(i, some) for i in range(n_trials) for some in ((), *((edit,) for edit in edits))]
-    rows += [Row(n_trials + i) for i in range(n_trials)]
-    numbers = [row.prompt for row in rows]
-    reply = adapter.run(Request(prompts, rows, (), Readout(k=1, tokens=answers[numbers][:, None])), progress=progress)
-    tried = n_trials * (1 + len(edits))
-    said = reply.said.token_logprobs[:tried, 0].double().exp().unflatten(0, (n_trials, -1))
-    weights = _weights(reply.said.topk_ids[tried:, 0] == answers[n_trials:], task, known)
-    effects = ((said[:, 1:] - said[:, :1]) * weights[:, None]).sum(0)
-    return effects.unflatten(0, (card.n_layers, card.n_heads)), (said[:, 0] * weights).sum()
+    tokens = answers[[row.prompt for row in rows]][:, None]
+    reply = adapter.run(Request(prompts, rows, (), Readout(tokens=tokens)), progress=progress)
+    said = reply.said.token_logprobs[:, 0].double().exp().unflatten(0, (n_trials, -1))
+    effects = (said[:, 1:] - said[:, :1]).mean(0)
+    return effects.unflatten(0, (card.n_layers, card.n_heads)), said[:, 0].mean()
 
 
 def _pairs(ranked: Tensor, n_heads: int) -> tuple[tuple[int, int], ...]:

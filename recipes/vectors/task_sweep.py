@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from hookbook.adapter import Adapter
-from hookbook.asking import encode_questions, mean_states
+from hookbook.asking import Match, encode_questions, mean_states, right_tokens
 from hookbook.card import ModelCard
+from hookbook.deferred import later
+from hookbook.errors import DataError
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result
 from hookbook.show.plots import lines, site_labels
 from hookbook.show.tidy import controls, tidy
 from hookbook.sites import Site
-from hookbook.tasks import Question, Splits
+from hookbook.tasks import Question, Splits, Task
 from hookbook.vectors import Vector
 
 
@@ -88,6 +90,7 @@ def judge(
     shots: int,
     queries: int,
     seed: int,
+    match: Match,
     progress: bool | None,
     misled: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,6 +99,7 @@ def judge(
     Args:
         named: Of the vector (`""`) and of each control an edit for each site.
         shots: Examples shown for the ceiling.
+        match: See `hookbook.asking.right_tokens`.
         misled: Whose edits are also tried behind examples with rotated answers.
 
     Returns:
@@ -110,6 +114,7 @@ def judge(
             where[name] = range(len(asked), len(asked) + n)
             asked += parts.test.questions(parts.train, shots, n, seed=seed, shuffled=wrong)
     prompts, answers = encode_questions(adapter, asked)
+    wanted = right_tokens(adapter, asked, answers, match)
     runs: list[tuple[str, str, list[Any]]] = [
         ("zero_shot", "test", [None]),
         ("few_shot", "examples", [None]),
@@ -120,7 +125,7 @@ def judge(
     rows = [Row(i, () if edit is None else (edit,)) for _, on, edits in runs for i in where[on] for edit in edits]
     numbers, sizes = [row.prompt for row in rows], [len(where[on]) * len(edits) for _, on, edits in runs]
     reply = adapter.run(Request(prompts, rows, (), Readout(k=1)), progress=progress)
-    right = (reply.said.topk_ids[:, 0] == answers[numbers]).double().split(sizes)
+    right = (reply.said.topk_ids == wanted[numbers]).any(-1).double().split(sizes)
     shares = {name: part.unflatten(0, (-1, len(edits))).mean(0) for part, (name, _, edits) in zip(right, runs, strict=True)}
     controls, behind = (
         {name.removeprefix(kind): share for name, share in shares.items() if name.startswith(kind)} for kind in ("control ", "misled ")
@@ -128,6 +133,28 @@ def judge(
     measured = {"validation": shares["validation"], "accuracy": controls.pop(""), "controls": controls}
     measured |= {"zero_shot": shares["zero_shot"][0], "few_shot": shares["few_shot"][0]}
     return measured | {"queries": [len(validation), n]}, behind
+
+
+def answered(adapter: Adapter, task: Task, shown: Task, *, shots: int, match: Match, seed: int, progress: bool | None) -> Any:
+    """The pairs of a task, or a promise of them, that the model answers, each asked once behind examples of another."""
+    asked = [
+        question
+        for at, pair in enumerate(task.pairs)
+        for question in Task((pair,), task.name, task.template).questions(shown, shots, seed=seed + at)
+    ]
+    prompts, answers = encode_questions(adapter, asked)
+    wanted = right_tokens(adapter, asked, answers, match)
+    reply = adapter.run(Request(prompts, [Row(i) for i in range(len(prompts))], (), Readout(k=1)), progress=progress)
+    return later(_kept, task, (reply.said.topk_ids == wanted).any(-1))
+
+
+def _kept(task: Task, right: Tensor) -> Task:
+    pairs = tuple(pair for pair, ok in zip(task.pairs, right.tolist(), strict=True) if ok)
+    if not pairs:
+        raise DataError(
+            f"the model answers none of {task.name!r}", f"it was asked {len(task.pairs)}", "use another task, more shots or a larger model"
+        )
+    return replace(task, pairs=pairs)
 
 
 def task_means(adapter: Adapter, sites: Sequence[Site], shown: dict[str, list[Question]], progress: bool | None) -> dict[str, Tensor]:

@@ -88,14 +88,14 @@ def test_a_hook_of_the_users_stays(hook_point_case):
 
 
 def test_a_hook_of_the_users_acts_on_forks_too(hook_point_case):
-    """Rows are not packed then: the hook would take them for tokens of one row."""
+    """Rows run one at a time then: the hook sees the tokens that it would see in a plain run."""
     adapter = hook_point_case.adapter
     edits = [(hb.Edit(hb.Site("resid_post", 0), float(i), "scale"),) for i in range(12)]
     request = Request([adapter.encode("The cat sat")], [Row(0, e) for e in edits], [], Readout(logits=True))
-    shift = torch.linspace(0, 1, adapter.card.d_model, dtype=torch.float64)
+    shift, n = torch.linspace(0, 1, adapter.card.d_model, dtype=torch.float64), len(request.prompts[0])
 
     def hook(x, hook):
-        return x + shift if x.shape[1] == 1 else x  # the forks' token, not the prefix
+        return torch.cat([x[:, :-1], x[:, -1:] + shift], 1) if x.shape[:2] == (1, n) else x
 
     adapter.model.add_hook("blocks.1.hook_mlp_out", hook)
     try:

@@ -107,7 +107,7 @@ def test_a_model_in_training_mode_is_refused(tiny_folder):
     require("nnsight")
     from nnsight import TransformersModel
 
-    module = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).train()
+    module = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), attention_dropout=0.1).train()
     with pytest.raises(ModelError, match="call model.eval"):
         hb.wrap(TransformersModel(module, tokenizer=toy_tokenizer()))
 

@@ -130,8 +130,49 @@ def test_only_answered_queries_count():
     wrong = Task(tuple((x, "\x7f") for x, _ in task.pairs), "wrong", task.template)
     with pytest.raises(DataError, match="answers none of 'wrong'"):
         hb.known(case.adapter, wrong, shots=0)
-    with pytest.raises(DataError, match="answers none of the queries of 'wrong'"):
+    with pytest.raises(DataError, match="answers none of 'wrong'"):
+        hb.head_effects(case.adapter, [task, wrong], shots=2, n_prompts=3, n_trials=2)
+    with pytest.raises(DataError, match="answers none of 'wrong'"):
         hb.function_vector(case.adapter, wrong, heads=1, shots=2, n_prompts=3, n_trials=2)
+
+
+def test_trials_are_as_many_as_were_asked_for_and_all_of_known_pairs():
+    """The pairs that are answered are found beforehand; means and trials draw from them, as often as they were asked for."""
+    from hookbook.testing import toy
+
+    case = Case("toy", toy())
+    words = [a + b for a in "abcdef" for b in "xyz"]
+    task = Task(tuple((word, "(p"[at % 2]) for at, word in enumerate(words)), "said", Template("{}*", "{}", ";"))
+    train, card, n, trials = task.split(5).train, case.adapter.card, 7, 8
+
+    def says(question):
+        ids, answer = ids_of(case, question)
+        return int(case.plain(ids)[0][-1].argmax()) == answer
+
+    right = []
+    for at, pair in enumerate(train.pairs[:trials]):  # each once, behind its own draw of examples
+        (question,) = Task((pair,), "said", task.template).questions(train, SHOTS, seed=5 + at)
+        right += [pair] * says(question)
+    assert 0 < len(right) < trials < len(train)
+    known = Task(tuple(right), "said", task.template)
+    sites = tuple(hb.Site("head_z", layer) for layer in range(card.n_layers))
+    runs = [case.plain(ids_of(case, question)[0], (), sites)[1] for question in known.questions(train, SHOTS, n, seed=5)]
+    means = [torch.stack([found[site][-1] for found in runs]).mean(0) for site in sites]
+    want, before = torch.zeros(card.n_layers, card.n_heads, dtype=torch.float64), 0.0
+    for question in known.questions(train, SHOTS, trials, seed=6, shuffled=True):
+        ids, answer = ids_of(case, question)
+        clean = float(case.plain(ids)[0][-1].softmax(-1)[answer])
+        before += clean / trials
+        for layer, z in enumerate(means):
+            for head, value in enumerate(z.unflatten(0, (card.n_heads, -1))):
+                site = hb.Site("head_z", layer, head)
+                logits, _ = case.plain(ids, ((site, len(ids) - 1, hb.Edit(site, value, "set"), []),))
+                want[layer, head] += (float(logits[-1].softmax(-1)[answer]) - clean) / trials
+    found = hb.head_effects(case.adapter, task, shots=SHOTS, n_prompts=n, n_trials=trials, seed=5)
+    assert (found.mean.double() - want).abs().max() < 1e-6 < want.abs().max()
+    assert float(found.misled[0]) == pytest.approx(before, abs=1e-6) and found.settings["pairs"] == [len(right)]
+    ask = {"shots": SHOTS, "n_prompts": n, "n_trials": trials, "queries": 3, "seed": 5}
+    assert (hb.function_vector(case.adapter, task, heads=2, **ask).effects.double() - want).abs().max() < 1e-6
 
 
 def test_a_sum_of_vectors_is_made_of_its_parts(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -194,3 +195,17 @@ def test_words_begin_with_their_bytes():
     assert lens.languages == ("a", "b") and lens.language_ids.shape == (2, 2, 2)
     assert sorted(lens.language_ids[0, 0].tolist()) == sorted(tokenizer("dc", add_special_tokens=False).input_ids)
     assert lens.language_ids[0, 1].tolist() == [e5, -1] and [lens.vocab[i] for i in lens.language_ids[1, :, 0].tolist()] == ["o", "p"]
+
+
+def test_what_a_tokenizer_gives_is_read_as_its_texts(case):
+    """A padded batch with its mask, on either side; and of TransformerLens `to_tokens`, one row `[1, n]`."""
+    adapter, texts = case.adapter, ["The cat sat", "no"]
+    tokenizer, want = copy.deepcopy(adapter.tokenizer), hb.logit_lens(adapter, texts)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for side in ("left", "right"):
+        found = hb.logit_lens(adapter, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt"))
+        assert [prompt.ids for prompt in found.prompts] == [prompt.ids for prompt in want.prompts]
+        assert torch.equal(found.token_ids, want.token_ids) and (found.logprobs - want.logprobs).abs().max() < EXACT
+    if case.name.startswith(("bridge", "hooked")):
+        row = adapter.model.to_tokens(texts[0])
+        assert row.dim() == 2 and hb.logit_lens(adapter, row).prompts[0].ids == tuple(row[0].tolist())

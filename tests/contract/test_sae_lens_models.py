@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.errors import ModelError
+from hookbook.errors import EditError, ModelError, Refused
 from hookbook.request import Read, Readout, Request, Row
+from hookbook.sites import SITES
 from tests.support.needs import require
 from tests.support.tiny import DTYPE, build, tiny_hooked
 
@@ -59,6 +60,67 @@ def test_it_gives_what_the_plain_model_gives(kind, arch, tiny_folder):
     assert all(torch.equal(a.values, b.values) for a, b in zip(mine.readings, theirs.readings, strict=True))
     grids = [hb.patchscope(adapter, TEXTS[0], target="cat -> cat; x", target_layers="all", k=3) for adapter in (ours.model, plain.model)]
     assert grids[0].to_frame().equals(grids[1].to_frame()) and len(grids[0].to_frame()) > plain.card.n_layers**2
+
+
+def of_class(name: str, arch: str, tiny_folder: Any) -> Any:
+    kind, _, plain = name.partition(" ")
+    return build(f"{kind}-{arch}", tiny_folder).model if plain else sae_model(kind, arch, tiny_folder)
+
+
+NAMES = ("bridge", "hooked", "bridge plain", "hooked plain")
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_with_the_names_that_a_model_has_are_hookbooks_own_edit(name, arch, tiny_folder):
+    model = of_class(name, arch, tiny_folder)
+    adapter = hb.wrap(model)
+    tokens, lens = adapter.encode(TEXTS[0]), {"prepend_bos": False} if "hooked" in name else {}
+    ids, clean = torch.tensor([tokens.ids]), adapter.run(Request([adapter.encode(TEXTS[0])], [Row(0)], (), Readout(logits=True)))
+    refused = []
+    for site in (hb.Site(name, 1 if spec.layered else None) for name, spec in SITES.items() if name != "attn_pattern"):
+        vector = hb.Vector.of(adapter, site, torch.linspace(-2, 2, site.width(adapter.card)))
+        if adapter.hook_name(site) is None:
+            refused.append(site.name)
+            with pytest.raises(Refused, match="no hook point"):
+                vector.fwd_hooks(model)
+            continue
+        for op, position in (("add", -1), ("add", slice(-3, None)), ("set", slice(None)), ("set", -1)):
+            edit = vector.edit(op, 1.5, position=position)
+            want = adapter.run(Request([tokens], [Row(0, (edit,))], (), Readout(logits=True))).readout.logits  # type: ignore[union-attr]
+            hooks = vector.fwd_hooks(model, strength=1.5, position=position, op=op)
+            ours = model.run_with_hooks(ids, fwd_hooks=hooks, **lens)
+            assert (ours[0, -1] - want[0]).abs().max() < 1e-6, (site, op, position)
+            with model.hooks(fwd_hooks=vector.fwd_hooks(adapter, strength=1.5, position=position, op=op)):
+                assert torch.equal(model(ids, **lens), ours)
+            assert (want - clean.readout.logits).abs().max() > 1e-3, (site, op, position)  # type: ignore[union-attr]
+    assert refused == {"hooked": ["final_norm"], "hooked plain": ["mlp_in", "final_norm"]}.get(name, [])
+
+
+def test_the_names_of_other_models_do_nothing_on_a_bridge_of_sae_lens(tiny_folder):
+    """Why `fwd_hooks` takes the model; should this end, `Site.hook_name` and the pages need not say so."""
+    model, plain = sae_model("bridge", "llama", tiny_folder), build("bridge-llama", tiny_folder).model
+    ids = torch.tensor([hb.wrap(model).encode(TEXTS[0]).ids])
+    for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"):
+        hooks = hb.Vector.of(model, hb.Site(name, 1), torch.linspace(-2, 2, 16)).fwd_hooks(position=slice(None))
+        assert torch.equal(model.run_with_hooks(ids, fwd_hooks=hooks), model(ids)), name
+        assert (plain.run_with_hooks(ids, fwd_hooks=hooks) - plain(ids)).abs().max() > 0.01, name
+
+
+def test_hooks_for_a_model_that_takes_none_or_another_are_refused(tiny_folder):
+    bridge = build("bridge-llama", tiny_folder)
+    vector = hb.Vector.of(bridge, "resid_post.1", torch.ones(16))
+    with pytest.raises(EditError, match="a vector of"):
+        vector.fwd_hooks(build("bridge-gpt2", tiny_folder).model)
+    nnsight = build("nnsight-llama", tiny_folder)
+    with pytest.raises(Refused, match="resid_post.1 of a TransformersModel as a TransformerLens hook: it has no hook point there"):
+        hb.Vector.of(nnsight, "resid_post.1", torch.ones(16)).fwd_hooks(nnsight.model)
+    model = sae_model("bridge", "llama", tiny_folder)
+    model.add_sae(sae(hb.Site("resid_post", 1).hook_name))
+    with pytest.raises(ModelError, match="SAEs spliced in"):
+        vector.fwd_hooks(model)
+    with pytest.raises(EditError, match="only add and set at a whole site"):
+        hb.Vector.of(bridge, "attn_pattern.1", torch.ones(4)).fwd_hooks(bridge)
 
 
 @pytest.mark.parametrize("spliced", ["resid_pre", "resid_post", "mlp_out", "transcoder"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hookbook as hb
+from hookbook.errors import ResultError
 from hookbook.request import Read, Readout, Request, Row
 from tests.support.cases import assert_plain
 from tests.support.formulas import flat
@@ -165,6 +166,6 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(it.old.tokenizer.__class__, "save_pretrained", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ResultError, match="cannot be written.*no space"):
         hb.orthogonalize(it.old, it.vector, tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -53,6 +53,32 @@ def test_task_vectors_are_what_a_loop_finds(case, mode):
     assert len(found.to_frame()) == n_layers and found.plot() is not None
 
 
+def theirs(said: str, answer: str, match: str) -> bool:
+    """How the code of Hendel et al. compares a predicted token with an answer."""
+    said, answer = said.split("\n")[0].strip(), answer.strip()
+    if match == "exact":
+        return said == answer
+    return len(said) > 0 and (said.startswith(answer) or answer.startswith(said))
+
+
+@pytest.mark.parametrize("match", ["exact", "prefix"])
+def test_answers_are_matched_as_texts(case, match):
+    """Answers are what the model says, what begins with it, what it begins, and something else."""
+    adapter, pairs = case.adapter, []
+    for at, letter in enumerate("abcdefghijklmnopqrstuvwxyz"):
+        said = adapter.tokenizer.decode([int(case.plain(adapter.encode(f"{letter}>").ids)[0][-1].argmax())])
+        said = said if said.strip() and said.isprintable() and "\ufffd" not in said else "?"
+        pairs.append((letter, (said, said + "x", said[0], "~")[at % 4]))
+    task = Task(tuple(pairs), "said", Template("{}>", "{}", ";"))
+    found = hb.task_vector(adapter, task, layers=[0], shots=2, n_prompts=2, queries=6, match=match)
+    asked = task.split(0).test.questions(n=6)
+    right = []
+    for question in asked:
+        logits, _ = case.plain(adapter.encode(question.text).ids)
+        right.append(theirs(adapter.tokenizer.decode([int(logits[-1].argmax())], skip_special_tokens=True), question.answer, match))
+    assert float(found.zero_shot) == pytest.approx(sum(right) / 6) and found.settings["match"] == match
+
+
 def test_a_vector_goes_through_a_file_back_into_hooks_and_traces(case, tmp_path):
     adapter = case.adapter
     made = hb.Vector.of(adapter.model if case.name != "toy" else adapter, "resid_post.1", torch.linspace(-2, 2, adapter.card.d_model))

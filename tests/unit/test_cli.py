@@ -187,7 +187,7 @@ def test_defaults_are_those_of_the_recipes():
         ("steer sentiment --prompt x --toward a --against b --site nope", 1, "nope"),
         ("steer sentiment --prompt x --toward a --against b --held-out 1.5", 2, "Invalid value"),
         ("task-vector antonyms", 1, "no task 'antonyms'"),
-        ("task-vector texts.json", 1, "cannot be read as pairs"),
+        ("task-vector texts.json", 1, "a dict of lists"),
         ("task-vector antonym --other nothing", 1, "no task 'nothing'"),
         ("relation copy", 1, "no templates"),
         ("relation country_capital --n-train 0", 2, "Invalid value"),

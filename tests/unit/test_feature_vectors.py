@@ -251,7 +251,7 @@ def test_another_model_is_refused():
     other = hb.Vector(toy(d_model=24, dtype=torch.float64).card, SITE, draw(24))
     with pytest.raises((SiteError, ModelError)):
         other.decompose(make_sae(TOY))
-    elsewhere = hb.Vector(hb.ModelCard(**{**TOY.card.to_dict(), "model_id": "another"}), SITE, draw(WIDTH))
+    elsewhere = hb.Vector(hb.ModelCard(**{**TOY.card.to_dict(), "model_id": "another", "weights": ()}), SITE, draw(WIDTH))
     with pytest.raises(SiteError, match="different spaces"):
         elsewhere.decompose(hb.sae.attach(TOY, make_sae(TOY)))
     with pytest.raises(ModelError, match="another"):

@@ -158,7 +158,7 @@ def test_half_precision_files_are_read(tmp_path):
 )
 def test_what_a_control_vector_cannot_hold_is_not_written(tmp_path, given, message):
     of = vector("resid_post.2")
-    another = replace(of, card=replace(of.card, model_id="another"))
+    another = replace(of, card=replace(of.card, model_id="another", weights=()))
     vectors = [another if site == "another" else vector(site) for site in given] if isinstance(given, list) else given
     with pytest.raises(SiteError, match=message):
         interop.to_repeng(vectors, tmp_path / "v.gguf")
@@ -310,7 +310,7 @@ def test_a_steering_vector_is_of_one_model_and_one_kind_of_site():
     for vectors, message in (
         ([of, vector("mlp_out.2")], "only resid_post or only attn_out or only mlp_out"),
         (hb.Vector.of(toy(), "head_z.1.0", torch.ones(8)), "only resid_post"),
-        (replace(of, card=replace(of.card, model_id="another")), "vectors of another for toy"),
+        (replace(of, card=replace(of.card, model_id="another", weights=())), "vectors of another for toy"),
         ([of, of], "several vectors at one layer"),
     ):
         with pytest.raises(SiteError, match=message):

@@ -59,7 +59,7 @@ def test_bad_relations_are_refused_before_anything_runs(ask, error, match, monke
     run(monkeypatch, lambda: hb.linear_relation(TOY, relation(), **ask), error, match)
 
 
-OTHER = {"relation": lambda: replace(found(), card=replace(TOY.card, model_id="another"))}
+OTHER = {"relation": lambda: replace(found(), card=replace(TOY.card, model_id="another", weights=()))}
 
 
 @pytest.mark.parametrize(

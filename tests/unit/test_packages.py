@@ -226,9 +226,17 @@ def test_a_conversion_that_fails_leaves_what_was_there(copied, monkeypatch, tmp_
 
     monkeypatch.setenv("HOOKBOOK_CACHE", str(tmp_path))
     monkeypatch.setitem(PACKAGES, NAME, replace(PACKAGES[NAME], gguf=half))
-    with pytest.raises(OSError, match="on purpose"):
+    with pytest.raises(ModelError, match="on purpose.*HOOKBOOK_CACHE"):
         find(NAME)
     assert sums(copied) == before and list(copied.parent.iterdir()) == [copied]
+
+
+def test_a_cache_where_nothing_can_be_made_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HOOKBOOK_CACHE", str(tmp_path / "file"))
+    monkeypatch.setitem(PACKAGES, NAME, replace(PACKAGES[NAME], gguf=lambda folder: folder))
+    with pytest.raises(ModelError, match=f"cannot be kept in {tmp_path / 'file'}.*HOOKBOOK_CACHE"):
+        find(NAME)
 
 
 def test_a_broken_model_is_made_again(converted, copied, monkeypatch, tmp_path, caplog):

@@ -181,7 +181,7 @@ def far() -> Any:
         def __init__(self) -> None:
             self.near = toy()
             self.card, self.tokenizer, self.model = self.near.card, self.near.tokenizer, self.near.model
-            self.verified, self.places = {"runs", "sublayers"}, 0
+            self.verified, self.places = {"runs", "sublayers", "head_z"}, 0
 
         eos_ids = property(lambda self: self.near.eos_ids)
 
@@ -194,6 +194,9 @@ def far() -> Any:
         def splits(self) -> int:
             return 0
 
+        def size(self, tape: Any, wanted: Any) -> int:
+            return len(tape.steps)
+
         def fetch(self, tape: Any, wanted: Any) -> dict[int, torch.Tensor]:
             out: dict[int, torch.Tensor] = {}
             run_errand(Passes(self.near), tape.errand(wanted), out)
@@ -205,12 +208,38 @@ def far() -> Any:
 ASKED: dict[str, Any] = {
     "patchscope": lambda model: hb.patchscope(model, ["ab", "abcd"], target="cd?", target_layers="all", generate=2, tokens=["x"]),
     "logit_lens": lambda model: hb.logit_lens(model, ["ab", "cde"], position=slice(None)),
-    "task_vector": lambda model: hb.task_vector(model, makers.task(), shots=2, n_prompts=4, queries=3),
+    "task_vector": lambda model: hb.task_vector(model, makers.task(), shots=2, n_prompts=4, queries=3, match="prefix"),
+    "head_effects": lambda model: hb.head_effects(model, [said(), said()], **FEW),
     "generate": lambda model: hb.generate(model, ["ab", "c"], max_new_tokens=3),
     "backpatch": lambda model: hb.backpatch(model, [("ab", "c"), ("de", "f")]),
     "contrast_vector": lambda model: hb.contrast_vector(model, ["ab", "ac"], ["xf", "xg"], held_out=0),
     "jacobian": lambda model: hb.jacobian(model, ["ab", "cd"], Read("resid_post.2"), [Read("resid_post.0")], mean=True),
 }
+
+
+FEW: Any = {"shots": 2, "n_prompts": 3, "n_trials": 2}
+
+
+def said() -> hb.Task:
+    """A task of which the toy answers some behind two examples."""
+    words = [a + b for a in "abcdef" for b in "xyz"]
+    return hb.Task(tuple((word, "(p"[at % 2]) for at, word in enumerate(words)), "said", hb.tasks.Template("{}*", "{}", ";"))
+
+
+def test_what_is_known_is_a_job_of_its_own():
+    """Which queries are drawn depends on it. Jobs are counted beforehand, too; what one of them had is not run again by the next."""
+    model, jobs = far(), []
+    fetch = model.fetch
+    model.fetch = lambda tape, wanted: jobs.append(len(tape.steps)) or fetch(tape, wanted)
+    for known, n in ((True, 2), (False, 1)):
+        jobs.clear()
+        theirs = hb.head_effects(model, [said(), said()], known=known, **FEW)
+        ours, plan = (
+            hb.head_effects(toy(), [said(), said()], known=known, **FEW),
+            hb.head_effects.plan(model, [said(), said()], known=known, **FEW),
+        )
+        assert len(jobs) == plan.jobs == n and (theirs.effects - ours.effects).abs().max() < 1e-6 < ours.effects.abs().max()
+        assert plan.bytes_up == sum(jobs) and all(jobs)
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -171,7 +171,7 @@ def test_a_save_that_fails_leaves_what_was_there(grid, lens, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("hookbook.storage.save_file", broken)
-        with pytest.raises(OSError, match="on purpose"):
+        with pytest.raises(ResultError, match="cannot be written.*on purpose"):
             grid.save(path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == old
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -124,10 +125,13 @@ def test_the_selection_rule_on_planted_numbers():
     addition = [2.0, -0.1, 1.0, 3.0, 1.0, nan]
     kl = [0.05, 0.01, 0.1, 0.11, 0.0, 0.0]
     every = torch.tensor([ablation, addition, kl], dtype=torch.float64)[:, None]
-    (why,) = _discarded(every, [0, 1, 2, 3, 4, 5], 20, 0.1)
+    real = torch.zeros(1, 6, dtype=torch.bool)
+    (why,) = _discarded(every, real, [0, 1, 2, 3, 4, 5], 16, 0.1)
     assert [bool(w) for w in why] == [False, True, False, True, True, True]
+    assert all("rounding noise" in w for w in _discarded(every, ~real, [0, 1, 2, 3, 4, 5], 16, 0.1)[0])
     assert "addition" in why[1] and "KL" in why[3] and why[4] == why[5] == "not a number"
-    assert all("not below" in w for w in _discarded(every, [8] * 6, 10, 0.1)[0]) and not _discarded(every, [7] * 6, 10, 0.1)[0][0]
+    assert all("not below" in w for w in _discarded(every, real, [8] * 6, 8, 0.1)[0])
+    assert not _discarded(every, real, [7] * 6, 8, 0.1)[0][0]
     values = torch.arange(6.0 * 16).reshape(1, 6, 16)
     six = toy(n_layers=6)
     choice = hb.DirectionChoice(
@@ -145,9 +149,9 @@ def test_the_selection_rule_on_planted_numbers():
         {},
     )
     assert choice.best is not None and choice.best.site.layer == 2  # the lowest of those left
-    assert _why(every, torch.tensor([3, 3]), [0, 1, 2, 3, 4, 5], 20, 0.1) == ""
-    assert _why(every, torch.tensor([3, 3]), [5] * 6, 5, 0.1) == "every candidate is discarded"
-    assert "no positive prompt" in _why(every, torch.tensor([0, 3]), [0] * 6, 20, 0.1)
+    assert _why(every, real, torch.tensor([3, 3]), [0, 1, 2, 3, 4, 5], 16, 0.1) == ""
+    assert _why(every, real, torch.tensor([3, 3]), [5] * 6, 4, 0.1) == "every candidate is discarded"
+    assert "no positive prompt" in _why(every, real, torch.tensor([0, 3]), [0] * 6, 16, 0.1)
 
 
 def test_selection_measures_what_its_runs_give():
@@ -165,8 +169,9 @@ def test_selection_measures_what_its_runs_give():
         p = float(logprobs[list(ids)].exp().sum())
         return math.log(p + 1e-8) - math.log(1 - p + 1e-8)
 
+    assert all("layer 2 is not below 2" in line[2] for line in ours.discarded)  # of three layers, int(0.8 * 3) and above
     for p, position in enumerate((-1, -2)):
-        for s in range(3):
+        for s in range(2):
             vector = found.vector(s, position)
             ablate, add = hb.directional_ablation(vector), [vector.edit(position=slice(None), scope="all")]
             assert float(ours.ablation[p, s]) == pytest.approx(sum(odds(run(text, ablate)) for text in ("axe", "oak")) / 2, abs=1e-9)
@@ -177,6 +182,35 @@ def test_selection_measures_what_its_runs_give():
     none = hb.select_direction(TOY, found, ["axe", "oak"], ["ship", "to"], tokens=["e", "o"], chat=False)
     assert none.best is None and "without edits" in none.why  # the toy never says either: all log-odds are below 0
     assert len(none.to_frame()) == 6 and none.why in none.view().html
+
+
+@pytest.mark.parametrize(("n_layers", "left"), [(5, 4), (6, 4), (12, 9), (18, 14), (30, 24)])
+def test_layers_are_discarded_from_where_the_authors_discard_them(n_layers, left):
+    model = toy(n_layers=n_layers)
+    found = hb.contrast_vector(model, POSITIVE, NEGATIVE, site="resid_pre", held_out=0)
+    ours = hb.select_direction(model, found, ["axe"], ["ship"], tokens=["e"], max_kl=9e9, filter=False, chat=False)
+    theirs = [layer >= int(n_layers * (1.0 - 0.2)) for layer in range(n_layers)]  # their prune_layer_percentage is 0.2
+    assert ["is not below" in why for why in ours.discarded[0]] == theirs and theirs.index(True) == left
+    assert ours.ablation[0].isnan().tolist() == theirs
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_candidate_that_is_nothing_is_left_out_and_the_others_are_tried(dtype):
+    """All prompts end alike, as a template does: the stream has not yet seen what differs, and the difference is zero or rounding."""
+    model = toy(dtype=getattr(torch, dtype))
+    positive, negative = [f"{a}{b}~~" for a in "abc" for b in "xyz"], [f"{a}{b}~~" for a in "defgh" for b in "xy"]
+    found = hb.contrast_vector(model, positive, negative, site="resid_pre", position=[-1, -2], held_out=0)
+    ask = {"tokens": ["e"], "max_kl": 9e9, "filter": False, "chat": False}
+    ours = hb.select_direction(model, found, ["axe~~"], ["ship~~"], **ask)
+    assert all("rounding noise" in line[0] and "rounding" not in line[1] for line in ours.discarded)
+    numbers = torch.stack([ours.ablation, ours.addition, ours.kl])
+    assert numbers[:, :, 0].isnan().all() and not numbers[:, :, 1].isnan().any()
+    later = dataclasses.replace(found, sites=found.sites[1:], values=found.values[:, 1:], norms=found.norms[:, :, 1:])
+    alone = hb.select_direction(model, later, ["axe~~"], ["ship~~"], **ask)
+    assert (numbers[:, :, 1] - torch.stack([alone.ablation, alone.addition, alone.kl])[:, :, 0]).abs().max() < 1e-6
+    found.values[:, 1] = found.norms[:, :, 1].amax(0)[:, None] * 1e-9 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    none = hb.select_direction(model, found, ["axe~~"], ["ship~~"], **ask)
+    assert none.best is None and none.why == "every candidate is discarded" and "rounding noise" in none.discarded[1][1]
 
 
 def test_a_direction_is_ablated_at_every_writer():
@@ -280,7 +314,7 @@ BAD = {
     "several vectors with layers": (steer([VECTOR], layers=[1]), EditError, "leave layers out"),
     "two vectors at one site": (steer([VECTOR, VECTOR]), SiteError, "one place"),
     "no vectors": (steer([]), EditError, "0 vectors"),
-    "a vector of another width": (steer(OTHER), EditError, "width"),
+    "a vector of another width": (steer(OTHER), EditError, "other weights"),
     "ablation of heads": (
         lambda: hb.directional_ablation(hb.Vector.of(TOY, "head_z.1", torch.ones(16))),
         EditError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,30 @@ def test_prompts_are_the_papers():
         " Moscow",
         " Rome",
     )
+
+
+class Cuts:
+    """A tokenizer that knows some texts whole, and others letter by letter."""
+
+    def __init__(self, *whole: str) -> None:
+        self.whole = whole
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Cuts:
+        assert text[0] == "!" and not add_special_tokens
+        self.input_ids = [0, 1] if text[1:] in self.whole else [0] * len(text)
+        return self
+
+
+def test_spaces_are_put_where_as_many_outputs_are_one_token_with_them():
+    """By the authors' rule: with spaces, if at least 0.7 times as many outputs are one token so."""
+    words = [f"word{i}" for i in range(12)]
+    task = Task(tuple((f"in{i}", word) for i, word in enumerate(words)), "words", ARROW)
+    for plain, spaced, form in ((10, 7, " "), (10, 6, ""), (0, 0, " "), (12, 12, " "), (1, 0, "")):
+        found = task.fitted(Cuts(*words[:plain], *(f" {word}" for word in words[:spaced])))
+        assert found.template.prompt(task.pairs[:1], "in5") == f"example:{form}in0->{form}word0\nexample:{form}in5->"
+        assert found.pairs == task.pairs and found.fitted(Cuts()) == found and str(found.template) == f"example:{form}{{}}->{form}{{}}"
+    for template in (QA, ARROW.spaced, replace(ARROW, spaced=None)):
+        assert task.with_template(template).fitted(None).template is template  # of one form there is nothing to ask
 
 
 def test_splits_are_the_same_whatever_the_order_and_share_nothing():
@@ -85,7 +110,7 @@ def test_files_and_frames(tmp_path):
     assert load(pd.DataFrame({"in": ["x", "z"], "out": ["y", "w"]})).pairs == want
     (tmp_path / "d.json").write_text("{")
     for bad in ("d.json", "none.csv"):
-        with pytest.raises(DataError, match="cannot be read as pairs"):
+        with pytest.raises(DataError, match="cannot be read"):
             load(tmp_path / bad)
 
 

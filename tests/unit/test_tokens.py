@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -73,7 +75,24 @@ def test_tokens_keep_the_text_the_strings_and_where_they_are():
     assert len(tokens) == 4 and encode(tokens, TOY) is tokens
 
 
-@pytest.mark.parametrize("ids", [[A, B], (A, B), torch.tensor([A, B]), torch.tensor([A, B], dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [A, B],
+        (A, B),
+        torch.tensor([A, B]),
+        torch.tensor([A, B], dtype=torch.int32),
+        torch.tensor([[A, B]]),
+        np.array([A, B]),
+        np.array([[A, B]]),
+        [np.int64(A), np.int32(B)],
+        list(torch.tensor([A, B])),
+        pd.Series([A, B]),
+        {"input_ids": [A, B], "attention_mask": [1, 1]},
+        {"input_ids": torch.tensor([[1, 1, A, B]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])},
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
 def test_ids_are_used_as_they_are(ids):
     tokens = encode(ids, TOY, bos=True)
     assert tokens == Tokens("ab", (A, B), ("a", "b"), None)
@@ -90,7 +109,8 @@ def test_ids_are_used_as_they_are(ids):
         [0, 258],
         [-1],
         torch.tensor([1.0]),
-        torch.tensor([[1]]),
+        torch.tensor([[A, B], [A, C]]),
+        torch.zeros(1, 2, 2, dtype=torch.long),
         torch.tensor(1),
         5,
         None,

@@ -45,7 +45,7 @@ def test_what_does_not_fit_raises():
     for other in (
         vector(A, "resid_pre.1"),
         vector(A, "resid_post.2"),
-        replace(a, card=replace(a.card, model_id="another")),
+        replace(a, card=replace(a.card, model_id="another", weights=())),
         hb.Vector.of(toy(), "head_z.0.1", torch.ones(8)),
     ):
         with pytest.raises(SiteError, match="different spaces"):
@@ -79,7 +79,7 @@ def test_an_edit_is_the_vector_in_a_run():
 
 
 def test_a_vector_of_another_model_is_refused_wherever_it_is_used(tmp_path):
-    other = replace(TOY.card, model_id="somebody/another-toy")
+    other = replace(TOY.card, model_id="somebody/another-toy", weights=())
     theirs = hb.Vector.load(replace(vector(A), card=other).save(tmp_path / "other.safetensors"))
     for use in (
         lambda: hb.generate(TOY, "ab", edits=[theirs.edit()]),

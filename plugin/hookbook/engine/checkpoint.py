@@ -13,6 +13,7 @@ from torch import Tensor
 from hookbook import storage
 from hookbook.engine.planning import Part
 from hookbook.engine.seam import Backend
+from hookbook.engine.state import look, using
 from hookbook.errors import ResultError
 from hookbook.reply import Reply
 from hookbook.request import Edit, FeatureChange
@@ -29,9 +30,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str], backend: Backend) -> None:
-        self.folder, self.card = Path(folder), backend.card
+        self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ResultError(f"checkpoint={str(folder)!r}", "it is a file", "give a folder")
+        with using(backend) as mine:
+            look(backend, mine, whole=True)  # every number, for what is kept
+        self.card = backend.card
         last, one = backend.card.n_layers, torch.tensor([1])
         climb = Climb(1, {}, {}, {("resid_post", last - 1): [("x", one - 1, one)]}, last)
         with torch.no_grad():
@@ -43,15 +47,22 @@ class Checkpoint:
         path = self._path(part)
         if not path.exists():
             return None
-        data = storage.read(path, KIND)
+        try:
+            data = storage.read(path, KIND)
+        except ResultError as error:
+            raise ResultError(f"a file of the checkpoint, {path}", error.why, "delete this file: its part is then run again") from error
         tolerance = (1e-3 if self.card.itemsize >= 4 else 5e-2) * (1 + float(self.probe.abs().max()))
-        if data["probe"].shape != self.probe.shape or float((data["probe"] - self.probe).abs().max()) > tolerance:
+        if (
+            not data["card"].same_model(self.card)
+            or data["probe"].shape != self.probe.shape
+            or float((data["probe"] - self.probe).abs().max()) > tolerance
+        ):
             raise ResultError(f"the checkpoint in {self.folder}", "it was filled by a model with other weights", "give another folder")
         return data["reply"]
 
     def save(self, part: Part, reply: Reply) -> None:
         """Keep a finished part; the file appears whole or not at all."""
-        storage.write(self._path(part), KIND, {"probe": self.probe, "reply": reply})
+        storage.write(self._path(part), KIND, {"probe": self.probe, "card": self.card, "reply": reply})
 
     def _path(self, part: Part) -> Path:
         return self.folder / f"{fingerprint(part)}.safetensors"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hookbook.engine.checks import PlannedRow, check
 from hookbook.engine.seam import Backend
+from hookbook.engine.state import state
 from hookbook.request import Request
 from hookbook.travel.layout import Layout
 
@@ -44,6 +45,8 @@ class Part:
     request: Request
     card: ModelCard
     rows: list[PlannedRow]
+    apart: bool = False
+    """Whether nothing is shared, not even between a prompt's tokens: hooks of the user's are on the model."""
 
     def __post_init__(self) -> None:
         groups: dict[tuple, list[int]] = defaultdict(list)
@@ -59,7 +62,7 @@ class Part:
         """Of each trunk row."""
         self.n = max(map(len, self.prompts))
         self.pads = [self.n - len(tokens) for tokens in self.prompts]
-        self.split = self._split()
+        self.split = 0 if self.apart else self._split()
         self.pack, self.pack_decoding = self._packs()
 
     def _split(self) -> int:
@@ -199,6 +202,8 @@ def plan(backend: Backend, request: Request, held: int = 0) -> list[Part]:
         HookbookError: Something asked for is not in the model or a prompt, cannot be done, or would change nothing.
     """
     rows = check(backend, request)
+    if not backend.remote and state(backend).hooks:
+        return [Part(request, backend.card, [row], apart=True) for row in rows]
     lengths = [len(request.prompts[row.prompt]) for row in rows]
     if max(lengths) != min(lengths):
         rows.sort(key=lambda row: (len(request.prompts[row.prompt]), row.prompt))  # neighbours need little padding

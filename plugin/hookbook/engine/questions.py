@@ -11,6 +11,7 @@ from torch import Tensor
 from hookbook.deferred import Deferred, Tape, here
 from hookbook.engine import cost, planning, selfcheck
 from hookbook.engine.seam import Backend, vjp_shapes
+from hookbook.engine.state import locked, using
 from hookbook.reply import LensReadout, TokenReadout
 
 
@@ -22,12 +23,13 @@ def readout(backend: Backend, resid: Tensor, k: int, tokens: Tensor | None, logi
         if not backend.remote:
             return blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], backend.card.d_vocab if logits else 0)
     if not normed:
-        selfcheck.check(backend)
         cost.spend({"unembedded": len(resid)})
     rows = planning.rows_at_once(backend.card)
     if not backend.remote:
         resid, tokens = here((resid, tokens))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
+    with using(backend), torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
+        if not normed:
+            selfcheck.check(backend)
         return backend.token_readout(resid, rows, k, tokens, logits, normed)
 
 
@@ -50,12 +52,12 @@ def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked
         if not backend.remote:
             shapes = LensReadout.shapes(states, card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)
             return LensReadout(*Tape().note("lens", {}, shapes))
-    selfcheck.check(backend)
     cost.spend({"unembedded": states.shape[0] * states.shape[1]})
     rows = planning.rows_at_once(card)
     if not backend.remote:
         states, tokens = here((states, tokens))
-    with torch.no_grad():
+    with using(backend), torch.no_grad():
+        selfcheck.check(backend)
         return backend.lens_readout(states, rows, k, tokens, ranked)
 
 
@@ -66,7 +68,8 @@ def gradient(backend: Backend, value: Tensor, leaf: Tensor) -> Tensor:
         if not backend.remote:
             return Tape().note("vjps", {}, torch.empty_like(leaf, device="meta"))
     cost.spend({"vjps": 1})
-    return backend.slope(value, leaf)
+    with locked(backend):
+        return backend.slope(value, leaf)
 
 
 def vjps(
@@ -87,4 +90,5 @@ def vjps(
         if not backend.remote:
             return list(Tape().note("vjps", {}, vjp_shapes(out, leaves, mean)))
     cost.spend(spent)
-    return backend.pull_back(out, leaves, states, chunk, mean, tick, into, rows)
+    with locked(backend):
+        return backend.pull_back(out, leaves, states, chunk, mean, tick, into, rows)

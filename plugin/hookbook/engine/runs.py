@@ -18,6 +18,7 @@ from hookbook.engine.checkpoint import Checkpoint
 from hookbook.engine.checks import join_place
 from hookbook.engine.planning import Part
 from hookbook.engine.seam import Backend, RemoteBackend
+from hookbook.engine.state import using
 from hookbook.errors import EditError, Refused
 from hookbook.reply import Reading, Reply, TokenReadout
 from hookbook.request import Edit, FeatureChange, Request, Sampling
@@ -37,9 +38,16 @@ def run(backend: Backend, request: Request, *, progress: bool | None = None, che
         progress: Show a progress bar; None: only for work of several climbs or a long decoding.
         checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
+    with using(backend):
+        return _checked(backend, request, progress, checkpoint)
+
+
+def _checked(backend: Backend, request: Request, progress: bool | None, checkpoint: Any) -> Reply:
     if not backend.remote and cost.account() is None:
         request = _here(request)
     parts = planning.plan(backend, request)
+    if checkpoint is not None and any(part.apart for part in parts):
+        raise EditError("a checkpoint of a model with hooks", "a file cannot tell what they do", "take them off, or leave checkpoint out")
     if checkpoint is not None and request.grad:
         raise EditError("a checkpoint of a request with gradients", "a file keeps values, not their graph", "leave one of them out")
     if checkpoint is not None and backend.remote:
@@ -75,7 +83,8 @@ def _here(request: Request) -> Request:
 
 def _run(backend: Backend, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
     sites = {site for row in request.rows for edit in row.edits for site in edit.touches} | {read.site for read in request.reads}
-    selfcheck.check(backend, sites, knock_out=any(edit.op == "knock_out" for row in request.rows for edit in row.edits))
+    prompts = list({request.prompts[row.prompt].ids: None for part in parts if part.apart for row in part.rows})
+    selfcheck.check(backend, sites, any(edit.op == "knock_out" for row in request.rows for edit in row.edits), prompts)
     steps = len(parts) * (1 + request.generate)
     quiet = backend.remote or not (steps > 8 if progress is None else progress)
     if isinstance(backend, RemoteBackend):

@@ -6,14 +6,15 @@ A backend that is elsewhere notes what it is asked (`hookbook.deferred`), and ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookbook.card import ModelCard
 from hookbook.deferred import Deferred, Tape
+from hookbook.engine.weights import Weight
 from hookbook.errors import Refused
 from hookbook.reply import LensReadout, TokenReadout
 from hookbook.sites import Site
@@ -78,11 +79,42 @@ class Backend(ABC):
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a generation."""
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that runs, which is looked at before each run (`hookbook.engine.state`); None if it is elsewhere."""
+        return self.model if isinstance(self.model, nn.Module) else None
+
+    @property
+    def roots(self) -> tuple[nn.Module, ...]:
+        """Modules that have all of its hooks below them."""
+        return () if self.module is None else (self.module,)
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """What the user put into the model in other ways than torch's, by name."""
+        return ()
+
+    def weights(self) -> Iterable[Weight]:
+        """The weights, by names that all backends share."""
+        return [] if self.module is None else [Weight(name, x) for name, x in self.module.named_parameters()]
+
+    def runs_in(self) -> tuple[str, str]:
+        """The dtype of the stream and the device, as they are now."""
+        first = None if self.module is None else next((x for x in self.module.parameters() if x.is_floating_point()), None)
+        return (self.card.dtype, self.card.device) if first is None else (str(first.dtype).removeprefix("torch."), str(first.device))
+
     def ready(self) -> None:  # noqa: B027  most backends have nothing to look for
         """Raise if something was done to the model since it was wrapped that hookbook would not see. Runs nothing."""
 
+    def check_free(self) -> None:  # noqa: B027
+        """Raise if the user is in the middle of a run. Asked while no other thread of ours runs the model."""
+
     def refuses(self, site: Site) -> Refused | None:
         """Why this backend cannot read and edit a site, or None if it can. Runs nothing."""
+        return None
+
+    def hook_name(self, site: Site) -> str | None:
+        """What this very model calls a whole site where it takes TransformerLens hooks; None: nothing, or it takes none."""
         return None
 
     def require(self, site: Site) -> None:

@@ -7,8 +7,7 @@ padding and rows that join the batch give what whole separate passes give; do at
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,30 +15,28 @@ from torch import Tensor
 
 from hookbook import deferred
 from hookbook.engine.seam import Backend, RemoteBackend
+from hookbook.engine.state import state
 from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
 
-_answers: weakref.WeakKeyDictionary[Any, dict[str, HookbookError | None]] = weakref.WeakKeyDictionary()
-"""What models that were asked said, by question: an error, or None."""
 
-_packs: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Models that were asked whether rows may be packed, and whether they may."""
-
-
-def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = False) -> None:
+def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = False, prompts: Sequence[Sequence[int]] = ()) -> None:
     """Raise unless a model can be run exactly, and unless the sites that are asked for are what they should be.
 
-    Of a model on a server the questions are part of the job, until it answered them once.
+    Of a model on a server the questions are part of the job, until it answered them once. While hooks of the user's are on a model, nothing
+    is shared between rows, and what is asked is asked of the prompts themselves, each time.
 
     Raises:
         ModelError: The forked pass would not be exact on this model, or the model was changed since.
         Refused: A site is asked for, and is not what it should be in this model's blocks.
     """
-    backend.ready()
     names = {site.name for site in sites}
     inner = sorted(names & {"head_z", "mlp_in", "mlp_act", "attn_pattern"})
-    asked = ["runs"] + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + inner + ["knock_out"] * knock_out
+    hooks = () if backend.remote else state(backend).hooks
+    if hooks:
+        _check_alone(backend, hooks, prompts)
+    asked = ["runs"] * (not hooks) + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + inner + ["knock_out"] * knock_out
     for question in asked:
         if isinstance(backend, RemoteBackend):
             tape = deferred.tape(backend)
@@ -48,13 +45,30 @@ def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = Fals
                 for condition, error in _conditions(backend, question):
                     deferred.hold(condition, error)
             continue
-        known = _answers.setdefault(backend.model, {})
+        known = state(backend).answers
         if question not in known:
             with torch.no_grad():
                 known[question] = next((error for condition, error in _conditions(backend, question) if not bool(condition)), None)
         error = known[question]
         if error is not None:
             raise error
+
+
+def _check_alone(backend: Backend, hooks: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a hook does something above the last block that depends on which token is where: there tokens are looked at one by one."""
+    last = backend.card.n_layers
+    for ids in prompts or [_two(backend)[0].tolist()]:
+        climb = Climb(1, {}, {}, {("resid_post", last - 1): [("x", torch.zeros(len(ids), dtype=torch.long), torch.arange(len(ids)))]}, last)
+        with torch.no_grad():
+            backend.forward(torch.tensor([ids]), None, climb)
+            logits = backend.unembed(backend.final_norm(climb.found["x"]))
+            alike = _close(backend.card.itemsize, logits, backend.plain_logits(torch.tensor([ids]))[0])
+        if not alike:
+            raise ModelError(
+                f"a hook on {backend.card.model_id} cannot be followed: {', '.join(hooks)}",
+                "above the last block it does not do the same to each token",
+                "take it off, or put it on a block",
+            )
 
 
 def _conditions(backend: Backend, question: str) -> list[tuple[Any, HookbookError]]:
@@ -175,10 +189,11 @@ def _two(backend: Backend) -> Tensor:
 
 def packs(backend: Backend) -> bool:
     """Whether rows packed as tokens that do not see each other give what separate rows give; asked once for each model."""
-    if backend.model not in _packs:
+    known = state(backend).answers
+    if "packs" not in known:
         with torch.no_grad():
-            _packs[backend.model] = _check_packs(backend)
-    return _packs[backend.model]
+            known["packs"] = _check_packs(backend)
+    return known["packs"]
 
 
 def _check_packs(backend: Backend) -> bool:

@@ -290,23 +290,11 @@ def _difference(ours: Any, plain: list[Any]) -> float:
 
 
 def _adapters(name: str, source: str, device: str) -> Iterator[tuple[str, Any]]:
-    from hookbook.models.loading import load_module
+    from hookbook.models.loading import bridge, load_module, tracing
     from hookbook.models.packages import PACKAGES
 
     def fresh() -> tuple[Any, Any]:
         return load_module(name, "float32", device)[:2]
-
-    def bridge() -> Any:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        module, tokenizer = fresh()
-        return TransformerBridge.boot_transformers(source, hf_model=module, tokenizer=tokenizer, device=device)
-
-    def nnsight() -> Any:
-        from nnsight import TransformersModel
-
-        module, tokenizer = fresh()
-        return TransformersModel(module, tokenizer=tokenizer)
 
     def hooked() -> Any:
         from transformer_lens import HookedTransformer
@@ -319,6 +307,6 @@ def _adapters(name: str, source: str, device: str) -> Iterator[tuple[str, Any]]:
         except ValueError as error:
             raise ModelError("HookedTransformer does not know this model", str(error).split(".")[0]) from error
 
-    yield "TransformerBridge", bridge
-    yield "nnsight", nnsight
+    yield "TransformerBridge", lambda: bridge(*fresh(), source)
+    yield "nnsight", lambda: tracing(*fresh(), source)
     yield "HookedTransformer", hooked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
@@ -41,10 +42,13 @@ def wrap(model: Any, tokenizer: Any = None, remote: bool | str = False) -> Adapt
     if isinstance(model, Adapter):
         if tokenizer is not None:
             raise ModelError("a tokenizer for a model that is already wrapped", "it has its own", "wrap adapter.model with the tokenizer")
+        model.look()
         return model
     for accepts, make in _adapters():
         if accepts(model):
-            return make(model, tokenizer)
+            adapter = make(model, tokenizer)
+            adapter.look()
+            return adapter
     raise ModelError(
         f"a {type(model).__module__}.{type(model).__qualname__} is not a model hookbook knows",
         "no adapter accepts it",
@@ -113,16 +117,46 @@ def load(name: str, backend: str = "transformer_lens", *, dtype: str = "float32"
     except ImportError as error:
         raise ModelError(f"backend {backend!r} is not installed", str(error), f'pip install "hookbook[{BACKENDS[backend]}]"') from error
     module, tokenizer, source = load_module(name, dtype, device)
-    if backend == "nnsight":
-        from nnsight import TransformersModel
+    return wrap((tracing if backend == "nnsight" else bridge)(module, tokenizer, source), tokenizer)
 
-        return wrap(TransformersModel(module, tokenizer=tokenizer), tokenizer)
-    from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        source, hf_model=module, tokenizer=tokenizer, dtype=module.dtype, device=str(module.device)
-    )
-    return wrap(bridge, tokenizer)
+def tracing(module: Any, tokenizer: Any, source: str) -> Any:
+    """An nnsight model of what `load_module` gives."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(module, tokenizer=_apart(tokenizer))
+
+
+def bridge(module: Any, tokenizer: Any, source: str) -> Any:
+    """A TransformerBridge of what `load_module` gives.
+
+    `TransformerBridge.boot_transformers` also loads the processor of a model that takes pictures, and installs torchvision if that fails.
+    Texts need none.
+
+    Raises:
+        ModelError: TransformerLens does not know the architecture.
+    """
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+    try:
+        architecture = determine_architecture_from_hf_config(module.config)
+        return build_bridge_from_module(module, architecture, hf_config=module.config, tokenizer=_apart(tokenizer), model_name=source)
+    except ValueError as error:
+        raise ModelError(
+            f"{type(module).__name__} cannot be loaded as a TransformerBridge",
+            _first_line(error),
+            "use backend='nnsight', or another model",
+        ) from error
+
+
+def _apart(tokenizer: Any) -> Any:
+    """A copy for a library that changes what it is given: nnsight the side of padding, TransformerLens the tokens that are missing.
+
+    The vocabulary, which takes seconds to copy, is shared; unless TransformerLens would add an end token to it.
+    """
+    shared = [tokenizer.backend_tokenizer] if tokenizer.is_fast and tokenizer.eos_token is not None else []
+    return copy.deepcopy(tokenizer, {id(part): part for part in shared})
 
 
 def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, Any, str]:
@@ -143,6 +177,10 @@ def load_module(name: str, dtype: str, device: str | None = None) -> tuple[Any, 
         module: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype, dtype), attn_implementation="eager")
         module.to(where)
     except (OSError, ValueError) as error:
+        if "AutoModelForCausalLM" in str(error):
+            raise ModelError(
+                f"model {name!r} cannot be loaded", "transformers takes it for no causal language model", "use one that is"
+            ) from error
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not os.path.isdir(source)
         why = "HF_HUB_OFFLINE is set, and it is neither a package nor a folder nor in the hub's cache" if offline else _first_line(error)
         raise ModelError(

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hookbook.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,9 @@ def find(name: str) -> Path | str:
 
     A package's model is converted the first time, which takes up to two minutes. The folder appears whole or not at all;
     one that is broken is made again.
+
+    Raises:
+        ModelError: No name; or the folder of converted models is full or cannot be written.
     """
     if not name:
         raise ModelError("a model without a name", "", f"use one of {', '.join(PACKAGES)}, a local folder, or a hub name")
@@ -97,10 +102,15 @@ def find(name: str) -> Path | str:
     if not package.installed:
         return package.hub_name
     folder = converted(name)
-    if not _whole(folder):
-        if folder.exists():
-            logger.warning("the converted model in %s is broken and is made again", folder)
-        _convert(name, package, folder)
+    try:
+        if not _whole(folder):
+            if folder.exists():
+                logger.warning("the converted model in %s is broken and is made again", folder)
+            _convert(name, package, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"model {name!r} cannot be kept in {folder.parent}", str(error), "make room there, or set HOOKBOOK_CACHE to another folder"
+        ) from error
     return folder
 
 

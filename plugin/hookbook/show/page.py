@@ -135,7 +135,7 @@ def _numbers(result: Shown, rows: int) -> str:
 
 
 @cache
-def _meanings(kind: type) -> dict[str, str]:
+def meanings(kind: type) -> dict[str, str]:
     """The docstrings of a class's fields and properties, by name."""
     found: dict[str, str] = {}
     for one in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
@@ -153,7 +153,7 @@ def _meanings(kind: type) -> dict[str, str]:
 def _controls(result: Shown) -> str:
     """What a result's fields, properties and parts of them are named after a control."""
     kind = type(result)
-    rows, meanings = [], _meanings(kind)
+    rows, known = [], meanings(kind)
     computed = [name for name, one in inspect.getmembers(kind) if isinstance(one, property) and _CONTROL.search(name)]
     for field in [*(f.name for f in fields(result)), *computed]:
         value = getattr(result, field)
@@ -164,9 +164,9 @@ def _controls(result: Shown) -> str:
             numbers = one.double() if isinstance(one, Tensor) and (one.is_floating_point() or one.dtype == torch.bool) else None
             if isinstance(one, float):
                 numbers = torch.tensor(one, dtype=torch.float64)
-            if numbers is not None and (known := numbers[numbers.isfinite()]).numel():
-                words = meanings.get(field) or _first(getattr(kind, field, None))
-                rows.append([f"{field} {name}".strip().replace("_", " "), f"{float(known.mean()):.4g}", words.replace("`", "")])
+            if numbers is not None and (finite := numbers[numbers.isfinite()]).numel():
+                words = known.get(field) or _first(getattr(kind, field, None))
+                rows.append([f"{field} {name}".strip().replace("_", " "), f"{float(finite.mean()):.4g}", words.replace("`", "")])
     return table(["control", "mean", "what it is"], rows, "Controls", numbers=[1]) if rows else ""
 
 
