@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookbook.engine.weights import Weight
+from hookbook.engine.weights import Weight, plain, tensors
 
 HOOKED = {
     "embed.W_E": "embed.weight",
@@ -72,29 +72,6 @@ def of_module(names: Any, module: Any) -> Iterator[Weight]:
 
 def _times(scale: float, x: Tensor) -> Tensor:
     return x * torch.tensor(scale, dtype=x.dtype)
-
-
-def tensors(module: Any, path: str = "") -> Iterator[tuple[str, Any, str, Tensor]]:
-    """Parameters and kept buffers as the checkpoint has them: where, in which module, name and numbers. Parts of TransformerLens and
-    adapters that are switched off are left out."""
-    module = plain(module)
-    for name, x in {**module._parameters, **module._buffers}.items():
-        if x is not None and name not in module._non_persistent_buffers_set:
-            yield path, module, name, x
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from tensors(child, f"{path}.{name}".lstrip("."))
-
-
-def plain(module: Any) -> Any:
-    """The module that a part of TransformerLens or an adapter without effect wraps."""
-    while True:
-        if "_original_component" in module._modules:
-            module = module._modules["_original_component"]
-        elif "base_layer" in module._modules and (module.disable_adapters or not module.active_adapters):
-            module = module._modules["base_layer"]
-        else:
-            return module
 
 
 def _at(module: Any, path: str) -> nn.Module:

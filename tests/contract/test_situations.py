@@ -11,9 +11,12 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from tokenizers import normalizers
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -240,6 +243,33 @@ def test_a_checkpoint_is_one_model_whatever_runs_it(tiny_folder, arch, tmp_path)
     assert not hb.wrap(folded).card.same_model(before)
 
 
+def test_an_adapter_is_part_of_the_model_until_it_is_switched_off(own):
+    if own.name.startswith("hooked"):
+        assert not linear(own)  # peft knows none of its modules
+        return
+    request, vector = asked(own), hb.Vector.of(own.adapter, "resid_post.1", torch.ones(own.adapter.card.d_model))
+    edited = Request([own.adapter.encode([5, 6])], [Row(0, (vector.edit(),))], readout=Readout(logits=True))
+    free, before = own.adapter.run(edited), own.adapter.card
+    adapted(own, 1)
+    with pytest.raises(ModelError, match="training mode.*dropout of 0.1"):
+        own.adapter.run(request)
+    for root in own.adapter.roots:
+        root.eval()
+    equal(own, request, own.adapter.run(request))
+    assert not own.adapter.card.same_model(before)
+    with pytest.raises(EditError, match="they have other weights"):
+        own.adapter.run(edited)
+    layers = [m for m in own.adapter.module.modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]  # type: ignore[union-attr]
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert torch.equal(own.adapter.run(edited).said.logits, free.said.logits) and own.adapter.card.same_model(before)
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.merge()
+    equal(own, request, own.adapter.run(request))
+    assert not own.adapter.card.same_model(before)
+
+
 def test_threads_take_turns(own):
     """Several wrappers of one model are one model: as if one call after the other."""
     requests = [asked(own, layers) for layers in ((0, 1), (1, 2), (0, 2), (2, 1))]
@@ -288,8 +318,34 @@ ACTIONS = (
     "float32",
     "float64",
     "padding",
+    "tokenizer",
+    "adapter",
+    "adapter",
+    "switch",
     "threads",
 )
+
+
+def linear(case: Case) -> list[str]:
+    """Where adapters of PEFT can go; a HookedTransformer keeps its weights in other modules."""
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    modules = case.adapter.module.named_modules()  # type: ignore[union-attr]
+    return [name for name, m in modules if isinstance(m, kinds) and "lora_" not in name and "head" not in name and "unembed" not in name]
+
+
+def adapted(case: Case, n: int) -> None:
+    """A low-rank adapter beside one matrix, as `peft` leaves it: with dropout, if `n` is odd, and in training mode."""
+    places = [name for name in linear(case) if not name.endswith(".base_layer")]
+    if not places:
+        return
+    config = peft.LoraConfig(r=2, target_modules=[places[n % len(places)]], init_lora_weights=False, lora_dropout=0.1 * (n % 2))
+    peft.inject_adapter_in_model(config, case.adapter.module, f"mine{len(linear(case)) - len(places)}")  # type: ignore[arg-type]
+
+
+def is_random(case: Case) -> bool:
+    """In training mode, with dropout somewhere."""
+    modules = [m for root in case.adapter.roots for m in root.modules() if m.training]
+    return any(getattr(m, "attention_dropout", 0) or (isinstance(m, nn.Dropout) and m.p) for m in modules)
 
 
 def situation(case: Case, steps: list[tuple[str, int]]) -> None:
@@ -329,8 +385,18 @@ def situation(case: Case, steps: list[tuple[str, int]]) -> None:
                     weight.data.view(-1)[:: max(1, weight.numel() // 50)] *= 0.9
         elif action == "padding":
             case.adapter.tokenizer.padding_side = ("left", "right")[n % 2]
+        elif action == "tokenizer":
+            case.adapter.tokenizer.backend_tokenizer.normalizer = (normalizers.Lowercase(), normalizers.NFC())[n % 2]
+            text = "Some WORDS"
+            assert list(case.adapter.encode(text).ids) == case.adapter.tokenizer(text).input_ids
+        elif action == "adapter":
+            adapted(case, n)
+        elif action == "switch":
+            for module in case.adapter.module.modules():  # type: ignore[union-attr]
+                if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                    module.enable_adapters(n % 2 == 1)
         request = asked(case, (n % 3, (n + 1) % 3))
-        if any(module.training and module.attention_dropout for module in places):
+        if is_random(case):
             with pytest.raises(ModelError, match="training mode"):
                 case.adapter.run(request)
         elif not tokenwise:

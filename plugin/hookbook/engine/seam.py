@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hookbook.card import ModelCard
 from hookbook.deferred import Deferred, Tape
-from hookbook.engine.weights import Weight
+from hookbook.engine.weights import Weight, tensors
 from hookbook.errors import Refused
 from hookbook.reply import LensReadout, TokenReadout
 from hookbook.sites import Site
@@ -96,7 +96,7 @@ class Backend(ABC):
 
     def weights(self) -> Iterable[Weight]:
         """The weights, by names that all backends share."""
-        return [] if self.module is None else [Weight(name, x) for name, x in self.module.named_parameters()]
+        return [] if self.module is None else [Weight(f"{path}.{name}", x) for path, _, name, x in tensors(self.module)]
 
     def runs_in(self) -> tuple[str, str]:
         """The dtype of the stream and the device, as they are now."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,29 @@ class Weight(NamedTuple):
     numbers: Tensor
     after: Callable[[Tensor], Tensor] | None = None
     """What is made of the numbers, in any dtype, before they are hashed."""
+
+
+def tensors(module: Any, path: str = "") -> Iterator[tuple[str, Any, str, Tensor]]:
+    """Parameters and kept buffers as the checkpoint has them: where, in which module, name and numbers. Parts of TransformerLens and
+    adapters that are switched off are left out."""
+    module = plain(module)
+    for name, x in {**module._parameters, **module._buffers}.items():
+        if x is not None and name not in module._non_persistent_buffers_set:
+            yield path, module, name, x
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from tensors(child, f"{path}.{name}".lstrip("."))
+
+
+def plain(module: Any) -> Any:
+    """The module that a part of TransformerLens or an adapter without effect wraps."""
+    while True:
+        if "_original_component" in module._modules:
+            module = module._modules["_original_component"]
+        elif "base_layer" in module._modules and (module.disable_adapters or not module.active_adapters):
+            module = module._modules["base_layer"]
+        else:
+            return module
 
 
 def digests(weights: Iterable[Weight]) -> tuple[tuple[str, str], ...]:
