@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -49,6 +50,7 @@ def write(path: str | os.PathLike[str], kind: str, data: dict[str, Any]) -> Path
     """
     tensors: dict[str, Tensor] = {}
     packed = {"format": FORMAT, "kind": kind, "data": {name: _pack(value, name, tensors) for name, value in data.items()}}
+    packed["sum"] = _sum(tensors)
     with whole(path) as scratch:
         save_file(tensors, scratch, metadata={"hookbook": json.dumps(packed)})
     return Path(path)
@@ -113,6 +115,8 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise ResultError(f"{path} has format {packed['format']}", f"this version reads up to {FORMAT}", "upgrade hookbook")
     if packed["kind"] != kind:
         raise ResultError(f"{path} is a {packed['kind']}", f"not a {kind}", f"load it with {packed['kind']}.load")
+    if packed.get("sum", "") not in ("", _sum(tensors)):  # shapes do not tell that a square was transposed
+        raise ResultError(f"{path} is damaged", "its tensors are not those that were saved", "save the result again")
     try:
         return {name: _unpack(value, tensors) for name, value in packed["data"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -122,6 +126,14 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 def damaged(path: str | os.PathLike[str], error: Exception) -> ResultError:
     """What is raised for a file whose parts do not fit together."""
     return ResultError(f"{path} is damaged", f"{type(error).__name__}: {error}", "save the result again")
+
+
+def _sum(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

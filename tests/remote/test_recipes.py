@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,6 +206,31 @@ def test_a_direction_is_found_chosen_and_added_in_one_job(remote, local):
         a, b = fields(a), fields(b)
         same({k: v for k, v in a.items() if k not in ("discarded", "why")}, {k: v for k, v in b.items() if k not in ("discarded", "why")})
     assert ours[0].discarded and ours[0].to_frame() is not None
+
+
+@trusted
+def test_vectors_travel_there_and_back_by_name(remote, local):
+    """Of a bridge, of nnsight and of the server, on each; weights on a server are not seen, which is said."""
+    models = [hb.load("smollm2-135m-instruct"), local, remote]
+    vectors = [hb.contrast_vector(model, ["I love it"], ["I hate it"], layers=[9], held_out=0).vector(9) for model in models]
+    for model in models:
+        for vector in vectors:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                same(
+                    fields(hb.generate(model, "It is", edits=[vector.edit()], max_new_tokens=3)),
+                    fields(hb.generate(local, "It is", edits=[vectors[1].edit()], max_new_tokens=3)),
+                )
+            told = any("go by its name" in str(one.message) for one in said)
+            assert told == (vector.card.remote != model.card.remote)
+    before = remote.service.jobs
+    other = hb.load("gemma-3-270m", "nnsight")
+    with pytest.raises(hb.errors.EditError, match="different spaces"):
+        hb.generate(remote, "It is", edits=[hb.Vector.of(other, "resid_post.9", torch.ones(640)).edit()], max_new_tokens=3)
+    tuned = replace(vectors[0], card=replace(local.card, model_id="mine/smollm2-tuned", weights=()))
+    with pytest.raises(hb.errors.EditError, match="different spaces"):
+        hb.generate(remote, "It is", edits=[tuned.edit()], max_new_tokens=3)
+    assert remote.service.jobs == before
 
 
 @again

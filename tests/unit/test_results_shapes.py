@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import hookbook as hb
@@ -54,6 +56,30 @@ def test_what_does_not_fit_is_not_loaded(name, tmp_path):
                 with pytest.raises(ResultError, match="is damaged.*has shape"):
                     kind.load(path)
     assert tried or isinstance(made, hb.Vector) or not shapes
+
+
+def test_tensors_that_were_changed_in_a_file_are_no_result_whatever_their_shapes(tmp_path):
+    """A square that was transposed, one number, another dtype: and what was only written again is one."""
+    made: Any = result("Patchscope")
+    path = made.save(tmp_path / "right")
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    name = next(name for name, x in tensors.items() if x.dim() > 1 and x.is_floating_point())
+    for change in (lambda x: x + (torch.arange(x.numel()) == 0).view(x.shape), lambda x: x.double(), lambda x: x):
+        save_file(tensors | {name: change(tensors[name])}, tmp_path / "other", metadata)
+        if torch.equal(change(tensors[name]), tensors[name]) and change(tensors[name]).dtype == tensors[name].dtype:
+            assert torch.equal(type(made).load(tmp_path / "other").logprobs, made.logprobs)
+        else:
+            with pytest.raises(ResultError, match="damaged: its tensors are not those that were saved"):
+                type(made).load(tmp_path / "other")
+    relation: Any = result("LinearRelation")
+    path = relation.save(tmp_path / "relation")
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    assert tensors["weight"].shape[-1] == tensors["weight"].shape[-2]
+    save_file(tensors | {"weight": tensors["weight"].mT.contiguous()}, path, metadata)
+    with pytest.raises(ResultError, match="not those that were saved"):
+        hb.LinearRelation.load(path)
 
 
 def test_the_card_counts_too(tmp_path):
