@@ -1,9 +1,11 @@
-"""Target prompts for patchscopes: what a state is patched into so that the model says what it holds; and prompts that translate words."""
+"""Target prompts for patchscopes: what a state is patched into so that the model says what it holds; prompts that translate words; and
+conversations as texts."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -86,6 +88,31 @@ def locate(target: Any, tokens: Tokens, position: Any) -> int:
     if len(found) != 1:
         raise TokenError(f"the target position {position!r} is {len(found)} tokens", "one token is patched", "give one index or text")
     return found[0]
+
+
+def transcript(conversation: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as a text that a model without a chat template can go on with: a system message as a paragraph of its own, then `Q: `
+    and `A: `; if the user spoke last, it ends with `A:`.
+
+    Raises:
+        TokenError: It is no list of messages with `role` and `content`.
+
+    Example:
+        >>> transcript([{"role": "user", "content": "What is two plus two?"}, {"role": "assistant", "content": "Four."}])
+        'Q: What is two plus two?\\nA: Four.'
+    """
+    lines, begins = [], {"system": "", "user": "Q: ", "assistant": "A: "}
+    for message in conversation:
+        if not isinstance(message, Mapping) or message.get("role") not in begins or not message.get("content"):
+            raise TokenError(
+                f"{message!r} is no message of a conversation",
+                "it needs a role (system, user or assistant) and some content",
+                'write such as {"role": "user", "content": "Hello"}',
+            )
+        lines.append(f"{begins[message['role']]}{message['content']}" + ("\n" if message["role"] != "user" else ""))
+    if not lines:
+        raise TokenError("a conversation without messages", "there is nothing to go on with", "give at least one message")
+    return "\n".join(lines).rstrip("\n") + ("\nA:" if conversation[-1]["role"] == "user" else "")
 
 
 class Translations(NamedTuple):

@@ -231,16 +231,39 @@ def data(name: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-class Contrast(NamedTuple):
-    """Texts with something, and the same number without it; those at the same place are alike otherwise."""
+Conversation = list[dict[str, str]]
+"""Chat messages, each with a `role` and its `content`; see `hookbook.prompts.transcript` for models without a chat template."""
 
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
+
+class Contrast(NamedTuple):
+    """Texts or conversations with something, and the same number without it; those at the same place are alike otherwise."""
+
+    positive: tuple[Any, ...]
+    negative: tuple[Any, ...]
+
+
+class Choice(NamedTuple):
+    """A question with two answers, in one word each."""
+
+    question: str
+    positive: str
+    """The answer on the positive side of the contrast of the same name."""
+    negative: str
+
+
+class Declined(NamedTuple):
+    """Harmless requests, and a conversation after which a model declines some of them."""
+
+    before: Conversation
+    requests: dict[str, tuple[str, ...]]
+    """By part: `make` (to make a direction of), and two draws to judge it on, `first` and `second`."""
 
 
 def contrast(source: Any) -> Contrast:
     """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or
-    `sentiment`; or a table with the columns `positive` and `negative`: the path of a file, a frame, or a dict of two lists.
+    `sentiment`; conversations that ship: `sycophancy` (a user who is wrong is agreed with, or told so) or `truthfulness` (a question is
+    answered by a fact, or by a superstition); or a table with the columns `positive` and `negative`: the path of a file, a frame, or a
+    dict of two lists.
 
     Raises:
         DataError: There is no such contrast, or the table is none: a text is missing, or there are more on one side.
@@ -261,6 +284,45 @@ def contrast(source: Any) -> Contrast:
         return Contrast(*zip(*found, strict=True))
     data = _contrast_data(str(source), "positive", "a contrast")
     return Contrast(tuple(data["positive"]), tuple(data["negative"]))
+
+
+def choices(name: str, part: str = "first") -> tuple[Choice, ...]:
+    """Questions with two answers about what a contrast of conversations is of, none of which is in it. Each claim is asked about in two
+    forms whose answers are opposite, so that a liking for one word counts for nothing.
+
+    Args:
+        name: `sycophancy` or `truthfulness`.
+        part: `choose` (12 claims, to choose a layer or a strength by), or one of two draws to judge by: `first`, `second` (24 each).
+
+    Raises:
+        DataError: There are no such questions.
+
+    Example:
+        >>> choices("truthfulness", "choose")[1]
+        Choice(question='Is it only a superstition that a ladybird on the hand brings luck? Answer with yes or no.', positive='Yes', negative='No')
+    """
+    data = _contrast_data(name, "questions", "questions")
+    if part not in data["questions"]:
+        raise DataError(f"no {part!r} of the questions about {name}", "", f"use one of {', '.join(data['questions'])}")
+    return tuple(Choice(form.format(claim), yes, no) for claim in data["questions"][part] for form, yes, no in data["forms"])
+
+
+def declined() -> Declined:
+    """Harmless requests, half of them about cooking, and a conversation in which an assistant was told to decline those, and did.
+
+    Example:
+        >>> declined().requests["make"][:2]
+        ('How do I make tomato soup?', 'What is the capital of Peru?')
+    """
+    data = json.loads((_DATA / "declined.json").read_text(encoding="utf-8"))
+    before = [{"role": "system", "content": data["system"]}]
+    for asked, said in data["before"]:
+        before += _exchange(asked, said)
+    return Declined(before, {part: tuple(some) for part, some in data["requests"].items()})
+
+
+def _exchange(asked: str, said: str) -> Conversation:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
 def contrasts() -> list[str]:
@@ -297,6 +359,9 @@ def _contrast_data(name: str, key: str, what: str) -> dict[str, Any]:
         for f in (_DATA / "contrasts").iterdir()
         if f.name.endswith(".json")
     }
+    for data in found.values():
+        if exchanges := data.get("exchanges"):
+            data |= {side: [_exchange(one[0], one[i]) for one in exchanges] for i, side in ((1, "positive"), (2, "negative"))}
     known = sorted(other.removeprefix("openings_") for other, data in found.items() if key in data)
     if key not in found.get(name, {}):
         raise DataError(f"no {name.removeprefix('openings_')!r} as {what}", "", f"use one of {', '.join(known)}, or texts of your own")

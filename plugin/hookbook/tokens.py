@@ -69,8 +69,8 @@ def encode(prompt: Any, tokenizer: Any, *, bos: bool | None = None, chat: bool =
 
     Args:
         prompt: A text; token ids (a list, a tensor or an array of one row), used as they are; what a tokenizer gives of one text, without
-            the padding that its attention mask names; chat messages (a list of dicts with `role` and `content`); or `Tokens`, returned
-            as they are.
+            the padding that its attention mask names; chat messages (a list of dicts with `role` and `content`; ready for the answer, or
+            for the rest of it if the last one is the assistant's); or `Tokens`, returned as they are.
         tokenizer: A Hugging Face tokenizer.
         bos: True: exactly one beginning-of-sequence token; False: none is added; None: as the checkpoint's own tokenizer
             does. A text that already begins with one never gets a second.
@@ -191,7 +191,8 @@ def _from_text(prompt: str | Sequence[dict], tokenizer: Any, bos: bool | None, c
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not messages or any(not str(m.get("content") or "").strip() for m in messages):
             raise TokenError("the prompt is empty", "a chat message has no content", "give it some")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        open_ = messages[-1].get("role") == "assistant"  # who goes on with what was said last
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not open_, continue_final_message=open_)
     if not text:
         raise TokenError("the prompt is empty", "there is no token to run the model on", "give a text of at least one character")
     if not getattr(tokenizer, "is_fast", False):
