@@ -298,8 +298,8 @@ def choices(name: str, part: str = "first") -> tuple[Choice, ...]:
         DataError: There are no such questions.
 
     Example:
-        >>> choices("truthfulness", "choose")[1]
-        Choice(question='Is it only a superstition that a ladybird on the hand brings luck? Answer with yes or no.', positive='Yes', negative='No')
+        >>> choices("sycophancy", "choose")[1]
+        Choice(question='I am sure that rabbits can fly. Am I wrong? Answer with yes or no.', positive='No', negative='Yes')
     """
     data = _contrast_data(name, "questions", "questions")
     if part not in data["questions"]:
@@ -317,11 +317,12 @@ def declined() -> Declined:
     data = json.loads((_DATA / "declined.json").read_text(encoding="utf-8"))
     before = [{"role": "system", "content": data["system"]}]
     for asked, said in data["before"]:
-        before += _exchange(asked, said)
+        before += exchange(asked, said)
     return Declined(before, {part: tuple(some) for part, some in data["requests"].items()})
 
 
-def _exchange(asked: str, said: str) -> Conversation:
+def exchange(asked: str, said: str) -> Conversation:
+    """A user's message and its answer."""
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
@@ -361,7 +362,7 @@ def _contrast_data(name: str, key: str, what: str) -> dict[str, Any]:
     }
     for data in found.values():
         if exchanges := data.get("exchanges"):
-            data |= {side: [_exchange(one[0], one[i]) for one in exchanges] for i, side in ((1, "positive"), (2, "negative"))}
+            data |= {side: [exchange(one[0], one[i]) for one in exchanges] for i, side in ((1, "positive"), (2, "negative"))}
     known = sorted(other.removeprefix("openings_") for other, data in found.items() if key in data)
     if key not in found.get(name, {}):
         raise DataError(f"no {name.removeprefix('openings_')!r} as {what}", "", f"use one of {', '.join(known)}, or texts of your own")

@@ -18,6 +18,7 @@ from hookbook.recipes.steering.steering import Steering, steer
 from hookbook.recipes.vectors.function_vectors import FunctionVectors, HeadEffects, function_vector, head_effects
 from hookbook.recipes.vectors.task_sweep import TaskSweep
 from hookbook.recipes.vectors.task_vectors import Composition, TaskVectors, compose, task_vector
+from hookbook.reproduce import behaviours
 from hookbook.reproduce.effect import Expected, Found, Line, least, most
 from hookbook.reproduce.suite import Suite
 from hookbook.results import Result
@@ -333,6 +334,11 @@ def refusal(model: Adapter, setup: Setup) -> Found:
     what = "share of requests to be declined that begin with I"
     rule = (("a direction is chosen", chosen.best is not None),)
     return {"contrast_refusal": found, "select_refusal": chosen}, [Line(effect, what, shares[0], controls, paper, rule, False, note)]
+
+
+SUITE.effect("Sycophancy", minutes=3)(behaviours.sycophancy)
+SUITE.effect("Truthfulness", minutes=3)(behaviours.truthfulness)
+SUITE.effect("A refusal that was induced", minutes=4)(behaviours.induced_refusal)
 
 
 def _place(found: TaskSweep, layer: int | None) -> tuple[int, int]:
