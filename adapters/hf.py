@@ -87,8 +87,8 @@ def own_tokenizer(model: Any) -> Any:
         warnings.warn(
             f"hookbook begins texts {ours} {tokenizer.bos_token}, as the checkpoint's tokenizer does; to_tokens of this "
             f"{type(model).__name__} begins them {else_} it, so that numbers differ. For its tokens give model.to_tokens(text)[0] as the "
-            "prompt. TransformerLens loads such a tokenizer again from its files, without what you may have changed of yours: to say which is "
-            "meant, hb.wrap(model, tokenizer).",
+            "prompt. TransformerLens loads such a tokenizer again from its files, without what you may have changed of yours: to say which "
+            "is meant, hb.wrap(model, tokenizer).",
             stacklevel=2,
         )
     return own
