@@ -131,3 +131,34 @@ def test_bad_pairs_are_refused(pairs, words):
 def test_an_unknown_task_names_those_there_are():
     with pytest.raises(DataError, match="no task 'capitals'.*country_capital"):
         hb.tasks.load("capitals")
+
+
+@pytest.mark.parametrize("name", ["sycophancy", "truthfulness"])
+def test_questions_about_a_contrast_of_conversations_are_new(name):
+    """Sixty pairs and more, that differ in the answer alone; a claim that is asked about is in no conversation, and in one part."""
+    positive, negative = hb.tasks.contrast(name)
+    assert len(positive) == len(negative) >= 60 and len({one[0]["content"] for one in positive}) == len(positive)
+    for one, other in zip(positive, negative, strict=True):
+        assert one[0] == other[0] and one[1]["role"] == other[1]["role"] == "assistant" and one[1]["content"] != other[1]["content"]
+    parts = {part: hb.tasks.choices(name, part) for part in ("choose", "first", "second")}
+    claims = [one.question.split(" that ", 1)[1] for some in parts.values() for one in some[::2]]
+    assert [len(some) for some in parts.values()] == [24, 48, 48]
+    said = " ".join(message["content"] for one in (*positive, *negative) for message in one).lower()
+    for claim in claims:
+        assert claim.split(".")[0].split("?")[0].lower() not in said and claims.count(claim) == 1
+    for some in parts.values():
+        for one, other in zip(some[::2], some[1::2], strict=True):
+            assert len({one.positive, one.negative, other.positive, other.negative}) == 4 and one.question != other.question
+    with pytest.raises(DataError, match="no 'third' of the questions.*choose, first, second"):
+        hb.tasks.choices(name, "third")
+    with pytest.raises(DataError, match="no 'sentiment' as questions.*sycophancy, truthfulness"):
+        hb.tasks.choices("sentiment")
+
+
+def test_requests_to_decline_are_of_one_topic_and_shared_by_no_parts():
+    before, requests = hb.tasks.declined()
+    every = [one for some in requests.values() for one in some]
+    assert {part: len(some) for part, some in requests.items()} == {"make": 48, "first": 24, "second": 24}
+    assert len(set(every)) == len(every) and not {one["content"] for one in before} & set(every)
+    refused = [after["content"] for after in before if after["role"] == "assistant" and "sorry" in after["content"]]
+    assert len(refused) == 3 == sum(one["role"] == "assistant" for one in before) / 2

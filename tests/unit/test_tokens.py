@@ -164,6 +164,14 @@ def test_a_message_without_content_is_refused(messages):
         encode(messages, chatty(TEMPLATE))
 
 
+def test_what_the_assistant_began_is_gone_on_with(smollm2):
+    """Rendered as transformers does to continue a final message; a user's message still opens an answer."""
+    messages = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes, it is"}]
+    tokens = encode(messages, smollm2)
+    assert list(tokens.ids) == smollm2.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert tokens.text.endswith("assistant\nYes, it is") and encode(messages[:1], smollm2).text.endswith("assistant\n")
+
+
 def test_a_real_chat_template_renders_once(smollm2):
     tokens = encode("Hi", smollm2, chat=True)
     want = smollm2.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
