@@ -5,6 +5,7 @@ The hub is a small one on this machine, which SAELens asks as it asks the real o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from sae_lens import SAE, StandardTrainingSAE, StandardTrainingSAEConfig
 from safetensors.torch import save_file
 
 import hookbook as hb
 from hookbook.errors import ModelError, SiteError
-from hookbook.sae.pretrained import of_folder
+from hookbook.sae.pretrained import found, of_folder
 from hookbook.testing import toy
 from tests.contract.test_sae import N, make_sae
 
@@ -84,7 +86,8 @@ class Hub(BaseHTTPRequestHandler):
         if asked:
             data = data[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None]
         self.send_response(206 if asked else 200)
-        for name, value in {"Content-Length": len(data), "ETag": f'"{file.stat().st_size:040x}"', "X-Repo-Commit": "a" * 40}.items():
+        etag = f'"{hashlib.sha1(file.read_bytes()).hexdigest()}"'
+        for name, value in {"Content-Length": len(data), "ETag": etag, "X-Repo-Commit": "a" * 40}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if body:
@@ -104,16 +107,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     server.shutdown()
 
 
-def asked(script: str, cache: Path, endpoint: str = "http://127.0.0.1:9", offline: bool = False) -> str:
-    """What a script prints in a process that knows this hub, and nothing of any other."""
-    settings = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
-def test_folders_are_what_saelens_own_converter_gives_and_a_name_is_found_in_the_cache(hub, tmp_path):
+def test_folders_are_what_saelens_own_converter_gives_and_a_name_is_found_in_the_cache(hub, monkeypatch, tmp_path):
     """Residual stream, attention, MLP, and both kinds of transcoders, through `SAE.from_pretrained`; then without a network."""
     root, endpoint = hub
     model = toy()
@@ -133,11 +127,16 @@ def test_folders_are_what_saelens_own_converter_gives_and_a_name_is_found_in_the
     }
     for place, sae, reads, writes in wanted.values():
         gemma_scope(root / place, sae, reads, writes)
-    script = "from sae_lens import SAE\n" + "\n".join(
+    script = "from sae_lens import SAE\nfrom hookbook.sae.pretrained import found\n" + "\n".join(
         f"SAE.from_pretrained('gemma-scope-2-270m-pt-{release}', {sae_id!r}).save_model({str(tmp_path / place)!r})"
         for (release, sae_id), (place, *_) in wanted.items()
     )
-    asked(script, tmp_path / "cache", endpoint)
+    script += f"\ntry:\n    found({(RELEASE, 'layer_12_width_1m_l0_big')!r})\nexcept ValueError as error:\n    print(error)"
+    settings = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "404" in done.stdout and "fetch the folder resid_post/layer_12_width_1m_l0_big of" in done.stdout
     for place, *_ in wanted.values():
         ours, theirs = of_folder(root / place), SAE.load_from_disk(tmp_path / place)
         assert {k: v.tolist() for k, v in ours.state_dict().items()} == {k: v.tolist() for k, v in theirs.state_dict().items()}, place
@@ -145,16 +144,13 @@ def test_folders_are_what_saelens_own_converter_gives_and_a_name_is_found_in_the
         for one in (mine, others):
             one["metadata"].pop("neuronpedia_id")  # which the table has, not the folder
         assert mine == others, place
-    said = asked(
-        "import hookbook as hb\nfrom hookbook.sae.pretrained import found\n"
-        f"sae = found({(RELEASE, ID)!r})\nprint(sae.cfg.metadata.neuronpedia_id, sae.cfg.d_sae)",
-        tmp_path / "cache",
-        offline=True,
-    )
-    assert said.splitlines()[-1] == f"gemma-3-270m/9-gemmascope-2-res-16k {N}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    kept = found((RELEASE, ID))
+    assert kept.cfg.metadata.neuronpedia_id == "gemma-3-270m/9-gemmascope-2-res-16k" and kept.cfg.d_sae == N
 
 
-def test_names_are_refused_with_near_ones(hub, tmp_path):
+def test_names_are_refused_with_near_ones(monkeypatch, tmp_path):
     model = toy()
     for given, said in [
         (("gemma-scope-2-270m-pt-resid_post", ID), f"use '{RELEASE}'"),
@@ -166,12 +162,10 @@ def test_names_are_refused_with_near_ones(hub, tmp_path):
     ]:
         with pytest.raises(ModelError, match=said):
             hb.sae.attach(model, given)
-    script = "import hookbook as hb\nfrom hookbook.sae.pretrained import found\ntry:\n    found({!r})\n"
-    script += "except hb.errors.ModelError as error:\n    print(error)"
-    said = asked(script.format((RELEASE, ID)), tmp_path / "empty", offline=True)
-    assert "HF_HUB_OFFLINE is set" in said and f"fetch the folder {PLACE} of google/gemma-scope-2-270m-pt" in said
-    said = asked(script.format((RELEASE, "layer_12_width_1m_l0_big")), tmp_path / "empty", hub[1])
-    assert "404" in said and "fetch the folder resid_post/layer_12_width_1m_l0_big" in said
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=f"HF_HUB_OFFLINE is set.* fetch the folder {PLACE} of google/gemma-scope-2-270m-pt"):
+        hb.sae.attach(model, (RELEASE, ID))
 
 
 def test_a_folder_is_attached(tmp_path):
