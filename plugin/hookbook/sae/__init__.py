@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,17 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from hookbook.adapter import Adapter
+    from hookbook.recipes.features.sae_training import train as train
 
-__all__ = ["AttachedSAE", "attach", "demo", "feature"]
+__all__ = ["AttachedSAE", "attach", "demo", "feature", "train"]
 
 DEMO = Path(__file__).parents[1] / "data" / "sae"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # a recipe, which stands above this
+        return import_module("hookbook.recipes.features.sae_training").train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)

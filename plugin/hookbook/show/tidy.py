@@ -121,6 +121,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "part": ("str", "what adds to the sum: a `feature`, or what is beside features"),
     "contribution": ("float64", "how much it adds, in logits"),
     "says": ("str", "the likeliest tokens of the part alone"),
+    "step": ("int64", "after how many steps of the training"),
+    "texts": ("str", "what was looked at: a batch in `training`, or what was `held out`"),
     # questions, facts, numbers
     "chain": ("str", "the two relations of a question"),
     "entity": ("str", "what the first relation is asked of"),
