@@ -117,8 +117,8 @@ class SAETraining(Result):
             for step, height, share in zip(
                 self.held_out_steps.tolist(), self.held_out_fvu.tolist(), self.loss_recovered.tolist(), strict=True
             ):
-                ax.annotate(f"{share:.2f}", (step, height), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-            ax.set_xlabel("steps (at the dots: loss recovered)")
+                ax.annotate(f"{share:.2f}", (step, height), (0, -11), textcoords="offset points", ha="center", fontsize=7)
+            ax.set_xlabel("steps (dots: held-out texts, with the loss recovered)")
         return ax
 
     def view(self) -> View:
@@ -249,10 +249,11 @@ def train(
         return {"fvu": float(found.fvu), "l0": float(found.l0), "loss_recovered": float(found.loss_recovered)}
 
     asked = {"samples": samples, "batch": batch, "lr": lr, "seed": seed}
-    trainer = training.trainer_of(config, states, **asked, device=adapter.card.device)
     kept = folder and folder / training.fingerprint(states, config.to_dict(), asked, [prompt.ids for prompt in judged])
-    log = training.fit(trainer, states, judge, seed=seed, folder=kept, progress=progress)
-    attached = saes.attach(adapter, training.inference(trainer))
+    with torch.inference_mode(False):
+        trainer = training.trainer_of(config, states, **asked, device=adapter.card.device)
+        log = training.fit(trainer, states, judge, seed=seed, folder=kept, progress=progress)
+        attached = saes.attach(adapter, training.inference(trainer))
     seen, held = ({name: torch.tensor([row[name] for row in rows]) for name in rows[0]} for rows in (log.batches, log.judged))
     result = SAETraining(
         card=adapter.card,

@@ -139,7 +139,7 @@ def fit(
     bar = tqdm(
         total=steps, initial=trainer.n_training_steps, desc="SAE", unit="step", disable=progress is False, delay=0 if progress else 5
     )
-    with bar, torch.inference_mode(False), torch.enable_grad():
+    with bar, torch.enable_grad():
         while trainer.n_training_steps < steps:
             trainer.maybe_reset_sparsity()
             output = trainer.step(states[_batch(len(states), size, trainer.n_training_steps, seed)].float())
