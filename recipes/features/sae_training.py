@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hookbook import sae as saes, tasks
 from hookbook.asking import encode_prompts
@@ -31,8 +32,8 @@ from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
-DRAWN = 128
-"""Tokens of a text that the model is made to write."""
+DRAWN, AT_ONCE = 128, 32
+"""Tokens of a text that the model is made to write, and how many texts it writes at once, which are kept together."""
 SITES = ("embed", "resid_pre", "head_z", "attn_out", "mlp_in", "mlp_act", "mlp_out", "resid_post")
 """Where an SAE can be trained."""
 
@@ -50,8 +51,8 @@ class SAETraining(Result):
     """How many texts it was trained on."""
     n_tokens: int
     """How many states it was trained on, without those of special tokens."""
-    n_held_out: int
-    """How many texts it was judged on."""
+    held_out: tuple[Tokens, ...]
+    """The texts it was judged on."""
     steps: Tensor
     """`[n]`: after how many steps a batch was looked at."""
     fvu: Tensor
@@ -127,7 +128,7 @@ class SAETraining(Result):
         last = frame[(frame["texts"] == "held out") & (frame["step"] == int(self.held_out_steps[-1]))]
         said = (
             f"An SAE of {self.config['d_sae']} features ({self.config['architecture']}) at {self.site} of {self.card.model_id}, trained on "
-            f"{self.n_tokens:,} states of {self.n_texts} texts in {int(self.steps[-1])} steps; judged on {self.n_held_out} others."
+            f"{self.n_tokens:,} states of {self.n_texts} texts in {int(self.steps[-1])} steps; judged on {len(self.held_out)} others."
         )
         return View.table(last, said)
 
@@ -261,7 +262,7 @@ def train(
         site=where,
         n_texts=len(learnt),
         n_tokens=n,
-        n_held_out=len(judged),
+        held_out=tuple(judged),
         steps=seen.pop("step").long(),
         fvu=seen.pop("fvu"),
         l0=seen.pop("l0"),
@@ -289,13 +290,17 @@ def _drawn(
     each = min(DRAWN, adapter.card.n_ctx - max(map(len, prompts)))
     if each < 1:
         raise TokenError(f"beginnings of {max(map(len, prompts))} tokens", f"this model reads {adapter.card.n_ctx}", "give shorter ones")
-    rows = [Row(i % len(prompts)) for i in range(-(-tokens // each))]
-    request = Request(prompts[: len(rows)], rows, generate=each, sampling=Sampling(seed, top_k=400))
-    drawn = adapter.run(request, progress=progress, checkpoint=folder and folder / "texts").tokens
-    if cost.account() is not None:  # a plan: as long as they can be
-        drawn = torch.full((len(rows), each), adapter.encode("a", bos=bos).ids[-1])
-    said = [[token for token in line if token >= 0] for line in drawn.tolist()]
-    return [adapter.encode([*prompts[row.prompt].ids, *new]) for row, new in zip(rows, said, strict=True)]
+    rows, found = [Row(i % len(prompts)) for i in range(-(-tokens // each))], []
+    hidden = cost.account() is not None or progress is False
+    for start in tqdm(range(0, len(rows), AT_ONCE), desc="texts", leave=False, disable=hidden, delay=0 if progress else 5):
+        some = rows[start : start + AT_ONCE]
+        request = Request(prompts, some, generate=each, sampling=Sampling((seed << 24) + start, top_k=400))
+        drawn = adapter.run(request, progress=False, checkpoint=folder and folder / "texts").tokens
+        if cost.account() is not None:  # a plan: as long as they can be
+            drawn = torch.full((len(some), each), adapter.encode("a", bos=bos).ids[-1])
+        said = [[token for token in line if token >= 0] for line in drawn.tolist()]
+        found += [adapter.encode([*prompts[row.prompt].ids, *new]) for row, new in zip(some, said, strict=True)]
+    return found
 
 
 def _halves(prompts: list[Tokens], special: frozenset[int], share: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:

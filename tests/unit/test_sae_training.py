@@ -18,6 +18,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import hookbook as hb
 from hookbook.errors import DataError, HookbookError, Refused, ResultError, SiteError, TokenError
+from hookbook.recipes.features import sae_training
 from hookbook.sae import training
 from hookbook.testing import toy
 
@@ -127,7 +128,8 @@ def resid(model, texts):
 def held(found):
     """The texts it was judged on: a twentieth, drawn with the seed."""
     order = torch.randperm(60, generator=torch.Generator().manual_seed(found.settings["seed"])).tolist()
-    assert found.n_held_out == 3 and found.n_texts == 57
+    assert len(found.held_out) == 3 and found.n_texts == 57
+    assert [prompt.text for prompt in found.held_out] == [f"<s>{TEXTS[i]}" for i in order[:3]]
     return [TEXTS[i] for i in order[:3]]
 
 
@@ -160,21 +162,20 @@ def test_a_saved_training_is_attached_again(tmp_path):
     assert SAE.load_from_disk(tmp_path / "folder").cfg.metadata.hook_name == "blocks.1.hook_resid_post"
 
 
-def test_the_model_draws_its_own_texts():
+def test_the_model_draws_its_own_texts(monkeypatch):
     """As many tokens as were asked for, from the beginnings in turn; another seed draws others."""
     model = toy()
+    monkeypatch.setattr(sae_training, "AT_ONCE", 8)
     more = {"tokens": 1200, "beginnings": ["ab", "cde"], "held_out": 0.1}
     found = hb.sae.train(model, **more, **SMALL)
     rows = -(-1200 // (64 - 4))
-    assert found.n_texts + found.n_held_out == rows == 20
-    request = hb.request.Request(
-        [model.encode("ab"), model.encode("cde")],
-        [hb.request.Row(i % 2) for i in range(rows)],
-        generate=60,
-        sampling=hb.Sampling(0, top_k=400),
-    )
-    drawn = model.run(request).tokens
-    texts = [[*model.encode(["ab", "cde"][i % 2]).ids, *(t for t in line if t >= 0)] for i, line in enumerate(drawn.tolist())]
+    assert found.n_texts + len(found.held_out) == rows == 20
+    prompts, texts = [model.encode("ab"), model.encode("cde")], []
+    for start in (0, 8, 16):
+        some = [hb.request.Row(i % 2) for i in range(start, min(start + 8, rows))]
+        request = hb.request.Request(prompts, some, generate=60, sampling=hb.Sampling(start, top_k=400))
+        drawn = model.run(request).tokens.tolist()
+        texts += [[*prompts[row.prompt].ids, *(t for t in line if t >= 0)] for row, line in zip(some, drawn, strict=True)]
     same = hb.sae.train(model, texts, held_out=0.1, **SMALL)
     assert same.sae == found.sae and hb.sae.train(model, seed=1, **more, **SMALL).sae != found.sae
 
