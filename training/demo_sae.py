@@ -97,7 +97,7 @@ def main() -> None:
     )
     training.report(args.work / "training.html")
     training.attached.sae.to(dtype=torch.float16).save_model(args.out)  # half the size
-    card = hb.sae_report(hb.sae.attach(model, args.out), training.held_out)
+    card = hb.sae_report(hb.sae.attach(model, args.out), training.held_out_texts)
     about = {
         "what": "A demonstration SAE, trained on little text of the model itself: for tests and first steps, not for science.",
         "model": MODEL,

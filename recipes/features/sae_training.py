@@ -51,7 +51,7 @@ class SAETraining(Result):
     """How many texts it was trained on."""
     n_tokens: int
     """How many states it was trained on, without those of special tokens."""
-    held_out: tuple[Tokens, ...]
+    held_out_texts: tuple[Tokens, ...]
     """The texts it was judged on."""
     steps: Tensor
     """`[n]`: after how many steps a batch was looked at."""
@@ -128,7 +128,7 @@ class SAETraining(Result):
         last = frame[(frame["texts"] == "held out") & (frame["step"] == int(self.held_out_steps[-1]))]
         said = (
             f"An SAE of {self.config['d_sae']} features ({self.config['architecture']}) at {self.site} of {self.card.model_id}, trained on "
-            f"{self.n_tokens:,} states of {self.n_texts} texts in {int(self.steps[-1])} steps; judged on {len(self.held_out)} others."
+            f"{self.n_tokens:,} states of {self.n_texts} texts in {int(self.steps[-1])} steps; judged on {len(self.held_out_texts)} others."
         )
         return View.table(last, said)
 
@@ -262,7 +262,7 @@ def train(
         site=where,
         n_texts=len(learnt),
         n_tokens=n,
-        held_out=tuple(judged),
+        held_out_texts=tuple(judged),
         steps=seen.pop("step").long(),
         fvu=seen.pop("fvu"),
         l0=seen.pop("l0"),

@@ -28,7 +28,7 @@ def test_an_sae_is_trained_on_the_model_s_own_states(case, name):
     found = hb.sae.train(model, TEXTS, site=site, n_features=24, samples=64, batch=8, k=4, lr=1e-9, held_out=0.2)
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     assert (module.training, hooks(module), tokenizer.padding_side) == (mode, n_hooks, side)
-    assert len(found.held_out) == 1 and found.n_texts == 4 and found.attached.site == site
+    assert len(found.held_out_texts) == 1 and found.n_texts == 4 and found.attached.site == site
     held = TEXTS[torch.randperm(5, generator=torch.Generator().manual_seed(0)).tolist()[0]]
     states = []
     for text in TEXTS:

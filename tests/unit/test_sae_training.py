@@ -128,8 +128,8 @@ def resid(model, texts):
 def held(found):
     """The texts it was judged on: a twentieth, drawn with the seed."""
     order = torch.randperm(60, generator=torch.Generator().manual_seed(found.settings["seed"])).tolist()
-    assert len(found.held_out) == 3 and found.n_texts == 57
-    assert [prompt.text for prompt in found.held_out] == [f"<s>{TEXTS[i]}" for i in order[:3]]
+    assert len(found.held_out_texts) == 3 and found.n_texts == 57
+    assert [prompt.text for prompt in found.held_out_texts] == [TEXTS[i] for i in order[:3]]
     return [TEXTS[i] for i in order[:3]]
 
 
@@ -169,7 +169,7 @@ def test_the_model_draws_its_own_texts(monkeypatch):
     more = {"tokens": 1200, "beginnings": ["ab", "cde"], "held_out": 0.1}
     found = hb.sae.train(model, **more, **SMALL)
     rows = -(-1200 // (64 - 4))
-    assert found.n_texts + len(found.held_out) == rows == 20
+    assert found.n_texts + len(found.held_out_texts) == rows == 20
     prompts, texts = [model.encode("ab"), model.encode("cde")], []
     for start in (0, 8, 16):
         some = [hb.request.Row(i % 2) for i in range(start, min(start + 8, rows))]

@@ -235,11 +235,13 @@ def training(model: Adapter, setup: Setup) -> Found:
     """
     shipped = _attached(model, setup)
     found = train(model, tokens=TOKENS, site=shipped.site, n_features=SMALL, k=40, samples=SHOWN)
-    other = sae_report(shipped, found.held_out)
+    other = sae_report(shipped, found.held_out_texts)
     controls = {"FVU": float(found.held_out_fvu[-1]), "L0": float(found.held_out_l0[-1]), "dead": float(found.dead[-1])}
     controls |= {"shipped: loss recovered": float(other.loss_recovered), "shipped: FVU": float(other.fvu), "shipped: L0": float(other.l0)}
     measured = float(found.loss_recovered[-1])
     rule = (least("loss recovered", measured, 0.5), *most(controls, {"FVU": 0.5}))
-    note = f"{found.n_tokens:,} states of {found.n_texts} texts, {int(found.steps[-1])} steps; judged on {len(found.held_out)} other texts."
+    note = (
+        f"{found.n_tokens:,} states of {found.n_texts} texts, {int(found.steps[-1])} steps; judged on {len(found.held_out_texts)} others."
+    )
     line = Line("a few minutes' training", "loss recovered", measured, controls, "", rule, setup.expects("training"), note)
     return {"training": found, "shipped": other}, [line]
