@@ -187,8 +187,18 @@ def paragraph(recipe: Any, head: str) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Every recipe, in the order of the API pages."""
-    return [name for _, names in TOPICS.values() for name in names if is_recipe(name)]
+    """Every recipe, in the order of the API pages; one is called by a longer name."""
+    return [name for _, names in TOPICS.values() for name in names if is_recipe(name) or name == TRAIN]
+
+
+def recipe_of(name: str) -> Any:
+    """A recipe by its name on the API pages."""
+    return hb.sae.train if name == TRAIN else getattr(hb, name)
+
+
+def called(name: str) -> str:
+    """What a recipe is called after `hb.`."""
+    return "sae.train" if name == TRAIN else name
 
 
 def is_recipe(name: str) -> bool:
@@ -214,8 +224,8 @@ def recipes() -> str:
     """The table of recipes, their papers, and where they depart from them."""
     page = {name: file for file, (_, names) in TOPICS.items() for name in names}
     rows = [
-        f"| [`hb.{name}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(getattr(hb, name), 'Source'))} | "
-        f"{paragraph(getattr(hb, name), 'Differs')} |"
+        f"| [`hb.{called(name)}`](api/{page[name]}.md#hookbook.{name}) | {linked(paragraph(recipe_of(name), 'Source'))} | "
+        f"{paragraph(recipe_of(name), 'Differs')} |"
         for name in recipe_names()
     ]
     return "\n".join([
@@ -227,13 +237,15 @@ def recipes() -> str:
     ])  # fmt: skip
 
 
+TRAIN = "recipes.features.sae_training.train"
+"""The recipe that is called `hb.sae.train`."""
 CHAPTERS = {home.split(".")[1] for home in hb._HOME.values() if home.startswith("recipes.")}
 BESIDE = {
     "reading": ["Affine"],
     "vectors": ["Vector", "recipes.vectors.task_sweep.TaskSweep"],
     "relations": ["relations"],
     "hops": ["hops"],
-    "features": ["sae"],
+    "features": [TRAIN, "sae"],
 }
 """What is shown on a chapter's page beside its recipes and their results."""
 TOPICS: dict[str, tuple[str, list[str]]] = {

@@ -106,6 +106,10 @@ MAKERS: dict[str, Any] = {
     "RelationEdits": lambda: hb.edit_relation(toy(), relation(toy()), ranks=[1, 5], changes=3, n_unrelated=1),
     "RelationFeatures": relation_features,
     "SAEReport": lambda: hb.sae_report(attached(), ["abc", "de", "good"]),
+    "SAETraining": lambda: hb.sae.train(
+        toy(), ["abc", "good day"], site="resid_post.1", n_features=24, samples=60, batch=2, k=3, held_out=0.5
+    ),
+    "SparseCoding": lambda: hb.sparse_coding(attached(), ["abc", "good day"], ks=[1, 2, 5]),
     "Steering": lambda: hb.steer(toy(), vector(), ["ab", "c"], tokens=(["a", "e"], ["b"]), strengths=[1, 2], generate=2),
     "TaskSweep": lambda: TaskSweep(**{f.name: getattr(result("TaskVectors"), f.name) for f in fields(TaskSweep)}),
     "TaskVectors": lambda: hb.task_vector(toy(), task(), shots=2, n_prompts=4, queries=3, seed=5),

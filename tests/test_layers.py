@@ -25,7 +25,7 @@ def test_no_import_runs_up_or_in_a_circle(layers):
     found = layers.modules()
     assert {"hookbook.adapters.bridge", "hookbook.recipes.reading.patchscopes", "hookbook.engine.runs"} <= set(found) and len(found) > 100
     assert layers.wrong(found) == []
-    assert layers.DOOR in set(layers.arrows(found)), "the door is not used: take it out of the table"
+    assert set(layers.arrows(found)) >= layers.DOORS, "a door is not used: take it out of the table"
 
 
 def test_every_module_has_a_room_and_every_room_modules(layers):

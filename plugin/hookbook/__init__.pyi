@@ -28,6 +28,8 @@ from .recipes.features.examples import FeatureExamples as FeatureExamples, featu
 from .recipes.features.patchscopes import FeaturePatchscope as FeaturePatchscope, feature_patchscope as feature_patchscope
 from .recipes.features.reading import FeatureActivations as FeatureActivations, feature_activations as feature_activations
 from .recipes.features.sae_report import SAEReport as SAEReport, sae_report as sae_report
+from .recipes.features.sae_training import SAETraining as SAETraining
+from .recipes.features.sparse_coding import SparseCoding as SparseCoding, sparse_coding as sparse_coding
 from .recipes.features.steering import steer_feature as steer_feature
 from .recipes.hops.backpatching import Backpatch as Backpatch, backpatch as backpatch
 from .recipes.hops.hop_knock_out import HopKnockOut as HopKnockOut, hop_knock_out as hop_knock_out

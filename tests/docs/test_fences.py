@@ -11,7 +11,7 @@ import pytest
 import hookbook as hb
 from hookbook.models.packages import PACKAGES, find
 from tests.docs.fences import CHECKS, PAGES, SERVER_PAGES, fences, run_page
-from tests.docs.small import recipes
+from tests.docs.small import recipes, small
 from tests.support.needs import require
 from tests.support.real import shared, undisturbed
 
@@ -37,8 +37,10 @@ def offline(monkeypatch, tmp_path, pytestconfig):
     boot = TransformerBridge.boot_transformers
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **more: boot(str(find(here.get(name, name))), **more))
     monkeypatch.setattr(hb, "load", shared)
-    for name, recipe in ({} if pytestconfig.getoption("--whole") else recipes()).items():
-        monkeypatch.setattr(hb, name, recipe)
+    if not pytestconfig.getoption("--whole"):
+        for name, recipe in recipes().items():
+            monkeypatch.setattr(hb, name, recipe)
+        monkeypatch.setattr(hb.sae, "train", small(hb.sae.train))
     with undisturbed():
         yield
 

@@ -170,6 +170,7 @@ RECIPES = {
     "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
     "features": lambda model: hb.feature_activations(sae(model), PROMPTS),
     "features' examples": lambda model: hb.feature_examples(sae(model), (text for text in PROMPTS), k=2, context=2, batch=1),
+    "states as sums of features": lambda model: hb.sparse_coding(sae(model), PROMPTS, ks=[1, 4]),
     "a report on an SAE": lambda model: hb.sae_report(sae(model), PROMPTS, batch=1),
     "sampling": lambda model: hb.generate(model, PROMPTS, do_sample=True, seed=3, max_new_tokens=5, top_k=20),
 }

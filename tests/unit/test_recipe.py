@@ -46,13 +46,14 @@ def call(request, monkeypatch) -> tuple[Any, dict[str, Any], Any]:
 
         return spy
 
-    for public in hb.__all__:
-        if hasattr(one := getattr(hb, public), "plan"):
-            monkeypatch.setattr(hb, public, spied(one))
+    for place, public in [*((hb, public) for public in hb.__all__), (hb.sae, "train")]:
+        if hasattr(one := getattr(place, public), "plan"):
+            monkeypatch.setattr(place, public, spied(one))
     result = (MORE.get(request.param) or makers.MAKERS[request.param.removeprefix("hooked-")])()
     one, arguments, last = seen[-1]
     assert last is result
-    return one, dict(arguments), result
+    arguments = dict(arguments)
+    return one, arguments | arguments.pop("settings", {}), result  # `settings` are further words
 
 
 def plain(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Effects seen and made through a sparse autoencoder: whether it fits the model, what vectors are made of, clamping, and attribution."""
+"""Effects seen and made through a sparse autoencoder: whether it fits the model, states and vectors as sums of features, clamping,
+attribution, and one that is trained beside the one that ships."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from hookbook.recipes.features.effects import feature_sweep
 from hookbook.recipes.features.examples import feature_examples
 from hookbook.recipes.features.reading import FeatureActivations, feature_activations
 from hookbook.recipes.features.sae_report import sae_report
+from hookbook.recipes.features.sae_training import train
+from hookbook.recipes.features.sparse_coding import sparse_coding
 from hookbook.recipes.features.steering import steer_feature
 from hookbook.recipes.steering.contrast_vectors import contrast_vector
 from hookbook.recipes.steering.steering import Steering
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
     from hookbook.adapter import Adapter
 
+SUMMED = 8
+"""How many features a state is a sum of where that is judged."""
+TOKENS, SMALL, SHOWN = 20_000, 1024, 200_000
+"""Of the SAE that is trained: how many tokens the model writes, how many features it has, and how many states are shown."""
 LARGEST = 5
 """How many of a vector's features are looked at."""
 WORDS = (" les", " est", " très", " dans", " pour", " une", " des", " le", " du")
@@ -79,6 +86,30 @@ def fit(model: Adapter, setup: Setup) -> Found:
     rule = (least("loss recovered", float(found.loss_recovered), 0.5), *most(controls, {"FVU": 0.5}))
     line = Line("the SAE fits", "loss recovered", float(found.loss_recovered), controls, "", rule, setup.expects("fit"))
     return {"sae_report": found}, [line]
+
+
+@SUITE.effect("Every state is a sum of few features", minutes=0.5)
+def sums(model: Adapter, setup: Setup) -> Found:
+    """How much of a state few features explain, beside as many of as many random directions, chosen in the same way, and principal axes and
+    components of other states (Huben et al. 2023).
+
+    The states are of hookbook's own French and English texts, less their mean.
+    """
+    french, english = map(list, tasks.contrast("language_french"))
+    found = sparse_coding(_attached(model, setup), french + english)
+    at = found.ks.index(SUMMED)
+    shares = {name: float(curve[at]) for name, curve in found.curves.items()}
+    measured = shares.pop("features")
+    above = [(f"more than {name}", measured > shares[name]) for name in ("principal axes", "principal components")]
+    rule = (least("share explained", measured, shares["random directions"] + 0.1), *above)
+    note = "; ".join(
+        f"{k} features {float(own):.2f}, random {float(random):.2f}, axes {float(axes):.2f}"
+        for k, own, random, axes in zip(found.ks, found.explained, found.random, found.principal_axes, strict=True)
+    )
+    what = f"{SUMMED} features, a share of a state"
+    return {"sparse_coding": found}, [
+        Line("states are sums of few features", what, measured, shares, "", rule, setup.expects("sums"), note)
+    ]
 
 
 @SUITE.effect("What vectors are made of", minutes=0.5)
@@ -193,3 +224,24 @@ def attribution(model: Adapter, setup: Setup) -> Found:
     rule = (least("correlation", r, 0.7),)
     what = f"{len(prompts)} prompts, the 50 largest of each"
     return {"attribution": found}, [Line("attribution agrees with ablation", what, r, {}, "close", rule, setup.expects("attribution"))]
+
+
+@SUITE.effect("A few minutes' training", minutes=8)
+def training(model: Adapter, setup: Setup) -> Found:
+    """Whether a few minutes' training on little text that the model writes gives an SAE that fits, by the rule of the one that ships; and
+    what that one does on the same held-out texts.
+
+    The one that ships has four times as many features, and was trained on twelve times as much text, which was drawn otherwise.
+    """
+    shipped = _attached(model, setup)
+    found = train(model, tokens=TOKENS, site=shipped.site, n_features=SMALL, k=40, samples=SHOWN)
+    other = sae_report(shipped, found.held_out_texts)
+    controls = {"FVU": float(found.held_out_fvu[-1]), "L0": float(found.held_out_l0[-1]), "dead": float(found.dead[-1])}
+    controls |= {"shipped: loss recovered": float(other.loss_recovered), "shipped: FVU": float(other.fvu), "shipped: L0": float(other.l0)}
+    measured = float(found.loss_recovered[-1])
+    rule = (least("loss recovered", measured, 0.5), *most(controls, {"FVU": 0.5}))
+    note = (
+        f"{found.n_tokens:,} states of {found.n_texts} texts, {int(found.steps[-1])} steps; judged on {len(found.held_out_texts)} others."
+    )
+    line = Line("a few minutes' training", "loss recovered", measured, controls, "", rule, setup.expects("training"), note)
+    return {"training": found, "shipped": other}, [line]

@@ -1,8 +1,6 @@
-"""Pretrained sparse autoencoders on any model: SAELens loads, encodes and decodes; here they meet hookbook's models, sites and edits.
+"""Sparse autoencoders on any model: SAELens loads, trains, encodes and decodes; here they meet hookbook's models, sites and edits.
 
-from sae_lens import SAE
-
-sae = hb.sae.attach(model, SAE.from_pretrained("gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"))
+sae = hb.sae.attach(model, ("gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"))  # or a folder, or an SAE of SAELens
 hb.generate(model, "The weather today is", edits=[sae.edit(4711, to=300.0, scope="all")])
 """
 
@@ -11,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ from hookbook.deferred import hold
 from hookbook.errors import DataError, EditError, ModelError, Refused
 from hookbook.models.loading import wrap
 from hookbook.request import Edit, FeatureChange, Scope
+from hookbook.sae.pretrained import found
 from hookbook.sae.saelens import (
     both,
     check_processed,
-    checked_sae,
     code_of,
     directions,
     encode,
@@ -47,10 +46,17 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from hookbook.adapter import Adapter
+    from hookbook.recipes.features.sae_training import train as train
 
-__all__ = ["AttachedSAE", "attach", "demo", "feature"]
+__all__ = ["AttachedSAE", "attach", "demo", "feature", "train"]
 
 DEMO = Path(__file__).parents[1] / "data" / "sae"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # a recipe, which stands above this
+        return import_module("hookbook.recipes.features.sae_training").train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +278,7 @@ class AttachedSAE:
 
 def attach(
     model: Any,
-    sae: SAE,
+    sae: SAE | str | Path | tuple[str, str],
     *,
     site: Site | str | None = None,
     out: Site | str | None = None,
@@ -285,7 +291,9 @@ def attach(
 
     Args:
         model: Any model `hookbook.wrap` takes.
-        sae: An SAE or a transcoder of SAELens: `SAE.from_pretrained(release, sae_id)`, `SAE.load_from_disk(folder)`.
+        sae: A folder, as SAELens' `save_model` or `save_inference_model` writes it, or as Gemma Scope 2 has it (`config.json` and
+            `params.safetensors`); a release and an id of SAELens' table, `(release, id)`, which SAELens downloads; or an SAE or a
+            transcoder of SAELens itself.
         site: Where the encoder reads; None: the SAE's own hook name.
         out: Where the decoder writes; None: a transcoder's own hook name, or `site`.
         bos: Whether prompts begin with a beginning-of-sequence token; None: as the SAE says, or else the model's tokenizer.
@@ -294,14 +302,14 @@ def attach(
         same_model: Do not compare the model's name with the SAE's: you know that they are the same.
 
     Raises:
-        ModelError: sae-lens is not installed, or what was given is no SAE; the SAE is of another model, or of weights that TransformerLens
-            processed where these are not, or the other way round; or it was trained on scaled activations and the scale was never folded
-            in.
+        ModelError: sae-lens is not installed, or what was given is no SAE: near names of SAELens' table are said, and a name that needs a
+            network where there is none; the SAE is of another model, or of weights that TransformerLens processed where these are not,
+            or the other way round; or it was trained on scaled activations and the scale was never folded in.
         SiteError: Its hook name is no site of this model, or its width is another one.
         TokenError, DataError: `bos` differs from what the SAE says; labels or maxima that are none.
     """
     adapter = wrap(model)
-    sae = checked_sae(sae)
+    sae = found(sae)
     known = sae.cfg.metadata
     reads, writes = places(sae, adapter.card, site, out, same_model)
     for where in (reads, writes):
@@ -345,6 +353,6 @@ def demo() -> SAE:
     """The small SAE that ships, of `resid_post.9` of `gemma-3-270m`: for tests and first steps, not for science. Its report card is in
     `hookbook/data/sae`.
 
-    For research load a published one: `SAE.from_pretrained("gemma-scope-2-270m-pt-res", "layer_9_width_16k_l0_medium")`.
+    For research take a published one: `hb.sae.attach(model, ("gemma-scope-2-270m-pt-res", "layer_9_width_16k_l0_medium"))`.
     """
     return sae_lens_module().SAE.load_from_disk(DEMO, dtype="float32")

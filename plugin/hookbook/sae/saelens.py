@@ -169,21 +169,26 @@ def _site(given: Site | str | None, hook_name: str | None, argument: str) -> Sit
         ) from error
 
 
-def check_processed(adapter: Adapter, known: Any) -> None:
-    """TransformerLens can centre what writes to the stream, which a LayerNorm does not see and an SAE does."""
-    wanted = (known.model_from_pretrained_kwargs or {}).get("center_writing_weights")
+def centred(adapter: Adapter) -> bool | None:
+    """Whether TransformerLens took the mean out of what writes to the stream; None where it makes no difference, or cannot be seen."""
     embedding = getattr(adapter.model, "W_E", None)
-    if wanted is None or embedding is None or adapter.remote:
-        return
+    if embedding is None or adapter.remote:
+        return None
     x = torch.randn(
         2, adapter.card.d_model, dtype=embedding.dtype, device=embedding.device, generator=torch.Generator(embedding.device).manual_seed(0)
     )
     with torch.no_grad():
         layer_norm = bool((adapter.final_norm(x + 1) - adapter.final_norm(x)).abs().max() < 1e-3)
-        centred = bool(embedding.mean(-1).abs().max() < 1e-3 * embedding.std())
-    if layer_norm and wanted != centred:
+        return bool(embedding.mean(-1).abs().max() < 1e-3 * embedding.std()) if layer_norm else None
+
+
+def check_processed(adapter: Adapter, known: Any) -> None:
+    """TransformerLens can centre what writes to the stream, which a LayerNorm does not see and an SAE does."""
+    wanted = (known.model_from_pretrained_kwargs or {}).get("center_writing_weights")
+    found = None if wanted is None else centred(adapter)
+    if found is not None and wanted != found:
         raise ModelError(
-            f"an SAE of {'centred' if wanted else 'unprocessed'} weights on a model with {'centred' if centred else 'unprocessed'} ones",
+            f"an SAE of {'centred' if wanted else 'unprocessed'} weights on a model with {'centred' if found else 'unprocessed'} ones",
             "the stream has another mean, which the SAE sees",
             "load the model with center_writing_weights=" + str(wanted),
         )

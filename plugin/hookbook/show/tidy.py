@@ -121,6 +121,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "part": ("str", "what adds to the sum: a `feature`, or what is beside features"),
     "contribution": ("float64", "how much it adds, in logits"),
     "says": ("str", "the likeliest tokens of the part alone"),
+    "directions": ("str", "of what sums are made: an SAE's `features`, or a control"),
+    "k": ("int64", "how many directions are summed"),
+    "explained": ("float64", "the share of a state's squared length, less the mean state, that the sum explains, in the mean"),
+    "step": ("int64", "after how many steps of the training"),
+    "texts": ("str", "what was looked at: a batch in `training`, or what was `held out`"),
     # questions, facts, numbers
     "chain": ("str", "the two relations of a question"),
     "entity": ("str", "what the first relation is asked of"),
