@@ -139,7 +139,7 @@ def checked_sae(sae: Any) -> Any:
         raise ModelError(
             f"a {type(sae).__name__} in place of an SAE",
             "SAEs are SAELens'",
-            "SAE.from_pretrained(release, sae_id), or SAE.load_from_disk(folder)",
+            "give a folder, (release, id), or an SAE of SAELens",
         )
     return sae
 
