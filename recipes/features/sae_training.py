@@ -194,7 +194,7 @@ def train(
     default would leave near 0; states are held in memory, in float32.
 
     Example:
-        training = hb.sae.train(model, tokens=50_000, site="resid_post.9", checkpoint="my-sae")
+        training = hb.sae.train(model, tokens=20_000, site="resid_post.9", checkpoint="my-sae")
         training.plot()
         training.attached.edit(3, to=0)
     """
@@ -209,6 +209,8 @@ def train(
     adapter.require(where)
     check_counts(n_features=n_features, samples=samples, batch=batch)
     check_counts(0, seed=seed)
+    if seed >= 1 << 32:
+        raise TokenError(f"seed={seed}", "", "use a smaller one")
     for name, number, most in (("lr", lr, 1.0), ("held_out", held_out, 0.5)):
         if not isinstance(number, Real) or isinstance(number, bool) or not 0 < number <= most:
             raise DataError(f"{name}={number!r}", "", f"use a number above 0, and at most {most:g}")
@@ -273,7 +275,7 @@ def train(
         held_out_l0=held["l0"],
         loss_recovered=held["loss_recovered"],
         weights={name: value.detach().cpu() for name, value in attached.sae.state_dict().items()},
-        config=attached.sae.cfg.to_dict(),
+        config=attached.sae.cfg.to_dict() | {"device": "cpu"},
         settings=dict(settings),
     )
     result.__dict__["attached"] = attached

@@ -291,6 +291,7 @@ def test_a_plan_counts_what_is_asked_of_the_model():
         (TokenError, "batch=0", {"batch": 0}),
         (TokenError, "n_features=1.5", {"n_features": 1.5}),
         (TokenError, "seed=-1", {"seed": -1}),
+        (TokenError, "use a smaller one", {"seed": 1 << 40}),
         (DataError, "lr=0", {"lr": 0}),
         (DataError, "held_out=0.9", {"held_out": 0.9}),
         (DataError, "tokens to train on, in batches of 4096", {"batch": 4096, "samples": 8192}),
