@@ -124,7 +124,7 @@ class SAETraining(Result):
 
     def view(self) -> View:
         """The held-out numbers of the trained SAE, and what it was trained on."""
-        frame = self.to_frame()
+        frame: Any = self.to_frame()
         last = frame[(frame["texts"] == "held out") & (frame["step"] == int(self.held_out_steps[-1]))]
         said = (
             f"An SAE of {self.config['d_sae']} features ({self.config['architecture']}) at {self.site} of {self.card.model_id}, trained on "

@@ -13,7 +13,7 @@ from typing import Any
 import hookbook as hb
 
 MOST = {"queries": 8, "n_prompts": 4, "n_trials": 2, "n_train": 2, "changes": 3, "generate": 4, "max_new_tokens": 4}
-MOST |= {"tokens": 384, "n_features": 256, "samples": 1280, "batch": 128, "states": 32}  # of an SAE that is trained
+MOST |= {"tokens": 256, "n_features": 256, "samples": 640, "batch": 64, "states": 32}  # of an SAE that is trained
 """Of arguments of recipes, the most that is taken."""
 FEW = {"questions": 6}
 """Of lists that a page has cut for a recipe already, how many stay."""

@@ -309,9 +309,9 @@ def attach(
         TokenError, DataError: `bos` differs from what the SAE says; labels or maxima that are none.
     """
     adapter = wrap(model)
-    sae = found(sae)
-    known = sae.cfg.metadata
-    reads, writes = places(sae, adapter.card, site, out, same_model)
+    raw: Any = found(sae)
+    known = raw.cfg.metadata
+    reads, writes = places(raw, adapter.card, site, out, same_model)
     for where in (reads, writes):
         adapter.require(where)
     if bos is not None and known.prepend_bos is not None and bos != known.prepend_bos:
@@ -321,9 +321,9 @@ def attach(
     check_processed(adapter, known)
     if maxima is not None:
         maxima = torch.as_tensor(maxima)
-        if tuple(maxima.shape) != (sae.cfg.d_sae,):
-            raise DataError(f"maxima of shape {list(maxima.shape)}", f"this SAE has {sae.cfg.d_sae} features", "give one for each")
-    return AttachedSAE(adapter, sae, reads, writes, bos, read_labels(labels), maxima)
+        if tuple(maxima.shape) != (raw.cfg.d_sae,):
+            raise DataError(f"maxima of shape {list(maxima.shape)}", f"this SAE has {raw.cfg.d_sae} features", "give one for each")
+    return AttachedSAE(adapter, raw, reads, writes, bos, read_labels(labels), maxima)
 
 
 def feature(sae: AttachedSAE, index: int) -> Vector:

@@ -43,20 +43,20 @@ def configured(site: Site, width: int, n_features: int, architecture: str, setti
     if architecture not in ARCHITECTURES:
         near = difflib.get_close_matches(str(architecture), ARCHITECTURES, n=1)
         raise DataError(f"architecture={architecture!r}", f"those that can be trained here are {', '.join(ARCHITECTURES)}", *near[:1])
-    kind = get_sae_training_class(architecture)[1]
+    kind: Any = get_sae_training_class(architecture)[1]
     names = sorted({f.name for f in fields(kind)} - {*FIXED})
     if unknown := sorted(settings.keys() - {*names}):
         near = difflib.get_close_matches(unknown[0], names, n=1)
         why = "it follows from the other arguments" if unknown[0] in FIXED else f"a {architecture} SAE of SAELens has no such setting"
         raise DataError(f"{unknown[0]}={settings[unknown[0]]!r}", why, f"use {near[0]}" if near else f"use some of {', '.join(names)}")
-    chosen = {"normalize_activations": "expected_average_only_in"} | ({"k": 32} if "k" in names else {}) | dict(settings)
+    chosen: dict[str, Any] = {"normalize_activations": "expected_average_only_in"} | ({"k": 32} if "k" in names else {}) | dict(settings)
     if "k" in chosen and not (_is_number(chosen["k"]) and 0 < chosen["k"] <= n_features):
         raise DataError(
             f"k={chosen['k']!r} of {n_features} features", "so many are active on a token", f"use a number from 1 to {n_features}"
         )
     if chosen["normalize_activations"] == "covariance_whitening":
         raise Refused("normalize_activations='covariance_whitening'", "whitening is not estimated here", "use expected_average_only_in")
-    heads = {"reshape_activations": "hook_z"} if site.name == "head_z" else {}
+    heads: dict[str, Any] = {"reshape_activations": "hook_z"} if site.name == "head_z" else {}
     try:
         config = kind(d_in=width, d_sae=n_features, metadata=SAEMetadata(**known), **heads, **chosen)
         with torch.random.fork_rng(devices=[]):
@@ -218,5 +218,5 @@ def fingerprint(states: Tensor, *asked: Any) -> str:
     """Of the states, and of all else that a training depends on."""
     found = hashlib.sha256(json.dumps([list(states.shape), *asked], sort_keys=True, default=str).encode())
     for part in states.split(1 << 16):
-        found.update(part.contiguous().view(torch.uint8).numpy())
+        found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
