@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from hookbook.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +99,8 @@ def find(name: str) -> Path | str:
         return Path(name) if Path(name).is_dir() else name
     if not package.installed:
         return package.hub_name
+    from safetensors import SafetensorError  # an environment for a server is made before there is one
+
     folder = converted(name)
     try:
         if not _whole(folder):
