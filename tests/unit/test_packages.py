@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hookbook.models.packages import MANIFEST, PACKAGES, Package, _whole, cache_
 from tests.support.needs import require
 
 NAME = "smollm2-135m-instruct"
+ROOT = Path(__file__).parents[2]
 
 
 def no_file(folder: Path) -> Path:
@@ -251,3 +254,17 @@ def test_a_broken_model_is_made_again(converted, copied, monkeypatch, tmp_path, 
     first, again = sums(converted), sums(copied)
     del first[MANIFEST], again[MANIFEST]  # it holds times
     assert first == again
+
+
+def test_a_servers_environment_is_made_by_a_python_that_has_nothing_yet():
+    code = """
+import sys
+for name in ("torch", "safetensors", "transformers", "pandas", "numpy", "tqdm", "nnsight", "transformer_lens"):
+    sys.modules[name] = None
+import tests.remote.server as server
+print(server.WANTED[0])
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "plugin")}, capture_output=True
+    )
+    assert found.stdout.decode().split() == ["torch==2.13.0"], found.stderr.decode()
