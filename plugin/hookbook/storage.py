@@ -132,7 +132,7 @@ def _sum(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
-        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
