@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +47,7 @@ class ModelCard:
         both = [dtype for dtype in mine if dtype in theirs]
         if both:
             return mine[both[0]] == theirs[both[0]]
-        return self.model_id.rsplit("/", 1)[-1].lower() == other.model_id.rsplit("/", 1)[-1].lower()
+        return _name(self.model_id) == _name(other.model_id)
 
     def unlike(self, other: ModelCard) -> str:
         """Why vectors of one mean nothing in the other, or nothing."""
@@ -59,6 +60,11 @@ class ModelCard:
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+
+def _name(model_id: str) -> str:
+    """Without who published it, and without what tells conversions of a package's model apart (`hookbook.models.packages`)."""
+    return re.sub(r"-[0-9a-f]{12}$", "", model_id.rsplit("/", 1)[-1].lower())
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -96,3 +96,13 @@ def test_a_task_of_three_pairs_says_so():
     for call in (hb.task_vector, hb.function_vector, hb.compose):
         with pytest.raises(hb.errors.DataError, match="3 pairs of 'few'"):
             call(TOY, hb.Task((("a", "b"), ("c", "d"), ("e", "f")), "few"), **({"heads": 1} if call is hb.function_vector else {}))
+
+
+def test_where_weights_are_not_seen_the_name_decides_whoever_published_it():
+    """A package's model is kept under a name that ends with a part of its hash."""
+    known = replace(toy().card, model_id="smollm2-135m-instruct-b179c9523d0e", weights=(("float32", "a"),))
+    there = replace(known, model_id="HuggingFaceTB/SmolLM2-135M-Instruct", weights=(), remote=True)
+    assert known.same_model(there) and there.same_model(known)
+    for name in ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2-135m", "mine/smollm2-135m-instruct-tuned"):
+        assert not known.same_model(replace(there, model_id=name))
+    assert not known.same_model(replace(known, weights=(("float32", "b"),)))
