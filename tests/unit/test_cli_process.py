@@ -110,7 +110,7 @@ def test_a_process_separates_the_result_from_notes(folder):
         ("hookbook task-vector country_", {"country_capital", "country_continent", "country_currency", "country_language"}),
         ("hookbook relation cop", set()),  # a task without sentences
         ("hookbook relation landmark_", {"landmark_city", "landmark_country"}),
-        ("hookbook steer s", {"sentiment"}),
+        ("hookbook steer s", {"sentiment", "sycophancy"}),
         ("hookbook patchscope x --target E", {"ENTITY_DESCRIPTION"}),
         ("hookbook lens x --backend nn", {"nnsight"}),
     ],

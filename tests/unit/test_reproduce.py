@@ -117,7 +117,7 @@ def moved(up, down, random, base=1.0, forms=2):
     """What two questions, each in two forms, would say under a vector: log-odds without it, and how far each run moves them."""
     numbers = torch.tensor([[base, base + down, base + up, base + random, base + random]] * 4, dtype=torch.float64)
     where = (hb.Site("resid_post", 1),)
-    return Steering(toy().card, tuple(toy().encode(x) for x in "abcd"), where, (-2.0, 2.0), "", numbers, ((),) * 4, {})
+    return Steering(toy().card, tuple(toy().encode(x) for x in "abcd"), where, (-2.0, 2.0), "", numbers, (), {})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_is_asked_apart_comes_back_in_its_order():
         "y": replace(moved(1, 2, 3), numbers=-torch.arange(20.0).view(4, 5)),
     }
     woven = behaviours._woven(parts, list("xyxyxyxy"))
-    assert woven.numbers[:, 0].tolist() == [0, 0, 5, -5, 10, -10, 15, -15] and len(woven.prompts) == len(woven.said) == 8
+    assert woven.numbers[:, 0].tolist() == [0, 0, 5, -5, 10, -10, 15, -15] and len(woven.to_frame()) == 8 * 5
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_a_run_that_is_cut_off_leaves_nothing(command, tmp_path, monkeypatch):
     assert command("--only", "french", "--out", "new") == 0  # an empty folder may be there
 
 
-def test_every_module_with_effects_is_a_command():
-    modules = {path.stem for path in Path(reproduce.__file__).parent.glob("*.py")} - {"__init__", "effect", "suite"}
+def test_every_module_with_a_suite_is_a_command():
+    modules = {path.stem for path in Path(reproduce.__file__).parent.glob("*.py") if "\nSUITE = Suite(" in path.read_text(encoding="utf-8")}
     assert modules == set(reproduce.SUITES)
 
 

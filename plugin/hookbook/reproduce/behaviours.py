@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from hookbook import prompts, scores, tasks
 from hookbook.controls import random_like
 from hookbook.recipes.steering.contrast_vectors import contrast_vector
@@ -137,9 +139,7 @@ def _woven(parts: Mapping[str, Steering], order: Sequence[str]) -> Steering:
     rows = {key: iter(zip(one.prompts, one.numbers, strict=True)) for key, one in parts.items()}
     tokens, numbers = zip(*(next(rows[key]) for key in order), strict=True)
     first = next(iter(parts.values()))
-    nothing = tuple(() for _ in order)
-    metric = "log-odds of the contrast's answer"
-    return replace(first, prompts=tokens, numbers=first.numbers.new_tensor([x.tolist() for x in numbers]), said=nothing, metric=metric)
+    return replace(first, prompts=tokens, numbers=torch.stack(numbers), metric="log-odds of the contrast's answer")
 
 
 class Outcomes(NamedTuple):
