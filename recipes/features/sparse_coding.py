@@ -156,7 +156,8 @@ def _shares(reading: Tensor, first: Tensor, chosen: Tensor, rows: Tensor, random
     """`[4, most]`: the mean share that sums of 1, 2, ... of each kind of directions explain."""
     every = reading.detach().double().cpu()
     mean = every[first].mean(0)
-    axes = torch.linalg.svd(every[first] - mean, full_matrices=False).Vh
+    _, sizes, axes = torch.linalg.svd(every[first] - mean, full_matrices=False)
+    axes = axes[sizes > sizes[0] * max(every.shape) * torch.finfo(every.dtype).eps]  # of few states, the last are any directions
     x = every[chosen] - mean
     parts = (x @ axes.T).square() / x.square().sum(-1, keepdim=True)
     parts = torch.nn.functional.pad(parts, (0, max(0, most - parts.shape[1])))

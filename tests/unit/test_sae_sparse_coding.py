@@ -9,7 +9,7 @@ import hookbook as hb
 from hookbook.controls import noise
 from hookbook.errors import DataError, HookbookError, ModelError, TokenError
 from hookbook.recipes.features.decomposition import pursue
-from hookbook.recipes.features.sparse_coding import pursued
+from hookbook.recipes.features.sparse_coding import _shares, pursued
 from hookbook.testing import toy
 from tests.contract.test_sae import N, make_sae
 
@@ -97,3 +97,17 @@ def test_bad_input_is_refused_before_any_work(error, said, change, monkeypatch):
     with pytest.raises(error, match=said) as found:
         hb.sparse_coding(asked.pop("sae"), asked.pop("texts"), **asked)
     assert isinstance(found.value, HookbookError)
+
+
+def test_axes_that_few_states_do_not_have_explain_nothing():
+    """Three states have two axes: whatever a solver gives as the third is no axis, and the shares stay where they are."""
+    draw = torch.Generator().manual_seed(0)
+    reading = torch.randn(6, 16, generator=draw)
+    first, rows = torch.tensor([True] * 3 + [False] * 3), torch.randn(20, 16, generator=draw)
+    shares = _shares(reading, first, torch.tensor([3, 4, 5]), rows, rows, 5)
+    fit = reading[:3].double() - reading[:3].double().mean(0)
+    left = reading[3:].double() - reading[:3].double().mean(0)
+    inside = left @ torch.linalg.pinv(fit) @ fit
+    want = (inside.square().sum(-1) / left.square().sum(-1)).mean()
+    for line in shares[2:]:
+        assert torch.allclose(line[1:], want.expand(4)) and line[0] < want
