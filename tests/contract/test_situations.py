@@ -18,7 +18,6 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from tokenizers import normalizers
 from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
 
 import hookbook as hb
 from hookbook.engine.state import Parts
@@ -218,6 +217,8 @@ def test_a_vector_is_of_the_weights(own, change):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
 def test_a_checkpoint_is_one_model_whatever_runs_it(tiny_folder, arch, tmp_path):
     """On a bridge and in nnsight, in another folder, in another dtype; a tuned copy is another, and a folded one."""
+    from transformer_lens.model_bridge import TransformerBridge
+
     shutil.copytree(tiny_folder(arch), tmp_path / "copy")
     folders = [str(tiny_folder(arch)), str(tmp_path / "copy")]
     models = [

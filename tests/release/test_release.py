@@ -123,7 +123,7 @@ def test_the_contract_holds_where_there_is_only_the_wheel(clean, built, wheel, t
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     shutil.rmtree(source / "plugin")
-    call(*pip(clean), "install", "--constraint", ROOT / "constraints.txt", "pytest", "hypothesis", f"{wheel}[viz]", cwd=tmp_path)
+    call(*pip(clean), "install", "--constraint", ROOT / "constraints.txt", "pytest", "hypothesis", "peft", f"{wheel}[viz]", cwd=tmp_path)
     only = ["-k", "toy", "--adapters=toy", "--ignore-glob=*/test_sae*.py", "--ignore-glob=*/test_feature_*.py"]
     said = call(clean / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contract", *only, cwd=source).stdout
     assert int(said.splitlines()[-1].split()[0]) > 100, said[-500:]
