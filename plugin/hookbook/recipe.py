@@ -15,7 +15,7 @@ from torch import Tensor
 from hookbook import deferred
 from hookbook.card import ModelCard as ModelCard
 from hookbook.deferred import Later as Later, fetch as fetch, hold as hold, later as later
-from hookbook.engine import cost
+from hookbook.engine import cost, state
 from hookbook.engine.cost import Plan, accounting
 from hookbook.models.loading import wrap as wrap
 from hookbook.sites import Site
@@ -58,7 +58,7 @@ def recipe(run: Callable[P, R]) -> Recipe[P, R]:
     asked = signature(run)
 
     def made(*args: P.args, **kwargs: P.kwargs) -> R:
-        with cost.counting() as costs:
+        with cost.counting() as costs, state.one_call():
             result = run(*args, **kwargs)
         facts, spent = settings_of(asked, *args, **kwargs), later(cost.total, *costs)
         return cast("R", Later(_filled, (result, facts, spent))) if isinstance(result, Later) else _filled(result, facts, spent)

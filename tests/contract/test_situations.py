@@ -20,6 +20,7 @@ from tokenizers import normalizers
 from torch import nn
 
 import hookbook as hb
+from hookbook.engine import state as engine_state
 from hookbook.engine.state import Parts
 from hookbook.errors import EditError, ModelError, SiteError
 from hookbook.reply import Reply
@@ -437,3 +438,21 @@ def test_a_module_in_training_that_cannot_be_random_is_no_ground(own):
         root.train()
     if not any(hasattr(m, "attention_dropout") and m.attention_dropout for root in own.adapter.roots for m in root.modules()):
         equal(own, asked(own), own.adapter.run(asked(own)))
+
+
+def test_a_call_of_several_runs_looks_once_and_the_next_one_again(own, monkeypatch):
+    """A change between two calls is seen by the second, however soon it comes."""
+    looked: list[Any] = []
+    plain = engine_state.look
+    monkeypatch.setattr(engine_state, "look", lambda *args, **more: (looked.append(args[0]), plain(*args, **more))[1])
+    monkeypatch.setattr(engine_state, "AGAIN", 1000.0)
+    first = hb.patchscope(own.adapter, [5, 9, 30], target_layers="all", progress=False)
+    assert len(looked) == 1
+    with torch.no_grad():
+        for weight in own.adapter.module.parameters():  # type: ignore[union-attr]
+            weight.mul_(1.02)
+    again = hb.patchscope(own.adapter, [5, 9, 30], target_layers="all", progress=False)
+    assert len(looked) == 2 and not again.target_card.same_model(first.target_card)
+    monkeypatch.setattr(engine_state, "AGAIN", 0.0)
+    hb.patchscope(own.adapter, [5, 9, 30], target_layers="all", progress=False)
+    assert len(looked) > 4  # once for each run

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +32,12 @@ SAMPLE = 8
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+AGAIN = 0.5
+"""Within one call of a recipe, after how many seconds a model is looked at again before the next run."""
+
+_call: ContextVar[dict[State, float] | None] = ContextVar("call", default=None)
+"""When each model was looked at last in the recipe's call that is open in this thread."""
+
 _states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -39,6 +47,8 @@ class State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.depth = 0
+        """How many uses of it are open, one in the other; counted under the lock."""
         self.ids: list[int] = []
         self.refs: list[Any] = []
         """Its modules and tensors, which are its user's to let go."""
@@ -70,8 +80,27 @@ def using(backend: Backend) -> Iterator[State]:
         ModelError: It would give random numbers, or is in the middle of a run of the user's.
     """
     with locked(backend) as mine:
-        look(backend, mine)
-        yield mine
+        mine.depth += 1
+        try:
+            seen, now = _call.get(), time.monotonic()
+            if mine.depth == 1 and (seen is None or now - seen.get(mine, -AGAIN) >= AGAIN):  # not in the middle of a run
+                look(backend, mine)
+                if seen is not None:
+                    seen[mine] = now
+            yield mine
+        finally:
+            mine.depth -= 1
+
+
+@contextmanager
+def one_call() -> Iterator[None]:
+    """Inside, the runs of one call of a recipe; those of recipes that it calls count to it."""
+    outer = _call.get()
+    token = _call.set({} if outer is None else outer)
+    try:
+        yield
+    finally:
+        _call.reset(token)
 
 
 @contextmanager
