@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 import warnings
@@ -352,6 +353,7 @@ def is_random(case: Case) -> bool:
 
 def situation(case: Case, steps: list[tuple[str, int]]) -> None:
     """Take steps, and compare a call after each with plain runs, or a refusal."""
+    case.adapter.tokenizer = copy.deepcopy(case.adapter.tokenizer)  # others may share it
     handles: list[Any] = []
     places = [m for root in case.adapter.roots for m in root.modules() if hasattr(m, "attention_dropout")]
     tokenwise = True
@@ -384,7 +386,8 @@ def situation(case: Case, steps: list[tuple[str, int]]) -> None:
                 elif action == "data":
                     weight.data = weight.data.roll(1, 0)
                 else:
-                    weight.data.view(-1)[:: max(1, weight.numel() // 50)] *= 0.9
+                    some = torch.arange(weight.numel()) % max(1, weight.numel() // 50) == 0
+                    weight.data.mul_(torch.where(some, 0.9, 1.0).view(weight.shape))
         elif action == "padding":
             case.adapter.tokenizer.padding_side = ("left", "right")[n % 2]
         elif action == "tokenizer":

@@ -47,6 +47,7 @@ def test_there_is_a_maker_for_every_kind_of_result():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_is_drawn_without_a_warning(kind, plt, caplog):
     made, before = result(kind), dict(plt.rcParams)
+    caplog.clear()  # what was said when it was made
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
