@@ -55,7 +55,7 @@ def of_module(names: Any, module: Any) -> Iterator[Weight]:
     split = getattr(attention, "split_qkv_matrix", None)
     for path, owner, name, x in tensors(module):
         known = names.convert_hf_key_to_tl_key(f"{path}.{name}" if path else name)
-        if split is not None and ".attn.qkv." in known:
+        if split is not None and known.endswith(f".attn.qkv.{name}"):  # and not what an adapter wraps
             apart = split(_at(module, path.rpartition(".")[0]))
             for letter, linear in zip("qkv", apart, strict=True):
                 yield Weight(known.replace(".qkv.", f".{letter}."), getattr(linear, name))
