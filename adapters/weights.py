@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookbook.engine.weights import Weight, plain, tensors
 
@@ -53,13 +53,22 @@ def of_module(names: Any, module: Any) -> Iterator[Weight]:
     plus_one = bool(getattr(names.cfg, "rmsnorm_uses_offset", False))
     attention = names.component_mapping["blocks"].submodules.get("attn")
     split = getattr(attention, "split_qkv_matrix", None)
+    done: set[str] = set()
     for path, owner, name, x in tensors(module):
         known = names.convert_hf_key_to_tl_key(f"{path}.{name}" if path else name)
-        if split is not None and known.endswith(f".attn.qkv.{name}"):  # and not what an adapter wraps
-            apart = split(_at(module, path.rpartition(".")[0]))
-            for letter, linear in zip("qkv", apart, strict=True):
-                yield Weight(known.replace(".qkv.", f".{letter}."), getattr(linear, name))
-            continue
+        if split is not None and ".attn.qkv." in known:
+            before, inside = known.split(".qkv.", 1)  # `inside`: what an adapter that wraps it calls its own
+            deep = inside.count(".")
+            holder = _at(module, ".".join(path.split(".")[: -1 - deep]))
+            copies = "_original_component" in holder._modules  # a bridge computes from its parts, on which an adapter may be
+            if copies and before in done:
+                continue
+            if copies or not deep:
+                done.add(before)
+                for letter, linear in zip("qkv", [getattr(holder, x) for x in "qkv"] if copies else split(plain(holder)), strict=True):
+                    for inner, _, own, y in tensors(linear) if copies else [("", None, name, getattr(linear, name))]:
+                        yield Weight(".".join(filter(None, (before, letter, inner, own))), y)
+                continue
         after = None
         if type(owner).__name__ == "Conv1D" and x.dim() == 2:
             x = x.T
@@ -74,8 +83,8 @@ def _times(scale: float, x: Tensor) -> Tensor:
     return x * torch.tensor(scale, dtype=x.dtype)
 
 
-def _at(module: Any, path: str) -> nn.Module:
-    module = plain(module)
+def _at(module: Any, path: str) -> Any:
+    """The module at a path of the checkpoint, with what wraps it."""
     for name in path.split("."):
-        module = plain(module._modules[name])
+        module = plain(module)._modules[name]
     return module
