@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.test_situations import asked, equal
 from tests.support.cases import Case
 from tests.support.needs import marked
+from tests.support.situations import asked, equal
 from tests.support.tiny import build
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import shutil
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,19 +13,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-from tokenizers import normalizers
 from torch import nn
 
 import hookbook as hb
 from hookbook.engine import state as engine_state
 from hookbook.engine.state import Parts
 from hookbook.errors import EditError, ModelError, SiteError
-from hookbook.reply import Reply
-from hookbook.request import Read, Readout, Request, Row
-from hookbook.testing import ToyAdapter, toy
-from tests.support.cases import Case, assert_plain
+from hookbook.request import Readout, Request, Row
+from hookbook.testing import toy
+from tests.support.cases import Case
+from tests.support.situations import HOWS, PROMPTS, adapted, again, asked, blocks, equal, in_threads, linear, moved, norm
 from tests.support.tiny import DTYPE, build
 
 
@@ -37,61 +32,7 @@ def own(request, tiny_folder, case) -> Case:
     return Case(case.name, toy(dtype=DTYPE) if case.name == "toy" else build(case.name, tiny_folder))
 
 
-def blocks(case: Case) -> Any:
-    """Its blocks, where hooks of users go."""
-    model: Any = case.adapter.model
-    if not case.name.startswith("nnsight"):
-        return model.blocks
-    return case.adapter.module.transformer.h if "gpt2" in case.name else case.adapter.module.model.layers  # type: ignore[union-attr]
-
-
-def norm(case: Case) -> Any:
-    """Its final norm."""
-    model: Any = case.adapter.model
-    if case.name == "toy":
-        return model.norm
-    if not case.name.startswith("nnsight"):
-        return model.ln_final
-    return case.adapter.module.transformer.ln_f if "gpt2" in case.name else case.adapter.module.model.norm  # type: ignore[union-attr]
-
-
-def moved(x: Any, how: str) -> Any:
-    """What a hook makes of a block's or a norm's output."""
-    if isinstance(x, tuple):
-        return (moved(x[0], how), *x[1:])
-    x, by = x.clone(), torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
-    if how == "last":
-        x[:, -1] += by
-    elif how == "first":
-        x[:, 0] += by
-    elif how == "third":
-        x[:, 2:3] += by
-    elif how == "batch":
-        x += 0.5 * x.mean(0, keepdim=True)
-    elif how == "tokens":
-        x += 0.5 * x.mean(1, keepdim=True)
-    else:
-        x += by
-    return x
-
-
 BACKENDS, DTYPES = ("transformer_lens", "nnsight"), ("float32", "bfloat16")
-HOWS = ("all", "last", "first", "third", "batch", "tokens")
-PROMPTS = ([5, 9, 30, 77, 41, 8], [5, 9, 30, 77, 200], [66, 12, 99])
-
-
-def asked(case: Case, layers: tuple[int, int] = (1, 2)) -> Request:
-    """Rows that share prompts, of several lengths, and so could share prefixes and be packed. `resid_pre` is after what a hook makes of a
-    block's output, in plain runs, too."""
-    prompts = [case.adapter.encode(list(ids)) for ids in PROMPTS]
-    vector = torch.linspace(-2, 2, case.adapter.card.d_model)
-    rows = [Row(i, (hb.Edit(f"resid_pre.{layer}", vector, position=-1),)) for i in range(3) for layer in layers] + [Row(0), Row(2)]
-    rows.append(Row(1, (hb.Edit("resid_pre.1", vector.roll(3), position=2),)))
-    return Request(prompts, rows, [Read("resid_pre.2", slice(None))], Readout(k=2, logits=True))
-
-
-def equal(case: Case, request: Request, reply: Reply) -> None:
-    assert_plain(case, request, reply, 1e-9 if case.adapter.card.dtype == "float64" else 2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*is a hook on")
@@ -281,17 +222,6 @@ def test_threads_take_turns(own):
         assert torch.equal(reply.said.logits, want.said.logits)
 
 
-def again(case: Case) -> hb.Adapter:
-    """The same model in another wrapper."""
-    return ToyAdapter(case.adapter.model) if case.name == "toy" else hb.wrap(case.adapter.model)
-
-
-def in_threads(case: Case, requests: list[Request]) -> list[Reply]:
-    """What calls beside each other give, each through a wrapper of its own."""
-    with ThreadPoolExecutor(len(requests)) as pool:
-        return list(pool.map(lambda request: again(case).run(request, progress=False), requests))
-
-
 def test_a_model_is_let_go(own):
     own.adapter.run(asked(own))
     module = weakref.ref(own.adapter.module)
@@ -307,140 +237,15 @@ def test_parts_are_all_modules_and_tensors(own):
         assert {id(x) for x in (*root.parameters(), *root.buffers())} == set(map(id, parts.tensors))
 
 
-ACTIONS = (
-    "hook",
-    "hook",
-    "norm",
-    "off",
-    "train",
-    "eval",
-    "dropout",
-    "weights",
-    "data",
-    "replace",
-    "float32",
-    "float64",
-    "padding",
-    "tokenizer",
-    "adapter",
-    "adapter",
-    "switch",
-    "threads",
-)
-
-
-def linear(case: Case) -> list[str]:
-    """Where adapters of PEFT can go; a HookedTransformer keeps its weights in other modules."""
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    modules = case.adapter.module.named_modules()  # type: ignore[union-attr]
-    return [name for name, m in modules if isinstance(m, kinds) and "lora_" not in name and "head" not in name and "unembed" not in name]
-
-
-def adapted(case: Case, n: int) -> None:
-    """A low-rank adapter beside one matrix, as `peft` leaves it: with dropout, if `n` is odd, and in training mode."""
-    places = [name for name in linear(case) if not name.endswith(".base_layer")]
-    if not places:
-        return
-    config = peft.LoraConfig(r=2, target_modules=[places[n % len(places)]], init_lora_weights=False, lora_dropout=0.1 * (n % 2))
-    peft.inject_adapter_in_model(config, case.adapter.module, f"mine{len(linear(case)) - len(places)}")  # type: ignore[arg-type]
-
-
-def is_random(case: Case) -> bool:
-    """In training mode, with dropout somewhere."""
-    modules = [m for root in case.adapter.roots for m in root.modules() if m.training]
-    return any(getattr(m, "attention_dropout", 0) or (isinstance(m, nn.Dropout) and m.p) for m in modules)
-
-
-def situation(case: Case, steps: list[tuple[str, int]]) -> None:
-    """Take steps, and compare a call after each with plain runs, or a refusal."""
-    case.adapter.tokenizer = copy.deepcopy(case.adapter.tokenizer)  # others may share it
-    handles: list[Any] = []
-    places = [m for root in case.adapter.roots for m in root.modules() if hasattr(m, "attention_dropout")]
-    tokenwise = True
-    for action, n in steps:
-        if action == "hook":
-            handles.append(blocks(case)[n % 3].register_forward_hook(lambda module, args, out, n=n: moved(out, HOWS[n % len(HOWS)])))
-        elif action == "norm":
-            how = HOWS[n % 2]
-            tokenwise = tokenwise and how == "all"
-            handles.append(norm(case).register_forward_hook(lambda module, args, out, how=how: moved(out, how)))
-        elif action == "off":
-            while handles:
-                handles.pop().remove()
-            tokenwise = True
-        elif action in ("train", "eval"):
-            for root in case.adapter.roots:
-                getattr(root, action)()
-        elif action in ("float32", "float64"):
-            for root in case.adapter.roots:
-                root.to(getattr(torch, action))
-        elif action == "dropout":
-            for module in places[n % 3 : n % 3 + 1]:
-                module.attention_dropout = 0.2 * (n % 2)
-        elif action in ("weights", "data", "replace"):
-            weights = [x for x in case.adapter.module.parameters() if x.dim() >= 2]  # type: ignore[union-attr]
-            weight = weights[n % len(weights)]
-            with torch.no_grad():
-                if action == "weights":
-                    weight.mul_(1.01)
-                elif action == "data":
-                    weight.data = weight.data.roll(1, 0)
-                else:
-                    some = torch.arange(weight.numel()) % max(1, weight.numel() // 50) == 0
-                    weight.data.mul_(torch.where(some, 0.9, 1.0).view(weight.shape))
-        elif action == "padding":
-            case.adapter.tokenizer.padding_side = ("left", "right")[n % 2]
-        elif action == "tokenizer":
-            case.adapter.tokenizer.backend_tokenizer.normalizer = (normalizers.Lowercase(), normalizers.NFC())[n % 2]
-            text = "Some WORDS"
-            assert list(case.adapter.encode(text).ids) == case.adapter.tokenizer(text).input_ids
-        elif action == "adapter":
-            adapted(case, n)
-        elif action == "switch":
-            for module in case.adapter.module.modules():  # type: ignore[union-attr]
-                if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-                    module.enable_adapters(n % 2 == 1)
-        request = asked(case, (n % 3, (n + 1) % 3))
-        if is_random(case):
-            with pytest.raises(ModelError, match="training mode"):
-                case.adapter.run(request)
-        elif not tokenwise:
-            with pytest.raises(ModelError, match="does not do the same to each token"):
-                case.adapter.run(request)
-        elif action == "threads":
-            got = in_threads(case, [request] * 3)
-            case.adapter.look()
-            for reply in got:
-                equal(case, request, reply)
-        else:
-            equal(case, request, case.adapter.run(request))
-
-
-@pytest.mark.filterwarnings("ignore:.*is a hook on")
-def test_any_situation_equals_plain_runs_or_is_refused(case, tiny_folder, pytestconfig):
-    examples = 500 if pytestconfig.getoption("--whole") else 30
-
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=1, max_size=4))
-    def holds(steps: list[tuple[str, int]]) -> None:
-        situation(Case(case.name, toy(dtype=DTYPE) if case.name == "toy" else build(case.name, tiny_folder)), steps)
-
-    holds()
-
-
 def test_a_module_in_training_that_cannot_be_random_is_no_ground(own):
     for root in own.adapter.roots:
+        for module in root.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         root.add_module("aside", nn.Dropout(0.0))
         root.train()
-    if not any(hasattr(m, "attention_dropout") and m.attention_dropout for root in own.adapter.roots for m in root.modules()):
-        equal(own, asked(own), own.adapter.run(asked(own)))
+    request = asked(own)
+    equal(own, request, own.adapter.run(request))
 
 
 def test_a_call_of_several_runs_looks_once_and_the_next_one_again(own, monkeypatch):

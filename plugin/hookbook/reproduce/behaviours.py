@@ -82,7 +82,7 @@ def behaviour_lines(
             f"{name}, {draw} draw, {words}: {shares[0]:.2f} of the questions are answered so without a vector, {shares[1]:.2f} with it; "
             f"the log-odds of {' and '.join(f'{words!r} move by {moved:+.2f}' for words, moved in forms)}. Without and with it: {example}."
         )
-        controls = {"no vector": 0.0, **shift, "share without": shares[0], "share with": shares[1]}
+        controls = {**shift, "share without": shares[0], "share with": shares[1]}
         lines.append(
             Line(name, f"{words}, {draw} draw, {where}", measured, controls, "appears and goes", tuple(rule), setup.expects(name), note)
         )
