@@ -137,7 +137,7 @@ class BridgeAdapter(Adapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]
 
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
         logits = (
             self.model.unembed(normed[:, None])[:, 0]
             if words is None

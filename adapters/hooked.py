@@ -130,9 +130,14 @@ class HookedAdapter(Adapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]
 
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
-        logits = self.model.unembed(normed[:, None])[:, 0]
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
+        head = self.model.unembed
+        logits = head(normed[:, None])[:, 0] if words is None else normed @ head.W_U[:, words] + head.b_U[words]
         return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
+
+    def splits(self) -> int:
+        head = self.model.unembed
+        return 0 if head._forward_hooks or head._forward_pre_hooks else self.card.d_vocab
 
     @torch.no_grad()
     def plain_logits(self, tokens: Tensor) -> Tensor:

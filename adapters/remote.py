@@ -78,7 +78,7 @@ class RemoteAdapter(RemoteBackend, TracingAdapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return deferred.tape(self).note("final_norm", {"resid": resid}, torch.empty_like(resid, device="meta"))
 
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
         return deferred.tape(self).note("unembed", {"normed": normed}, normed.new_empty(len(normed), self.card.d_vocab, device="meta"))
 
     def plain_logits(self, tokens: Tensor) -> Tensor:
@@ -95,8 +95,10 @@ class RemoteAdapter(RemoteBackend, TracingAdapter):
         path, norm = self.where.writer_paths(name, layer)
         return call(path), None if norm is None else call(norm)
 
-    def token_readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
-        n, m = len(resid), 0 if tokens is None else tokens.shape[1]
+    def token_readout(
+        self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool, words: Tensor | None
+    ) -> TokenReadout:
+        n, m, some = len(resid), *(0 if x is None else x.shape[1] for x in (tokens, words))
         wide = torch.promote_types(getattr(torch, self.card.dtype), torch.float32)
         like = [
             torch.empty(n, width, dtype=dtype, device="meta")
@@ -105,10 +107,12 @@ class RemoteAdapter(RemoteBackend, TracingAdapter):
                 (min(k, self.card.d_vocab), wide),
                 (m, wide),
                 (self.card.d_vocab, wide),
+                (some, wide),
             )
         ]
-        data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed}
-        return TokenReadout(*deferred.tape(self).note("readout", data, (*like[:3], like[3] if logits else None)))
+        data = {"resid": resid, "rows": rows, "k": k, "tokens": tokens, "logits": logits, "normed": normed, "words": words}
+        shapes = (*like[:3], like[3] if logits else None, None if words is None else like[4])
+        return TokenReadout(*deferred.tape(self).note("readout", data, shapes))
 
     def lens_readout(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
         shapes = LensReadout.shapes(states, self.card.d_vocab, k, 0 if tokens is None else tokens.shape[1], ranked)

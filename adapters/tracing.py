@@ -145,7 +145,7 @@ class TracingAdapter(Adapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.passes.final_norm(resid)
 
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
         return self.passes.unembed(normed, words)
 
     def splits(self) -> int:

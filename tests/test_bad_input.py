@@ -115,6 +115,8 @@ BAD: dict[str, tuple[Callable[[], object], type[HookbookError], str]] = {
     ),
     "wanted tokens of the wrong shape": (run(readout=Readout(tokens=torch.zeros(3, 1, dtype=torch.long))), TokenError, "for 1 rows"),
     "wanted token out of range": (run(readout=Readout(tokens=torch.tensor([[-1]]))), TokenError, "ids 0 to 257"),
+    "words of the wrong shape": (run(readout=Readout(token_logits=torch.zeros(3, 1, dtype=torch.long))), TokenError, "for 1 rows"),
+    "words out of range": (run(readout=Readout(token_logits=torch.tensor([[258]]))), TokenError, "ids 0 to 257"),
     "negative k": (run(readout=Readout(k=-1)), TokenError, "0 or more"),
     "negative generate": (run(generate=-1), TokenError, "0 or more"),
     "half a token": (run(generate=1.5), TokenError, "not a whole number"),

@@ -20,7 +20,7 @@ from hookbook.engine.seam import Backend
 from hookbook.engine.state import using
 from hookbook.errors import Refused
 from hookbook.reply import LensReadout, Reply, TokenReadout
-from hookbook.request import Request
+from hookbook.request import Readout, Request
 from hookbook.sites import SITES, Site
 from hookbook.tokens import Tokens, encode
 
@@ -48,7 +48,14 @@ class Adapter(Backend):
         return runs.run(self, request, progress=progress, checkpoint=checkpoint)
 
     def readout(
-        self, resid: Tensor, *, k: int = 0, tokens: Tensor | None = None, logits: bool = False, normed: bool = False
+        self,
+        resid: Tensor,
+        *,
+        k: int = 0,
+        tokens: Tensor | None = None,
+        logits: bool = False,
+        token_logits: Tensor | None = None,
+        normed: bool = False,
     ) -> TokenReadout:
         """What the stream before the final norm says about the next token.
 
@@ -58,8 +65,9 @@ class Adapter(Backend):
             k: How many of the likeliest tokens.
             tokens: Token ids `[n, m]` whose log-probabilities are wanted.
             logits: Return all logits, too.
+            token_logits: Token ids `[n, m]` whose logits are wanted, without the normaliser; see `hookbook.request.Readout`.
         """
-        return questions.readout(self, resid, k, tokens, logits, normed)
+        return questions.readout(self, resid, Readout(k=k, tokens=tokens, logits=logits, token_logits=token_logits), normed)
 
     def lens(self, states: Tensor, *, k: int = 1, tokens: Tensor | None = None, ranked: int = 0) -> LensReadout:
         """What several states say about the next token, each beside the last of them; see `hookbook.travel.readout.lens`.

@@ -38,23 +38,25 @@ class TokenReadout:
     """`[row, m]` for the tokens asked for."""
     logits: Tensor | None = None
     """`[row, d_vocab]` if asked for."""
+    token_logits: Tensor | None = None
+    """`[row, m]` if asked for, of the tokens asked for there."""
 
     def __getitem__(self, rows: Tensor) -> TokenReadout:
         """Rows of a readout."""
-        logits = None if self.logits is None else self.logits[rows]
-        return TokenReadout(self.topk_ids[rows], self.topk_logprobs[rows], self.token_logprobs[rows], logits)
+        some = [None if x is None else x[rows] for x in (self.logits, self.token_logits)]
+        return TokenReadout(self.topk_ids[rows], self.topk_logprobs[rows], self.token_logprobs[rows], *some)
 
     @staticmethod
     def cat(parts: Sequence[TokenReadout]) -> TokenReadout:
         """Several readouts as one, row after row."""
         if len(parts) == 1:
             return parts[0]
-        logits = [p.logits for p in parts if p.logits is not None]
+        more = [[x for x in column if x is not None] for column in zip(*((p.logits, p.token_logits) for p in parts), strict=True)]
         return TokenReadout(
             torch.cat([p.topk_ids for p in parts]),
             torch.cat([p.topk_logprobs for p in parts]),
             torch.cat([p.token_logprobs for p in parts]),
-            torch.cat(logits) if logits else None,
+            *(torch.cat(column) if column else None for column in more),
         )
 
 

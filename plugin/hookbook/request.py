@@ -313,6 +313,14 @@ class Readout:
     """Token ids `[row, m]` whose log-probabilities are wanted."""
     logits: bool = False
     """Whether the logits themselves are wanted, `[row, d_vocab]`."""
+    token_logits: Tensor | None = None
+    """Token ids `[row, m]` whose logits are wanted, without the normaliser: of these words' rows of the unembedding alone, which in a wide
+    sweep spares most of the time of log-probabilities. Their differences are those of log-probabilities."""
+
+    @property
+    def of_all(self) -> bool:
+        """Whether anything is asked for that needs the logits of all words."""
+        return bool(self.k) or self.tokens is not None or self.logits
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class ToyAdapter(Adapter):
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.norm(resid.unsqueeze(-2)).squeeze(-2)
 
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
         return self.model.unembed(normed.unsqueeze(-2)).squeeze(-2)
 
     def writer(self, name: str, layer: int) -> Any:

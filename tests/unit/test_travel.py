@@ -290,9 +290,10 @@ class Head:
     def splits(self) -> int:
         return len(self.weight)
 
-    def unembed(self, normed: torch.Tensor, words: slice | None = None) -> torch.Tensor:
-        self.asked = max(self.asked, len(self.weight[words or slice(None)]))
-        return 5 * torch.tanh(normed @ self.weight[words or slice(None)].T / 5)
+    def unembed(self, normed: torch.Tensor, words: slice | torch.Tensor | None = None) -> torch.Tensor:
+        part = self.weight if words is None else self.weight[words]
+        self.asked = max(self.asked, len(part))
+        return 5 * torch.tanh(normed @ part.T / 5)
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 300])
@@ -308,8 +309,21 @@ def test_a_vocabulary_read_part_by_part_is_the_same(monkeypatch, k):
     monkeypatch.setattr(readout, "PART_BYTES", 4 * 4 * 1200)
     head.asked = 0
     with torch.no_grad():
-        ids, values, said, logits = readout.readout(head, x, 4, k, wanted, normed=True)
+        ids, values, said, logits, _ = readout.readout(head, x, 4, k, wanted, normed=True)
     assert 0 < head.asked < 3000 and logits is None, "it was asked for parts alone"
     assert torch.equal(ids, top.indices[:, :k]) and (values - top.values[:, :k]).abs().max().item() < 1e-12 if k else ids.shape == (8, 0)
     assert (said - logprobs.gather(-1, wanted)).abs().max() < 1e-12
     assert readout.readout(head, x, 4, k, None, logits=True, normed=True)[3].shape == (8, 5003)
+
+
+@pytest.mark.parametrize(("n", "m", "most"), [(8, 4, 32), (300, 5, 64 * 5)])
+def test_of_a_few_words_no_others_are_unembedded(n, m, most):
+    """Of many rows with words of their own only some are unembedded at once."""
+    from hookbook.travel import readout
+
+    draw = torch.Generator().manual_seed(0)
+    head, x = Head(torch.randn(5003, 16, generator=draw, dtype=torch.float64)), torch.randn(n, 16, generator=draw, dtype=torch.float64)
+    words = torch.randint(5003, (n, m), generator=draw)
+    want = head.unembed(x).gather(-1, words)
+    head.asked = 0
+    assert (readout.readout(head, x, 1000, normed=True, words=words)[4] - want).abs().max() < 1e-12 and head.asked <= most

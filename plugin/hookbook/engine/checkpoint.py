@@ -91,10 +91,13 @@ def fingerprint(part: Part) -> str:
 
     feed(card.backend, card.model_id, card.architecture, card.dtype, card.tokenizer, card.n_layers, card.d_model, storage.FORMAT)
     feed([read.site for read in request.reads], request.generate, request.sampling, None if ask is None else (ask.k, ask.logits))
+    if ask is not None and ask.token_logits is not None:
+        feed("logits of tokens", None if ask.tokens is None else ask.tokens.shape[1])
     for row in part.rows:
         feed(row.number, request.prompts[row.prompt].ids, row.reads, row.says)
         for edit, positions in [*row.edits, *row.finals, *((edit, "late") for edit in row.late)]:
             feed_edit(edit, positions)
-        if ask is not None and ask.tokens is not None:
-            feed(ask.tokens[row.number])
+        for wanted in () if ask is None else (ask.tokens, ask.token_logits):
+            if wanted is not None:
+                feed(wanted[row.number])
     return found.hexdigest()[:32]

@@ -138,9 +138,12 @@ def _resolver(prompts: Sequence[Tokens]) -> Any:
 
 
 def _check_wanted(request: Request, card: ModelCard) -> None:
-    if request.readout is None or request.readout.tokens is None:
-        return
-    wanted = request.readout.tokens
+    for wanted in () if request.readout is None else (request.readout.tokens, request.readout.token_logits):
+        if wanted is not None:
+            _check_ids(wanted, request, card)
+
+
+def _check_ids(wanted: Tensor, request: Request, card: ModelCard) -> None:
     if wanted.dim() != 2 or len(wanted) != len(request.rows) or wanted.is_floating_point():
         raise TokenError(
             f"wanted tokens of shape {list(wanted.shape)} for {len(request.rows)} rows",

@@ -105,7 +105,7 @@ class Part:
     @property
     def unembedded(self) -> int:
         """Rows through the unembedding, at most."""
-        return len(self.rows) * ((self.request.readout is not None) + self.request.generate)
+        return len(self.rows) * ((self.request.readout is not None and self.request.readout.of_all) + self.request.generate)
 
     @property
     def peak_bytes(self) -> int:
@@ -188,7 +188,7 @@ def peak_bytes(
         kept = prefix + batch * own * per_key * card.n_layers
         peak = max(peak + kept - prefix, asked + kept + block(rows, rows / decoding, decoding, split + decoding * own))
     total = peak * size
-    if request.readout is not None or request.generate:
+    if (request.readout is not None and request.readout.of_all) or request.generate:
         every = rows * card.d_vocab * 4
         kept_logits = 2 * every if request.readout is not None and request.readout.logits else 0
         total = max(total, (asked + kept) * size + kept_logits + 2 * min(every, logits_bytes()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,33 +14,38 @@ from hookbook.engine import cost, planning, selfcheck
 from hookbook.engine.seam import Backend, vjp_shapes
 from hookbook.engine.state import locked, using
 from hookbook.reply import LensReadout, TokenReadout
+from hookbook.request import Readout
 
 
-def readout(backend: Backend, resid: Tensor, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
-    """See `hookbook.adapter.Adapter.readout`."""
+def readout(backend: Backend, resid: Tensor, ask: Readout, normed: bool) -> TokenReadout:
+    """See `hookbook.adapter.Adapter.readout`. The position of what is asked is not looked at."""
+    unembedded = len(resid) if ask.of_all else 0
     if (account := cost.account()) is not None:
         if not normed:
-            account.add([], unembedded=len(resid))
+            account.add([], unembedded=unembedded)
         if not backend.remote:
-            return blank_readout(len(resid), k, 0 if tokens is None else tokens.shape[1], backend.card.d_vocab if logits else 0)
+            return blank_readout(len(resid), ask, backend.card.d_vocab)
     if not normed:
-        cost.spend({"unembedded": len(resid)})
+        cost.spend({"unembedded": unembedded})
     rows = planning.rows_at_once(backend.card)
     if not backend.remote:
-        resid, tokens = here((resid, tokens))
+        resid, *wanted = here((resid, ask.tokens, ask.token_logits))
+        ask = replace(ask, tokens=wanted[0], token_logits=wanted[1])
     with using(backend), torch.set_grad_enabled(torch.is_grad_enabled() and resid.requires_grad):
         if not normed:
             selfcheck.check(backend)
-        return backend.token_readout(resid, rows, k, tokens, logits, normed)
+        return backend.token_readout(resid, rows, ask.k, ask.tokens, ask.logits, normed, ask.token_logits)
 
 
-def blank_readout(n: int, k: int, m: int, d_vocab: int = 0) -> TokenReadout:
+def blank_readout(n: int, ask: Readout, d_vocab: int) -> TokenReadout:
     """A readout of promises that nobody keeps."""
     tape = Tape()
+    m, words = (0 if x is None else x.shape[1] for x in (ask.tokens, ask.token_logits))
     ids, *values = (
-        Deferred.of(tape, (n, width), dtype) for width, dtype in ((k, torch.long), *((w, torch.float32) for w in (k, m, d_vocab)))
+        Deferred.of(tape, (n, width), dtype)
+        for width, dtype in ((ask.k, torch.long), *((w, torch.float32) for w in (ask.k, m, d_vocab, words)))
     )
-    return TokenReadout(ids, values[0], values[1], values[2] if d_vocab else None)
+    return TokenReadout(ids, values[0], values[1], values[2] if ask.logits else None, None if ask.token_logits is None else values[3])
 
 
 def lens(backend: Backend, states: Tensor, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:

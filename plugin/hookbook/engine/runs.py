@@ -76,8 +76,9 @@ def _here(request: Request) -> Request:
             scale, shift = deferred.here((edit.value.scale, edit.value.shift))
             object.__setattr__(edit, "value", replace(edit.value, scale=scale, shift=shift))
     ask = request.readout
-    if ask is not None and isinstance(ask.tokens, deferred.Deferred):
-        request = replace(request, readout=replace(ask, tokens=deferred.here(ask.tokens)))
+    if ask is not None and any(isinstance(x, deferred.Deferred) for x in (ask.tokens, ask.token_logits)):
+        tokens, words = deferred.here((ask.tokens, ask.token_logits))
+        request = replace(request, readout=replace(ask, tokens=tokens, token_logits=words))
     return request
 
 
@@ -128,8 +129,7 @@ def _blank(request: Request, parts: Sequence[Part]) -> Reply:
         readings.append(Reading(read.site, deferred.Deferred.of(tape, (len(at), *shape), getattr(torch, card.dtype)), at[:, 0], at[:, 1]))
     readout = None
     if ask is not None:
-        m = 0 if ask.tokens is None else ask.tokens.shape[1]
-        readout = questions.blank_readout(n, ask.k, m, card.d_vocab if ask.logits else 0)
+        readout = questions.blank_readout(n, ask, card.d_vocab)
     if not request.generate:
         return Reply(tuple(readings), readout, cost=cost.total())
     tokens, logprobs = (deferred.Deferred.of(tape, (n, request.generate), dtype) for dtype in (torch.long, torch.float64))
@@ -205,14 +205,14 @@ def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
     found = {slot: value for climb in climbs for slot, value in climb.found.items()}
     del climbs
     readings = tuple(_reading(backend, part, collect, i, found) for i in range(len(request.reads)))
-    said = len(part.rows) * (request.readout is not None)
+    said = len(part.rows) * (request.readout is not None and request.readout.of_all)
     spent = cost.total({"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": said})
     readout = tokens = logprobs = None
     if request.readout is not None:
-        ask = request.readout
+        ask, numbers = request.readout, [row.number for row in part.rows]
         normed = _normed(backend, part, collect.gather("readout", found))
-        wanted = None if ask.tokens is None else ask.tokens[[row.number for row in part.rows]]
-        readout = questions.readout(backend, normed.values, ask.k, wanted, ask.logits, normed=True)
+        wanted = {name: None if x is None else x[numbers] for name in ("tokens", "token_logits") for x in [getattr(ask, name)]}
+        readout = questions.readout(backend, normed.values, replace(ask, **wanted), normed=True)
     if request.generate:
         normed = _normed(backend, part, collect.gather("next", found)).values
         found.clear()

@@ -51,10 +51,10 @@ class Backend(ABC):
         """The final norm of the stream, `[n, d_model]`."""
 
     @abstractmethod
-    def unembed(self, normed: Tensor, words: slice | None = None) -> Tensor:
+    def unembed(self, normed: Tensor, words: slice | Tensor | None = None) -> Tensor:
         """The unembedding and whatever the model does to logits afterwards: `[n, d_model]` after the final norm to `[n, d_vocab]`.
 
-        `words` is a part of the vocabulary, which only a backend that `splits` is asked for.
+        `words` is a part of the vocabulary, or some ids, which only a backend that `splits` is asked for.
         """
 
     def splits(self) -> int:
@@ -134,9 +134,11 @@ class Backend(ABC):
         """Any token; padding is masked."""
         return 0
 
-    def token_readout(self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool) -> TokenReadout:
+    def token_readout(
+        self, resid: Tensor, rows: int, k: int, tokens: Tensor | None, logits: bool, normed: bool, words: Tensor | None
+    ) -> TokenReadout:
         """See `hookbook.travel.readout.readout`."""
-        return TokenReadout(*readout.readout(self, resid, rows, k, tokens, logits, normed))
+        return TokenReadout(*readout.readout(self, resid, rows, k, tokens, logits, normed, words))
 
     def lens_readout(self, states: Tensor, rows: int, k: int, tokens: Tensor | None, ranked: int) -> LensReadout:
         """See `hookbook.travel.readout.lens`."""

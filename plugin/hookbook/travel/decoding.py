@@ -112,7 +112,7 @@ def choose(model, normed, step, rows, sampling, rows_at_once):
     `sampling` has `draws` `[row, step]` in [0, 1), `temperature`, `top_k` and `top_p`.
     """
     if sampling is None:
-        ids, logprobs, _, _ = readout(model, normed, rows_at_once, k=1, normed=True)
+        ids, logprobs, *_ = readout(model, normed, rows_at_once, k=1, normed=True)
         return ids[:, 0], logprobs[:, 0]
     draws = sampling["draws"][rows, step, None]
     chosen, logprobs, some = [], [], max(1, rows_at_once // 4)

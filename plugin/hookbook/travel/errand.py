@@ -65,8 +65,8 @@ def step(passes, kind, data, held):
             logits = passes.model.output.logits
         return logits.cpu()
     if kind == "readout":
-        found = readout(passes, data["resid"].to(passes.where), data["rows"], data["k"], data["tokens"], data["logits"], data["normed"])
-        return [x for x in found]
+        asked = (data[name] for name in ("rows", "k", "tokens", "logits", "normed", "words"))
+        return list(readout(passes, data["resid"].to(passes.where), *asked))
     if kind == "lens":
         return lens(passes, data["states"].to(passes.where), data["rows"], data["k"], data["tokens"], data["ranked"])
     if kind == "decode":

@@ -34,6 +34,8 @@ class Passes:
         self.cap = cap
         self.device = device
         self.stop = stop
+        self.hooked = False
+        """Whether the user has a hook on the last block."""
         self.shares = True
         """Whether a pass runs in this process. In a server's sandbox it does not: a cache is then a copy, and a pass cannot end early."""
         self.blocks = list(reach(model, paths["blocks"]))
@@ -52,6 +54,7 @@ class Passes:
         cache, kept = cache_of(climb, kept, keep)
         taken = inputs(tokens, mask, cache, self.positions, self.device)
         config = self.model.config
+        self.hooked = self.shares and bool(self.blocks[-1]._module._forward_hooks)
         before = config._attn_implementation
         eager = before != "eager" and any(name == "attn_pattern" for name, _ in climb.inside())
         try:
@@ -82,7 +85,8 @@ class Passes:
             for name in self.inner:
                 if climb.wants(name, layer):
                     self.visit(climb, name, layer)
-        output = self.blocks[-1].output
+        # nnsight sees an output before hooks of the user's have changed it: what they left is what the norm takes in
+        output = reach(self.model, self.paths["norm"]).input if self.hooked else self.blocks[-1].output
         x = climb.boundary(len(self.blocks), output[0] if isinstance(output, tuple) else output)
         self.where = x.device
         if not self.shares:  # what is above is not needed
@@ -132,9 +136,10 @@ class Passes:
 
 
 def splits(head):
-    """The number of words of an unembedding whose parts can be had: a plain linear layer on a CPU, without a hook of anybody's."""
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return len(head.weight) if type(head) is torch.nn.Linear and not hooked and head.weight.device.type == "cpu" else 0
+    """The number of words of an unembedding whose parts can be had: a plain linear layer whose weights are there, without a hook of
+    anybody's."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook") or head.weight.is_meta
+    return len(head.weight) if type(head) is torch.nn.Linear and not hooked else 0
 
 
 def part_of_linear(head, x, part):

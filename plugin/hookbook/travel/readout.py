@@ -5,10 +5,12 @@ import torch
 BLOCK = 128
 PART_BYTES = 8 << 20
 """How many bytes of logits a CPU works on while they are in its cache."""
+FEW, APART = 1024, 64
+"""Up to how many words are unembedded for all rows, if some of them want each; of more, for how many rows at once."""
 
 
-def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False):
-    """The likeliest tokens of each row, and the log-probabilities of chosen ones; on the CPU.
+def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False, words=None):
+    """The likeliest tokens of each row, the log-probabilities of chosen ones, and the logits of chosen ones; on the CPU.
 
     Args:
         model: What has `final_norm`, `unembed` and `splits`.
@@ -18,16 +20,24 @@ def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False):
         tokens: Token ids `[n, m]` that are wanted.
         logits: Whether the logits are wanted.
         normed: Whether `resid` went through the final norm.
+        words: Token ids `[n, m]` whose logits are wanted.
 
     Returns:
-        Ids `[n, k]`, their log-probabilities, those of `tokens` `[n, m]`, and logits `[n, d_vocab]` or None.
+        Ids `[n, k]`, their log-probabilities, those of `tokens` `[n, m]`, logits `[n, d_vocab]` or None, and those of `words` `[n, m]` or
+        None.
     """
+    said = None if words is None else of_words(model, resid, rows, words, normed)
+    if said is not None and not k and tokens is None and not logits:
+        nothing = said[:, :0]
+        return nothing.long(), nothing, nothing, None, said
     top_ids, top_logprobs, logprobs, kept = [], [], [], []
     for start in range(0, len(resid), rows):
         some = resid[start : start + rows]
         wanted = torch.empty(len(some), 0, dtype=torch.long) if tokens is None else tokens[start : start + rows]
         some = some if normed else model.final_norm(some)
-        if not logits and not torch.is_grad_enabled() and (width := model.splits()) // 2 > (part := part_of(len(some), width, k)):
+        if not logits and not torch.is_grad_enabled() and in_cache(model, some, k):
+            width = model.splits()
+            part = part_of(len(some), width, k)
             for kept_in, found in zip(
                 (top_ids, top_logprobs, logprobs), in_parts(model, some, k, wanted.to(some.device), width, part), strict=True
             ):
@@ -45,7 +55,31 @@ def readout(model, resid, rows, k=0, tokens=None, logits=False, normed=False):
         logprobs.append((values.gather(-1, wanted.to(values.device)) - total).cpu())
         if logits:
             kept.append(values.cpu())
-    return whole(top_ids), whole(top_logprobs), whole(logprobs), whole(kept) if kept else None
+    return whole(top_ids), whole(top_logprobs), whole(logprobs), whole(kept) if kept else None, said
+
+
+def of_words(model, resid, rows, words, normed=False):
+    """Logits `[n, m]` of some words of each row `[n, m]`, from their rows of the unembedding; on the CPU. Where a backend gives none
+    (`splits`), all are computed."""
+    found, width = [], model.splits()
+    few = width and len(words.unique()) <= FEW
+    for start in range(0, len(resid), step := rows if few or not width else APART):
+        some, wanted = resid[start : start + step], words[start : start + step].to(resid.device)
+        some = some if normed else model.final_norm(some)
+        if width:
+            distinct, wanted = wanted.unique(return_inverse=True)
+            values = model.unembed(some, distinct)
+        else:
+            values = model.unembed(some)
+        values = values.gather(-1, wanted)
+        found.append(values.to(torch.promote_types(values.dtype, torch.float32)).cpu())
+    return whole(found)
+
+
+def in_cache(model, normed, k):
+    """Whether the vocabulary is worth being unembedded part by part: on a CPU, if there are parts, and more than two."""
+    width = model.splits() if normed.device.type == "cpu" else 0
+    return width // 2 > part_of(len(normed), width, k)
 
 
 def lens(model, states, rows, k, tokens=None, ranked=0):
