@@ -83,7 +83,8 @@ def request(model: hb.Adapter, patterns: bool) -> Request:
             Row(0, (hb.Edit("attn_pattern.4.1", 0.5, "scale", keys=1, scope="all"),)),
         ]
         reads += [Read("attn_pattern.6")]
-    return Request(prompts, rows, reads, Readout(k=3, tokens=n([[1]] * len(rows)), logits=True), generate=6)
+    ask = Readout(k=3, tokens=n([[1]] * len(rows)), logits=True, token_logits=n([[1, 7]] * len(rows)))
+    return Request(prompts, rows, reads, ask, generate=6)
 
 
 def test_every_site_scope_and_operation(remote, local):
@@ -94,10 +95,7 @@ def test_every_site_scope_and_operation(remote, local):
     for a, b in zip(ours.readings, theirs.readings, strict=True):
         same((a.values, a.rows, a.positions), (b.values, b.rows, b.positions))
     same(ours.readout.topk_ids[:, 0], theirs.readout.topk_ids[:, 0])
-    same(
-        (ours.readout.logits, ours.readout.token_logprobs, ours.tokens),
-        (theirs.readout.logits, theirs.readout.token_logprobs, theirs.tokens),
-    )
+    same(*((said.readout.logits, said.readout.token_logprobs, said.readout.token_logits, said.tokens) for said in (ours, theirs)))
     assert SANDBOX or ours.cost == theirs.cost
 
 
