@@ -89,7 +89,7 @@ def test_blocks_that_are_no_sum_of_their_parts_refuse_the_parts(monkeypatch):
     adapter = toy(seed=5)
     monkeypatch.setattr(adapter.model.blocks[0], "mlp_out", torch.nn.Identity())
     adapter.model.blocks[0].register_forward_hook(lambda module, args, out: 2 * out)
-    request = Request([adapter.encode("abc")], [Row(0)], [Read(hb.Site("mlp_out", 1))])
+    request = Request([adapter.encode("abc")], [Row(0)], [Read(hb.Site("mlp_out", 0))])
     with pytest.raises(Refused, match="not what its blocks add"):
         adapter.run(request)
     stream = adapter.run(Request([adapter.encode("abc")], [Row(0)], [Read(hb.Site("resid_post", 2))], Readout(logits=True)))

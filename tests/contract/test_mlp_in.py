@@ -159,5 +159,5 @@ def test_an_mlp_that_takes_something_else_as_well_is_refused():
     block.ln2.register_forward_hook(lambda m, args, out: kept.append(out))
     block.mlp.register_forward_hook(lambda m, args, out: out + kept.pop())
     with pytest.raises(Refused, match="mlp_in of ToyModel: nothing shows that what is written there is all that its MLPs take"):
-        adapter.run(Request([adapter.encode("abc")], [Row(0)], [Read("mlp_in.1")]))
+        adapter.run(Request([adapter.encode("abc")], [Row(0)], [Read("mlp_in.0")]))
     adapter.run(Request([adapter.encode("abc")], [Row(0)], [Read("mlp_out.1")]))

@@ -18,11 +18,11 @@ from torch import nn
 import hookbook as hb
 from hookbook.engine import state as engine_state
 from hookbook.engine.state import Parts
-from hookbook.errors import EditError, ModelError, SiteError
-from hookbook.request import Readout, Request, Row
+from hookbook.errors import EditError, ModelError, Refused, SiteError
+from hookbook.request import Read, Readout, Request, Row
 from hookbook.testing import toy
 from tests.support.cases import Case
-from tests.support.situations import HOWS, PROMPTS, adapted, again, asked, blocks, equal, in_threads, linear, moved, norm
+from tests.support.situations import HOWS, PROMPTS, adapted, again, asked, blocks, equal, in_threads, linear, moved, norm, part
 from tests.support.tiny import DTYPE, build
 
 
@@ -87,6 +87,27 @@ def test_a_hook_above_the_blocks_is_followed_or_refused_by_name(own):
         own.adapter.run(request)
     handle.remove()
     equal(own, request, own.adapter.run(request))
+
+
+@pytest.mark.filterwarnings("ignore:.*is a hook on")
+@pytest.mark.parametrize("how", ["all", "third"])
+@pytest.mark.parametrize("name", ["attn_out", "mlp_out"])
+def test_what_a_block_adds_is_read_with_a_hook_on_its_part_or_refused(own, name, how):
+    """Libraries see a part before such a hook, or after it. The stream is right, and so are the other blocks."""
+    reads = [Read(site, slice(None)) for site in ("resid_pre.1", "attn_out.1", "mlp_out.1", "resid_post.1")]
+    request = Request([own.adapter.encode([5, 9, 30, 77])], [Row(0)], reads, Readout(logits=True))
+    handle = part(own, name, 1).register_forward_hook(lambda module, args, out: moved(out, how))
+    equal(own, replace(request, reads=[reads[0], reads[3]]), own.adapter.run(replace(request, reads=[reads[0], reads[3]])))
+    try:
+        before, *added, after = (reading.values for reading in own.adapter.run(request).readings)
+        assert own.name.startswith(("toy", "hooked")) and (before + sum(added) - after).abs().max() < 1e-9
+    except Refused as refusal:
+        assert not own.name.startswith(("toy", "hooked")) and "they are not what its blocks add to the stream" in str(refusal)
+    elsewhere = [Read(site, -1) for site in ("resid_pre.0", "attn_out.0", "mlp_out.0", "resid_post.0")]
+    before, *added, after = (reading.values for reading in own.adapter.run(replace(request, reads=elsewhere)).readings)
+    assert (before + sum(added) - after).abs().max() < 1e-6
+    handle.remove()
+    assert own.adapter.run(request).readings
 
 
 @pytest.mark.filterwarnings("ignore:.*is a hook on")
@@ -249,6 +270,7 @@ def test_a_module_in_training_that_cannot_be_random_is_no_ground(own):
         root.train()
     request = asked(own)
     equal(own, request, own.adapter.run(request))
+    assert all(root.training and root.aside.training for root in own.adapter.roots)  # and it was left so
 
 
 def test_a_call_of_several_runs_looks_once_and_the_next_one_again(own, monkeypatch):

@@ -35,6 +35,17 @@ def norm(case: Case) -> Any:
     return case.adapter.module.transformer.ln_f if "gpt2" in case.name else case.adapter.module.model.norm  # type: ignore[union-attr]
 
 
+def part(case: Case, name: str, layer: int) -> Any:
+    """The module of a block whose output `attn_out` or `mlp_out` is."""
+    model: Any = case.adapter.model
+    if case.name == "toy":
+        return getattr(model.blocks[layer], name)
+    if case.name.startswith("hooked"):
+        return getattr(model.blocks[layer], name.removesuffix("_out"))
+    names: Any = case.adapter.names if case.name.startswith("bridge") else case.adapter.where  # type: ignore[union-attr]
+    return case.adapter.module.get_submodule(names.path(name, layer))  # type: ignore[union-attr]
+
+
 def moved(x: Any, how: str) -> Any:
     """What a hook makes of a block's or a norm's output."""
     if isinstance(x, tuple):

@@ -25,7 +25,8 @@ def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = Fals
     """Raise unless a model can be run exactly, and unless the sites that are asked for are what they should be.
 
     Of a model on a server the questions are part of the job, until it answered them once. While hooks of the user's are on a model, nothing
-    is shared between rows, and what is asked is asked of the prompts themselves, each time.
+    is shared between rows, and what is asked is asked of the prompts themselves, each time, and of each block that is looked into: a hook
+    on a part of a block may come before or after what is read there.
 
     Raises:
         ModelError: The forked pass would not be exact on this model, or the model was changed since.
@@ -37,6 +38,9 @@ def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = Fals
     if hooks:
         _check_alone(backend, hooks, prompts)
     asked = ["runs"] * (not hooks) + ["sublayers"] * bool(names & {"attn_out", "mlp_out"}) + inner + ["knock_out"] * knock_out
+    if hooks:
+        _check_inside(backend, asked, sites, prompts)
+        return
     for question in asked:
         if isinstance(backend, RemoteBackend):
             tape = deferred.tape(backend)
@@ -71,7 +75,18 @@ def _check_alone(backend: Backend, hooks: Sequence[str], prompts: Sequence[Seque
             )
 
 
-def _conditions(backend: Backend, question: str) -> list[tuple[Any, HookbookError]]:
+def _check_inside(backend: Backend, asked: Sequence[str], sites: Collection[Site], prompts: Sequence[Sequence[int]]) -> None:
+    """Raise if a site inside a block is not what it should be in one of the blocks where it is asked for."""
+    of = {"sublayers": {"attn_out", "mlp_out"}, "knock_out": {"attn_pattern"}}
+    for question in asked:
+        for layer in sorted({site.layer for site in sites if site.layer is not None and site.name in of.get(question, {question})}):
+            with torch.no_grad():
+                for condition, error in _conditions(backend, question, layer, prompts):
+                    if not bool(condition):
+                        raise error
+
+
+def _conditions(backend: Backend, question: str, layer: int = 0, prompts: Sequence[Sequence[int]] = ()) -> list[tuple[Any, HookbookError]]:
     """What must hold, and what is raised if it does not."""
     if question == "runs":
         return _runs(backend)
@@ -80,14 +95,14 @@ def _conditions(backend: Backend, question: str) -> list[tuple[Any, HookbookErro
         error = Refused(
             f"attn_out and mlp_out of {architecture}", "they are not what its blocks add to the stream", "use resid_pre or resid_post"
         )
-        return [(_add_up(backend), error)]
+        return [(_add_up(backend, layer, prompts), error)]
     if question == "knock_out":
         why = "its patterns leave a part to a sink, which would have to share, too"
-        return [(_sums_to_one(backend), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
+        return [(_sums_to_one(backend, layer), Refused(f"knock_out of attention in {architecture}", why, "use set or scale"))]
     if question == "mlp_in":
         return [
             (
-                _feeds(backend),
+                _feeds(backend, layer),
                 Refused(
                     f"mlp_in of {architecture}",
                     "nothing shows that what is written there is all that its MLPs take",
@@ -98,7 +113,7 @@ def _conditions(backend: Backend, question: str) -> list[tuple[Any, HookbookErro
     source, out = _inner_sites(question)
     return [
         (
-            _reaches(backend, question, source, out),
+            _reaches(backend, question, source, out, layer),
             Refused(f"{question} of {architecture}", "what is written there does not reach the stream as it should", f"use {out}"),
         )
     ]
@@ -108,12 +123,12 @@ def _inner_sites(name: str) -> tuple[str, str]:
     return ("mlp_act", "mlp_out") if name == "mlp_act" else ("head_z", "attn_out")
 
 
-def _reaches(backend: Backend, name: str, source: str, out: str) -> Any:
+def _reaches(backend: Backend, name: str, source: str, out: str, layer: int = 0) -> Any:
     """Whether what is written at a site inside a block reaches what the block adds to the stream, and nothing else does."""
     n, card = torch.tensor, backend.card
-    if backend.refuses(Site(source, 0)) is not None or backend.refuses(Site(out, 0)) is not None:
+    if backend.refuses(Site(source, layer)) is not None or backend.refuses(Site(out, layer)) is not None:
         return False
-    width = Site(source, 0).width(card)
+    width = Site(source, layer).width(card)
     rows, cols = n([1]), n([1])
     if name == "attn_pattern":
         heads, lines = torch.arange(card.n_heads), torch.ones(card.n_heads, dtype=torch.long)
@@ -128,11 +143,11 @@ def _reaches(backend: Backend, name: str, source: str, out: str) -> Any:
         }
     else:
         edit = {"op": "add", "rows": rows, "cols": cols, "value": torch.linspace(-1, 1, width)[None]}
-    reads = {(site, 0): [(site, n([0, 1]), n([1, 1]))] for site in {source, out, name}}
-    climb = Climb(1, {0: (None, n([0]))}, {(name, 0): [edit]}, reads, 1)
+    reads = {(site, layer): [(site, n([0, 1]), n([1, 1]))] for site in {source, out, name}}
+    climb = Climb(1, {layer: (None, n([0]))}, {(name, layer): [edit]}, reads, layer + 1)
     try:
         backend.forward(_two(backend), None, climb)
-        project, norm = backend.writer(source, 0)
+        project, norm = backend.writer(source, layer)
         inside, outside = climb.found[source], climb.found[out]
         if inside.shape[-1] != width or climb.fired != 1:
             return False
@@ -144,15 +159,15 @@ def _reaches(backend: Backend, name: str, source: str, out: str) -> Any:
     return _close(card.itemsize, written, outside) & moved
 
 
-def _feeds(backend: Backend) -> Any:
+def _feeds(backend: Backend, layer: int = 0) -> Any:
     """Whether what is written at the MLP's input is all that it makes its addition of: two tokens that are given the same get the same."""
     n, card = torch.tensor, backend.card
-    if backend.refuses(Site("mlp_in", 0)) is not None or backend.refuses(Site("mlp_out", 0)) is not None:
+    if backend.refuses(Site("mlp_in", layer)) is not None or backend.refuses(Site("mlp_out", layer)) is not None:
         return False
     rows, cols, value = n([1, 1]), n([0, 1]), torch.linspace(-1, 1, card.d_model)[None]
     edit = {"op": "set", "rows": rows, "cols": cols, "value": value, "of": n([0, 0])}
-    reads = {(site, 0): [(site, rows, cols)] for site in ("mlp_in", "mlp_out")}
-    climb = Climb(1, {0: (None, n([0]))}, {("mlp_in", 0): [edit]}, reads, 1)
+    reads = {(site, layer): [(site, rows, cols)] for site in ("mlp_in", "mlp_out")}
+    climb = Climb(1, {layer: (None, n([0]))}, {("mlp_in", layer): [edit]}, reads, layer + 1)
     try:
         backend.forward(_two(backend), None, climb)
         inside, outside = climb.found["mlp_in"], climb.found["mlp_out"]
@@ -162,25 +177,29 @@ def _feeds(backend: Backend) -> Any:
     return _close(card.itemsize, inside, value.expand(2, -1)) & _close(card.itemsize, first, second)
 
 
-def _sums_to_one(backend: Backend) -> Any:
+def _sums_to_one(backend: Backend, layer: int = 0) -> Any:
     """Whether a pattern is all of the attention there is."""
     n = torch.tensor
-    climb = Climb(1, {}, {}, {("attn_pattern", 0): [("x", n([0]), n([1]))]}, 1)
+    climb = Climb(1, {}, {}, {("attn_pattern", layer): [("x", n([0]), n([1]))]}, layer + 1)
     backend.forward(_two(backend), None, climb)
     sums = climb.found["x"][0].sum(-1)
     return _close(backend.card.itemsize, sums, torch.ones_like(sums))
 
 
-def _add_up(backend: Backend) -> Any:
-    """Whether attention and MLP are what a block adds to the stream."""
-    n = torch.tensor
-    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if backend.refuses(Site(name, 0)) is None), "resid_post"]
+def _add_up(backend: Backend, layer: int = 0, prompts: Sequence[Sequence[int]] = ()) -> Any:
+    """Whether attention and MLP are what a block adds to the stream, at the end of two tokens, or at all tokens of prompts."""
+    names = ["resid_pre", *(name for name in ("attn_out", "mlp_out") if backend.refuses(Site(name, layer)) is None), "resid_post"]
     if len(names) < 4:
         return True
-    climb = Climb(1, {}, {}, {(name, 0): [(name, n([0]), n([1]))] for name in names}, 1)
-    backend.forward(_two(backend), None, climb)
-    before, *added, after = (climb.found[name] for name in names)
-    return _close(backend.card.itemsize, before + sum(added), after)
+    for ids in prompts or [_two(backend)[0].tolist()]:
+        at = torch.arange(len(ids)) if prompts else torch.tensor([1])
+        climb = Climb(1, {}, {}, {(name, layer): [(name, torch.zeros_like(at), at)] for name in names}, layer + 1)
+        backend.forward(torch.tensor([ids]), None, climb)
+        before, *added, after = (climb.found[name] for name in names)
+        alike = _close(backend.card.itemsize, before + sum(added), after)
+        if not prompts or not bool(alike):
+            return alike
+    return True
 
 
 def _two(backend: Backend) -> Tensor:
