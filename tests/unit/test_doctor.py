@@ -141,21 +141,21 @@ def test_what_raises_is_a_finding(monkeypatch, tiny_folder, tmp_path):
 
 def test_of_what_follows_from_a_wrong_tensor_the_first_is_named(monkeypatch, tiny_folder):
     """A hook point before the norm instead of after it: nothing else moves. A hook that changes the pass: all that comes later does."""
-    from hookbook.adapters.bridge import BridgeAdapter
+    from hookbook.adapters.bridge import BridgeAdapter, Hooked
 
     point = BridgeAdapter._hook_point
 
     def other(self, name, layer):
         return self.blocks[2].mlp.hook_out if (name, layer) == ("mlp_out", 2) else point(self, name, layer)
 
-    def changed(self, name, layer):
-        if (name, layer) == ("head_z", 2):
-            point(self, name, layer).add_hook(lambda x, hook: x + 1)
-        return point(self, name, layer)
+    def changed(self, point, name, layer, climb):
+        self.point, more = point, float((name, layer) == ("head_z", 2))
+        point.add_hook(lambda x, hook: climb.visit(name, layer, x + more), level=self.LEVEL)
 
-    for arch, wrong, at, number in (("gemma3", other, "mlp_out.2", 1), ("llama", changed, "head_z.2", 15)):
+    wrong = ("gemma3", (BridgeAdapter, "_hook_point", other), "mlp_out.2", 1), ("llama", (Hooked, "__init__", changed), "head_z.2", 15)
+    for arch, fault, at, number in wrong:
         with monkeypatch.context() as patch:
-            patch.setattr(BridgeAdapter, "_hook_point", wrong)
+            patch.setattr(*fault)
             found = {
                 finding.what: finding for finding in doctor.check(str(tiny_folder(arch))) if finding.what.startswith("TransformerBridge")
             }
