@@ -46,12 +46,14 @@ def attached(case, *args, **more):
 
 
 def check(case, edits, generate=0, reads=()):
-    """Several rows in one climb equal plain runs through SAELens."""
+    """Several rows in one climb equal plain runs through SAELens; of those with the first prompt, how many rows the edits change."""
     prompts = [case.adapter.encode("a prompt"), case.adapter.encode("another, longer")]
     rows = [Row(i % 2, edits=edit if isinstance(edit, tuple) else (edit,)) for i, edit in enumerate(edits)]
     request = Request(prompts, [Row(0), *rows], [Read(site) for site in reads], Readout(logits=True, k=2), generate=generate)
     exact = 1e-10 if case.name == "toy" or "gpt2" in case.name else 1e-6  # the others' norms compute in float32
-    assert_plain(case, request, case.adapter.run(request, progress=False), exact)
+    reply = case.adapter.run(request, progress=False)
+    assert_plain(case, request, reply, exact)
+    return int(((reply.said.logits[1::2] - reply.said.logits[0]).abs().amax(-1) > 1e-4).sum())
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def check(case, edits, generate=0, reads=()):
 )
 def test_edits_of_features_are_hooks_between_encode_and_decode(case, architecture, norm):
     sae = attached(case, architecture, normalize_activations=norm)
-    check(
+    acting = check(
         case,
         [
             sae.edit(3, to=2.0),
@@ -73,16 +75,18 @@ def test_edits_of_features_are_hooks_between_encode_and_decode(case, architectur
             sae.splice(keep_error=False),
         ],
     )
+    assert acting
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk"])
 def test_edits_of_features_while_tokens_are_generated(case, architecture):
     sae = attached(case, architecture)
-    check(
+    acting = check(
         case,
         [sae.edit(3, to=5.0, scope="generated"), sae.edit([1, 2], to=4.0, scope="all"), sae.keep_only([1, 2], scope="all")],
         generate=4,
     )
+    assert acting
 
 
 @pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_out", "head_z"])
@@ -90,7 +94,7 @@ def test_every_site_an_sae_can_have(case, name):
     sae = attached(case, "standard", name)
     direction = torch.randn(sae.site.width(case.adapter.card), dtype=torch.float64)
     before = hb.Edit(sae.site, direction, "add", -1)  # what the encoder sees includes edits before
-    check(case, [sae.edit(3, to=2.0), (before, sae.edit(3, scale=2.0)), sae.splice(keep_error=False)], reads=[sae.site])
+    assert check(case, [sae.edit(3, to=2.0), (before, sae.edit(3, scale=2.0)), sae.splice(keep_error=False)], reads=[sae.site])
 
 
 def test_with_the_error_term_and_nothing_edited_the_logits_are_the_plain_run_s(case):
