@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import PositionEmbeddingsAttentionBridge
 
 from hookbook.adapter import Adapter, ModelCard, versions
 from hookbook.adapters import hf, weights
@@ -16,7 +21,7 @@ from hookbook.errors import ModelError, Refused
 from hookbook.sites import INNER, Site
 from hookbook.tokens import fingerprint
 from hookbook.travel.climb import Climb, Stop
-from hookbook.travel.passes import cache_of, checked, inputs, part_of_linear, splits
+from hookbook.travel.passes import cache_of, checked, fuses, inputs, part_of_linear, splits
 
 
 def accepts(model: Any) -> bool:
@@ -40,6 +45,7 @@ class BridgeAdapter(Adapter):
                 "use a causal language model",
             )
         self.model = model
+        self.fused_from: int | None = None
         self.tokenizer = tokenizer if tokenizer is not None else hf.own_tokenizer(model)
         self.blocks = list(model.blocks)
         hf.check_attention(model.original_model.config)
@@ -126,13 +132,40 @@ class BridgeAdapter(Adapter):
         cache, kept = cache_of(climb, kept, keep)
         original = self.model.original_model
         taken = inputs(tokens, mask, cache, hf.takes_positions(original), hf.device(original))
-        with routed(self.blocks, climb) as handles:
+        with self._attention(fuses(climb, taken, self.fused_from)), routed(self.blocks, climb) as handles:
             handles += [Hooked(self._hook_point(name, layer), name, layer, climb) for name, layer in climb.inside()]
             try:
                 self.model(taken.pop("input_ids"), return_type=None, **taken)
             except Stop:
                 pass
         return checked(kept) if keep else None
+
+    def fuse(self, keys: int | None) -> bool:
+        self.fused_from = keys
+        known = all(isinstance(part, PositionEmbeddingsAttentionBridge) for part in self._attentions())
+        return keys is None or (known and getattr(self.module, "_supports_sdpa", False))
+
+    def _attentions(self) -> list[Any]:
+        return [getattr(block, "attn", None) for block in self.blocks]
+
+    @contextmanager
+    def _attention(self, fused: bool) -> Iterator[None]:
+        """Inside, attention is fused, or as it is. The bridge computes it itself, with every pattern, whatever the model's setting says;
+        what its base class does instead is to leave it to transformers."""
+        if not fused:
+            yield
+            return
+        config, parts = self.module.config, self._attentions()
+        before = config._attn_implementation
+        try:
+            config._attn_implementation = "sdpa"
+            for part in parts:
+                vars(part)["forward"] = partial(AttentionBridge.forward, part)  # an assignment would go to what it wraps
+            yield
+        finally:
+            config._attn_implementation = before
+            for part in parts:
+                vars(part).pop("forward", None)
 
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.model.ln_final(resid[:, None])[:, 0]

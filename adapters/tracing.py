@@ -142,6 +142,10 @@ class TracingAdapter(Adapter):
             self.passes.paths[name, layer] = str(self.where.path(name, layer))
         return self.passes.forward(tokens, mask, climb, kept, keep)
 
+    def fuse(self, keys: int | None) -> bool:
+        self.passes.fused_from = keys
+        return keys is None or getattr(self.module, "_supports_sdpa", False)
+
     def final_norm(self, resid: Tensor) -> Tensor:
         return self.passes.final_norm(resid)
 

@@ -29,6 +29,7 @@ from common import Claim, Models, main, states
 from heads import mean_z, prompts, scan
 from jacobian import SUBJECTS, TEMPLATE
 from layers import sentences
+from long_prompts import long_prompt
 
 import hookbook as hb
 from hookbook.engine import cost
@@ -88,6 +89,13 @@ def reads(adapter: hb.Adapter) -> Sweep:
     return of_request(adapter, Request(coded, [Row(i) for i in range(len(coded))], every))
 
 
+def long_reads(adapter: hb.Adapter) -> Sweep:
+    """Every layer's output at every token of two long prompts."""
+    coded = [long_prompt(adapter, 1600, start) for start in (0, 100)]
+    every = [Read(Site("resid_post", layer), slice(None)) for layer in range(adapter.card.n_layers)]
+    return of_request(adapter, Request(coded, [Row(i) for i in range(len(coded))], every))
+
+
 def patterns(adapter: hb.Adapter) -> Sweep:
     """Every head's attention to the token before last, knocked out, in 25 ten-shot prompts."""
     coded, answers = prompts(adapter)
@@ -126,6 +134,7 @@ SWEEPS: dict[str, Callable[[hb.Adapter], Sweep]] = {
     "heads, 25 long prompts": heads,
     "heads' attention, 25 long prompts": patterns,
     "reads, 100 prompts": reads,
+    "reads, 2 prompts of 1,600 tokens": long_reads,
     "jacobian, 5 prompts": jacobian,
     "jacobian, 5 long prompts": lambda adapter: jacobian(adapter, LONG),
 }

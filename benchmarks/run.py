@@ -14,12 +14,14 @@ import growth
 import heads
 import jacobian
 import layers
+import long_prompts
 import memory
+import neurons
 import overhead
 import questions
 import relation
 from common import main
 
 if __name__ == "__main__":
-    parts = (all_pairs, layers, heads, backpatch, generation, jacobian, overhead, growth, memory, relation, questions, features, checks)
-    main({part.__name__: part.bench for part in parts})
+    parts = (all_pairs, layers, heads, neurons, long_prompts, backpatch, generation, jacobian, overhead, growth, memory, relation)
+    main({part.__name__: part.bench for part in (*parts, questions, features, checks)})

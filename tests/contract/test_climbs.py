@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import hookbook as hb
-from hookbook.engine import planning, selfcheck
+from hookbook.engine import planning, runs, selfcheck
+from hookbook.engine.checkpoint import fingerprint
+from hookbook.engine.checks import check
 from hookbook.engine.cost import total
 from hookbook.request import Each, Read, Readout, Request, Row
 from hookbook.testing import toy
@@ -124,10 +126,10 @@ def test_ragged_prompts_are_packed_each_into_its_own_rows(case):
     prompts = [adapter.encode(text) for text in (TEXT, "A cat, or a hat", "The dog sat on it")]
     rows = [Row(i % 3, (edit_at(adapter, CAUSES[1 + i % 8].replace("attn_pattern", "attn_out"), i),)) for i in range(48)] + [Row(1), Row(2)]
     request = Request(prompts, rows, [Read("resid_post.1"), Read("mlp_act.1.3"), Read("resid_pre.1", 0)], Readout(logits=True))
+    packs = adapter.packs and selfcheck.packs(adapter)
+    assert packs == (adapter.packs and "gpt2" not in case.name)
     (part,) = planning.plan(adapter, request)
-    assert (part.pack > 1) == adapter.packs
-    if adapter.packs:
-        assert selfcheck.packs(adapter) == ("gpt2" not in case.name)
+    assert (part.pack > 1) == packs
     assert_plain(case, request, adapter.run(request))
 
 
@@ -201,3 +203,90 @@ def test_a_plan_counts_what_a_run_costs(case, monkeypatch):
         assert cost["unembedded"] == sum(part.unembedded for part in parts)
         most, prompts_alone = sum(part.token_layers for part in parts), sum(part.prompt_token_layers for part in parts)
         assert cost["token_layers"] == most if not generate else prompts_alone < cost["token_layers"] <= most
+
+
+def test_a_tally_counts_what_is_laid_out(case):
+    """Row by row: where each leaves its trunk, and what stays of it, is counted without laying anything out."""
+    adapter, pick = case.adapter, random.Random(11)
+    prompts = [adapter.encode(text) for text in (TEXT, "A cat, or a hat", "The dog")]
+    sites = ("embed", "resid_pre.0", "resid_post.0", "attn_out.1", "resid_post.1", "mlp_act.1.3")
+    for _ in range(12):
+        some = [
+            Row(pick.randrange(3), (edit_at(adapter, pick.choice(sites), i, pick.randrange(-3, 0)),) * pick.randint(0, 1))
+            for i in range(20)
+        ]
+        request = Request(prompts, some, (), Readout(k=1))
+        rows, tally = check(adapter, request), planning.Tally(request, adapter.card)
+        for n, row in enumerate(rows, 1):
+            tally.add(row)
+            part = planning.Part(request, adapter.card, rows[:n])
+            assert tally.row_layers == sum(part.layout.rows_at)
+            assert (tally.trunk, tally.trunk + tally.forks) == (part.layout.n_trunk, len(part.layout.trunk))
+            firsts = [part.pads[part.trunk_of[i]] + one.first for i, one in enumerate(rows[:n]) if one.first is not None]
+            assert part.n - tally.width == min(firsts, default=part.n)
+
+
+def test_a_prefix_is_kept_from_climb_to_climb(case, monkeypatch):
+    """What is cut into climbs of the same prompts runs these once; if a climb reads in them, or prompts change, they run again."""
+    adapter = case.adapter
+    prompts = [adapter.encode(text) for text in (TEXT, "A cat, or a hat")]
+    rows = [Row(i // 24, (edit_at(adapter, ("resid_pre.1", "attn_out.1", "resid_post.0")[i % 3], i),)) for i in range(48)]
+    monkeypatch.setattr("hookbook.engine.planning.PASS_TOKENS", 0)
+    for early, generate in ((-1, 0), (-1, 3), (0, 0)):
+        request = Request(prompts, rows, [Read("resid_post.1", early)], Readout(logits=True), generate=generate)
+        planned, one = check(adapter, request), planning.Tally(request, adapter.card, adapter.packs)
+        for row in planned[:7]:
+            one.add(row)
+        answer = len(rows) * (adapter.card.d_model * adapter.card.itemsize + 4 * adapter.card.d_vocab)
+        monkeypatch.setattr("hookbook.engine.planning.BUDGET_BYTES", one.peak_bytes + answer)
+        parts, reply = planning.plan(adapter, request), adapter.run(request)
+        follow = [part.follows for part in parts]
+        assert all(part.split for part in parts) and len(parts) > 4
+        assert [part.lasts for part in parts[:-1]] == follow[1:] and not follow[0]
+        new = {0} | {i for i in range(1, len(parts)) if parts[i].prompts != parts[i - 1].prompts}
+        assert follow == ([i not in new for i in range(len(parts))] if early else [False] * len(parts))
+        assert reply.cost["passes"] == sum(part.passes for part in parts) == len(parts) * (1 + max(0, generate - 1)) + follow.count(False)
+        assert reply.cost["token_layers"] <= sum(part.token_layers for part in parts)
+        assert_plain(case, request, reply)
+
+
+def test_a_climb_after_one_on_file_runs_its_prefix(tmp_path, monkeypatch):
+    adapter = toy()
+    tokens = adapter.encode(TEXT)
+    monkeypatch.setattr("hookbook.engine.planning.PASS_TOKENS", 0)
+    rows = [Row(0, (edit_at(adapter, "resid_pre.1", i),)) for i in range(24)]
+    request = Request([tokens], rows, (), Readout(k=2))
+    monkeypatch.setattr(
+        "hookbook.engine.planning.BUDGET_BYTES", planning.Part(request, adapter.card, check(adapter, request)[:8]).peak_bytes
+    )
+    first, *_, last = planning.plan(adapter, request)
+    assert last.follows
+    whole = adapter.run(request, checkpoint=tmp_path / "kept")
+    names = [f"{fingerprint(part)}.safetensors" for part in planning.plan(adapter, request)]
+    for n, name in enumerate(names):  # any one of them is missing, then another
+        (tmp_path / "kept" / name).unlink()
+        again = adapter.run(request, checkpoint=tmp_path / "kept")
+        assert torch.equal(again.readout.topk_logprobs, whole.readout.topk_logprobs)
+        assert again.cost["passes"] - whole.cost["passes"] == n, "what was run again had no prefix of the climb before"
+        assert again.cost["token_layers"] - whole.cost["token_layers"] == n * first.split * adapter.card.n_layers
+
+
+def test_the_bar_moves_inside_a_climb(case, monkeypatch):
+    """By token-layers, block by block and step by step, and ends at what was planned."""
+    adapter, moved = case.adapter, []
+
+    class Bar(runs.tqdm):
+        def update(self, n=1):
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(runs, "tqdm", Bar)
+    tokens = adapter.encode(TEXT)
+    rows = [Row(0, (edit_at(adapter, f"resid_post.{i % 2}", i),)) for i in range(20)]
+    for generate in (0, 4):
+        request, moved[:] = Request([tokens], rows, (), Readout(k=1), generate=generate), []
+        (part,) = planning.plan(adapter, request)
+        adapter.run(request, progress=True)
+        assert sum(moved) == part.token_layers and all(n >= 0 for n in moved)
+        *inside, _ = moved  # the last is what rows that end early or say the same did not need
+        assert len(inside) >= 2 * adapter.card.n_layers and max(inside) <= max(len(tokens), len(rows))

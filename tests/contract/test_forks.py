@@ -189,9 +189,9 @@ def test_packed_rows_decode_as_rows_alone(case, monkeypatch):
             Row(i % 2, (hb.Edit(hb.Site(("resid_pre", "attn_out", "mlp_out")[i % 3], i % adapter.card.n_layers), vector, scope=scope),))
         )
     request = Request(prompts, rows, generate=steps)
-    (part,) = planning.plan(adapter, request)
     packs = adapter.packs and selfcheck.packs(adapter)
-    assert part.split and (part.pack_decoding > 1 or not adapter.packs)
+    (part,) = planning.plan(adapter, request)
+    assert part.split and (part.pack_decoding > 1) == packs
     alone = [adapter.run(Request([prompts[row.prompt]], [Row(0, row.edits)], generate=steps)) for row in rows]
     ends = frozenset({alone[7].generated[0][3], alone[20].generated[0][2]})
     for adapter_ends in (adapter.eos_ids, ends):
@@ -202,7 +202,7 @@ def test_packed_rows_decode_as_rows_alone(case, monkeypatch):
         assert all((reply.token_logprobs[i] - one.token_logprobs[0]).abs().max() < EXACT for i, one in enumerate(want))
     assert len(set(reply.generated)) > 8 and len(set(map(len, reply.generated))) > 2, "rows end at different steps"
     monkeypatch.setattr(planning, "PACK_DECODING", 3)
-    assert packs == (planning.plan(adapter, request)[0].pack_decoding == 3 and selfcheck.packs(adapter))
+    assert packs == (planning.plan(adapter, request)[0].pack_decoding == 3)
     assert adapter.run(request).generated == reply.generated
 
 

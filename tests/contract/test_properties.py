@@ -10,7 +10,7 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import hookbook as hb
-from hookbook.engine import planning
+from hookbook.engine import planning, selfcheck
 from hookbook.errors import EditError
 from hookbook.request import PATTERN_OPS, Each, Read, Readout, Request, Row, position_of
 from hookbook.sites import SITES
@@ -118,6 +118,7 @@ def holds(case: Case, examples: int) -> int:
     """Draw requests, and compare each reply with plain runs; how many there were."""
     phases = [Phase.generate, *([Phase.shrink] if case.name == "toy" else [])]  # on the others it would take minutes
     drawn: list[tuple[bool, ...]] = []
+    packs = case.adapter.packs and selfcheck.packs(case.adapter)
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
     @given(
@@ -141,7 +142,7 @@ def holds(case: Case, examples: int) -> int:
     equal()
     cut, shared, packed, padded, edited = (sum(column) for column in zip(*drawn, strict=True))
     # the control: what is drawn reaches every way in which rows are laid out
-    assert min(cut, shared, padded) > examples / 20 and edited > examples / 2 and (packed > 0) == case.adapter.packs, (
+    assert min(cut, shared, padded) > examples / 20 and edited > examples / 2 and (packed > 0) == packs, (
         cut,
         shared,
         packed,

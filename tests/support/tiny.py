@@ -22,7 +22,7 @@ DIAGONAL = ("toy", "bridge-gemma3", "nnsight-llama", "hooked-gpt2")
 the files of `ENGINE` compare on all of `CASES`; `--whole` tries recipes on all, too."""
 ENGINE = frozenset(
     f"test_{name}"
-    for name in "attention cells clean climbs devices documented_sites edits families forks gradients mlp_in properties sae".split()
+    for name in "attention cells clean climbs devices documented_sites edits families forks fused gradients mlp_in properties sae".split()
     + ["sae_lens_models", "sampling", "sites"]
 )
 """Files whose tests run on all cases."""

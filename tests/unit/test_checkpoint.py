@@ -49,7 +49,7 @@ def sweep() -> tuple[hb.Adapter, Request]:
 def counted(monkeypatch) -> list[int]:
     """The numbers of rows of each climb that ran."""
     ran, run = [], engine._run_part
-    monkeypatch.setattr(engine, "_run_part", lambda adapter, part, bar: (ran.append(len(part.rows)), run(adapter, part, bar))[1])
+    monkeypatch.setattr(engine, "_run_part", lambda adapter, part, *more: (ran.append(len(part.rows)), run(adapter, part, *more))[1])
     return ran
 
 

@@ -24,6 +24,8 @@ REFUSED = {
     "GPT-J": {("TransformerBridge", "attn_pattern"), ("nnsight", "attn_pattern")},
 }
 """As docs/reference/sites.md has it."""
+FUSED_ON_BRIDGE = {"Llama", "Gemma 3", "Qwen3-MoE"}
+"""Whose attention the bridge can leave to transformers."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -50,6 +52,8 @@ def test_every_site_of_every_family_is_what_plain_transformers_computes(family):
         layered = sum(spec.layered and (backend, spec.name) not in refused for spec in SITES.values())
         (sites,) = [finding for finding in judged if finding.what == f"{backend}: {2 * layered + 2} sites of 2 layers"]
         assert sites.difference is not None and sites.difference < 1e-5
+    long = {finding.what.split(":")[0]: finding.value.startswith("run sdpa") for finding in found if "passes of 128" in finding.what}
+    assert long == {"TransformerBridge": name in FUSED_ON_BRIDGE, "nnsight": name != "GPT-J"}
 
 
 def broken(monkeypatch, at: Site, factor: float) -> None:
@@ -176,6 +180,7 @@ def test_logits_and_tokens_that_differ_are_told(monkeypatch, tiny_folder):
     assert {what.split(": ")[1].split()[0]: finding.ok for what, finding in found.items() if "sites" not in what} == {
         "logits": False,
         "greedy": False,
+        "passes": None,
     }
 
 

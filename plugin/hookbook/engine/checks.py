@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,19 +49,18 @@ class PlannedRow:
     says: int | None
     """The token after which the readout is."""
 
-    @cached_property
-    def join(self) -> Place:
-        """Where it leaves the trunk."""
-        return min([join_place(site) for edit, _ in self.edits for site in edit.touches], default=NEVER)
+    join: Place = NEVER
+    """Where it leaves the trunk."""
+    first: int | None = None
+    """The first token that is edited."""
+    numbers: int = 0
+    """How many numbers are read of it."""
 
-    def numbers(self, request: Request, card: ModelCard) -> int:
-        """How many numbers are read of it."""
-        return sum(len(positions) * read.site.width(card) for read, positions in zip(request.reads, self.reads, strict=True))
-
-    @cached_property
-    def first(self) -> int | None:
-        """The first token that is edited."""
-        return min((p for _, positions in self.edits for p in positions), default=None)
+    def settle(self, widths: Sequence[int]) -> None:
+        """Fill in what follows from its edits and reads; `widths` are those of the request's reads."""
+        self.join = min([join_place(site) for edit, _ in self.edits for site in edit.touches], default=NEVER)
+        self.first = min([p for _, positions in self.edits for p in positions], default=None)
+        self.numbers = sum(len(positions) * width for positions, width in zip(self.reads, widths, strict=True))
 
 
 def check(backend: Backend, request: Request) -> list[PlannedRow]:
@@ -98,7 +96,7 @@ def check(backend: Backend, request: Request) -> list[PlannedRow]:
             )
     sites = {read.site for read in request.reads}
     top = (float("inf"), 0) if ask is not None or request.generate else max((site.order for site in sites), default=(-2, 0))
-    resolved = _resolver(request.prompts)
+    resolved, widths = _resolver(request.prompts), [read.site.width(card) for read in request.reads]
     rows = []
     for i, row in enumerate(request.rows):
         if not 0 <= row.prompt < len(request.prompts):
@@ -116,9 +114,10 @@ def check(backend: Backend, request: Request) -> list[PlannedRow]:
             sites.update(edit.touches)
             _plan_edit(edit, planned, request, card, n, resolved, top)
         _check_acts(planned, request, n)
+        planned.settle(widths)
         rows.append(planned)
-    for site in sites:
-        backend.require(site.check(card))
+    for site in {(site.name, site.layer): site.check(card) for site in sites}.values():
+        backend.require(site)
     return rows
 
 
@@ -157,9 +156,9 @@ def _check_ids(wanted: Tensor, request: Request, card: ModelCard) -> None:
 def _plan_edit(edit: Edit, row: PlannedRow, request: Request, card: ModelCard, n: int, resolved: Any, top: tuple[float, int]) -> None:
     positions = resolved(row.prompt, edit.position) if edit.scope == "prompt" else edit.positions(request.prompts[row.prompt])
     edit.check(card, len(positions))
-    value = edit.value.shift if isinstance(edit.value, FeatureChange) else edit.value
-    numbers = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     if card.itemsize < 4:
+        value = edit.value.shift if isinstance(edit.value, FeatureChange) else edit.value
+        numbers = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
         overflows = EditError(
             f"a value at {edit.site} that overflows {card.dtype}", "it would become infinite", "scale it down, or load the model in float32"
         )

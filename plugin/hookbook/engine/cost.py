@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Account:
         """Count climbs, and what comes beside them."""
         old, beside = self.plan, {"unembedded": unembedded, "vjps": vjps}
         each = [{"climbs": 1} | {name: getattr(part, name) for name in ("passes", "token_layers", "unembedded")} for part in parts]
-        peak = max([old.peak_bytes, peak_bytes, *(part.peak_bytes for part in parts)])
+        before = accumulate((part.answer_bytes for part in parts), initial=0)  # what the climbs before gave is held
+        peak = max([old.peak_bytes, peak_bytes, *(part.peak_bytes + held for part, held in zip(parts, before, strict=False))])
         self.plan = replace(old, **total(vars(old), beside, *each), peak_bytes=peak)
 
     def send(self, bytes_up: int, bytes_down: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ def run(backend: Backend, request: Request, *, progress: bool | None = None, che
     Args:
         backend: The model.
         request: What to run.
-        progress: Show a progress bar; None: only for work of several climbs or a long decoding.
+        progress: Show a progress bar, in tokens times blocks; None: only if it takes longer than two seconds.
         checkpoint: A folder that keeps each climb that is finished; a repeated call runs only what is missing there.
     """
     with using(backend):
@@ -46,6 +47,8 @@ def _checked(backend: Backend, request: Request, progress: bool | None, checkpoi
     if not backend.remote and cost.account() is None:
         request = _here(request)
     parts = planning.plan(backend, request)
+    if not backend.remote and cost.account() is None and any(max(part.pack, part.pack_decoding) > 1 for part in parts):
+        parts = parts if selfcheck.packs(backend) else planning.plan(backend, request)
     if checkpoint is not None and any(part.apart for part in parts):
         raise EditError("a checkpoint of a model with hooks", "a file cannot tell what they do", "take them off, or leave checkpoint out")
     if checkpoint is not None and request.grad:
@@ -86,25 +89,34 @@ def _run(backend: Backend, request: Request, parts: list[Part], progress: bool |
     sites = {site for row in request.rows for edit in row.edits for site in edit.touches} | {read.site for read in request.reads}
     prompts = list({request.prompts[row.prompt].ids: None for part in parts if part.apart for row in part.rows})
     selfcheck.check(backend, sites, any(edit.op == "knock_out" for row in request.rows for edit in row.edits), prompts)
-    steps = len(parts) * (1 + request.generate)
-    quiet = backend.remote or not (steps > 8 if progress is None else progress)
+    keys = planning.FUSED_FROM
+    if not backend.remote:
+        long = max(part.n for part in parts) + request.generate >= keys and not (request.grad or parts[0].apart)
+        backend.fuse(keys if long and selfcheck.fuses(backend) else None)
+    work = sum(part.token_layers for part in parts)
     if isinstance(backend, RemoteBackend):
         deferred.tape(backend).progress = progress
-    with torch.set_grad_enabled(request.grad), tqdm(total=steps, desc="climb", leave=False, disable=quiet) as bar:
+    hidden = {"disable": backend.remote or progress is False, "delay": 0 if progress else 2}
+    with (
+        torch.set_grad_enabled(request.grad),
+        tqdm(total=work, desc="climb", unit=" token-layers", unit_scale=True, leave=False, **hidden) as bar,
+    ):
         store = None if checkpoint is None else Checkpoint(checkpoint, backend)
-        done, logits = [], None
+        done, logits, kept, end = [], None, None, 0
         if request.readout is not None and request.readout.logits and len(parts) > 1 and not backend.remote and not request.grad:
             logits = torch.empty(
                 len(request.rows), backend.card.d_vocab, dtype=torch.promote_types(getattr(torch, backend.card.dtype), torch.float32)
             )
         for part in parts:
-            reply = None if store is None else store.load(part)
+            reply, end = None if store is None else store.load(part), end + part.token_layers
             if reply is None:
-                reply = _run_part(backend, part, bar)
+                part.follows = part.follows and kept is not None  # the climb before may have been on file
+                reply, kept = _run_part(backend, part, kept, bar.update)
                 if store is not None:
                     store.save(part, reply)
             else:
-                bar.update(1 + request.generate)
+                kept = None
+            bar.update(end - bar.n)  # beside what was done climbs from a file, and rows that ended early
             if (
                 logits is not None and reply.readout is not None and reply.readout.logits is not None
             ):  # in place: both parts and whole would be twice the answer
@@ -175,25 +187,23 @@ def _sorted(x: Any, order: Tensor) -> Any:
     return x if torch.equal(order, torch.arange(len(order))) else x[order]
 
 
-def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
+def _run_part(backend: Backend, part: Part, kept: Any, tick: Callable[[int], Any]) -> tuple[Reply, Any]:
+    """A climb's reply, and its prefix if that is kept for the next; `kept` is that of the climb before, if this one follows it."""
     request, n_prompts, split, top = part.request, len(part.prompts), part.split, backend.card.n_layers - 1
-    edits = group_edits([item for item, _ in _items(backend, part)])
-    collect = _Collector(part, top)
-    pack = part.pack if part.pack > 1 and selfcheck.packs(backend) else 1
-    ids = _ids(backend, part)
-    mask = part.mask
-    pads = None if mask is None else mask == 0
-
-    kept, climbs = None, []
-    if split:
-        climb = Climb(n_prompts, {}, {}, collect.reads(0), part.last, None if pads is None else pads[:, :split])
+    with planning.uncollected():
+        edits, collect = group_edits([item for item, _ in _items(backend, part)]), _Collector(part, top)
+    ids, mask, climbs = part.ids(backend.pad_id), part.mask, []
+    early, pads = (None, None) if mask is None else (mask[:, :split], mask == 0)
+    if part.runs_prefix:
+        climb = Climb(n_prompts, {}, {}, collect.reads(0), part.last, None if early is None else early == 0, tick=tick)
         with torch.no_grad():
-            kept = backend.forward(ids[:, :split], None if mask is None else mask[:, :split], climb, keep=1)
+            kept = backend.forward(ids[:, :split], early, climb, keep=1)
         climbs.append(climb)
-    body = Climb(n_prompts, part.layout.joining(), edits, collect.reads(1), part.last, None if pads is None else pads[:, split:], pack)
+    lasts = [copy(one) for one in kept] if part.lasts else None  # the climb takes out what it is given
+    pads = None if pads is None else pads[:, split:]
+    body = Climb(n_prompts, part.layout.joining(), edits, collect.reads(1), part.last, pads, part.pack, tick=tick)
     kept = backend.forward(ids[:, split:], mask, body, kept=kept, keep=request.generate)
     climbs.append(body)
-    bar.update()
     n_groups = sum(map(len, edits.values()))
     if body.fired != n_groups:
         raise EditError(
@@ -206,7 +216,7 @@ def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
     del climbs
     readings = tuple(_reading(backend, part, collect, i, found) for i in range(len(request.reads)))
     said = len(part.rows) * (request.readout is not None and request.readout.of_all)
-    spent = cost.total({"climbs": 1, "passes": 1 + (split > 0), "token_layers": part.prompt_token_layers, "unembedded": said})
+    spent = cost.total({"climbs": 1, "passes": 1 + part.runs_prefix, "token_layers": part.prompt_token_layers, "unembedded": said})
     readout = tokens = logprobs = None
     if request.readout is not None:
         ask, numbers = request.readout, [row.number for row in part.rows]
@@ -216,9 +226,9 @@ def _run_part(backend: Backend, part: Part, bar: Any) -> Reply:
     if request.generate:
         normed = _normed(backend, part, collect.gather("next", found)).values
         found.clear()
-        tokens, logprobs, more = backend.decode(kept, normed, _todo(backend, part), bar.update)
+        tokens, logprobs, more = backend.decode(kept, normed, _todo(backend, part), tick)
         spent = deferred.later(_decoded, spent, more)
-    return Reply(readings, readout, tokens, logprobs, spent)
+    return Reply(readings, readout, tokens, logprobs, spent), lasts
 
 
 def _item(backend: Backend, edit: Edit, row: int, columns: list[int]) -> dict[str, Any]:
@@ -250,11 +260,6 @@ def _items(backend: Backend, part: Part) -> list[tuple[dict[str, Any], int]]:
                 item["keys"] = [[pad + key for key in (range(p + 1) if seen is None else seen) if key <= p] for p in positions]
             items.append((item, i))
     return items
-
-
-def _ids(backend: Backend, part: Part) -> Tensor:
-    """The tokens of the trunk, `[trunk row, pos]`."""
-    return torch.tensor([[backend.pad_id] * pad + list(tokens.ids) for pad, tokens in zip(part.pads, part.prompts, strict=True)])
 
 
 def _seen(part: Part, trunk: int, edit: Edit) -> list[int] | None:
@@ -374,10 +379,10 @@ def _todo(backend: Backend, part: Part) -> dict[str, Any]:
         "joins": {i: row.join for i, row in enumerate(part.rows)},
         "lengths": [len(tokens) for tokens in part.prompts],
         "pads": part.pads,
-        "ids": _ids(backend, part),
+        "ids": part.ids(backend.pad_id),
         "mask": part.mask,
         "width": part.n,
-        "pack": 1 if part.pack_decoding == 1 or not selfcheck.packs(backend) else part.pack_decoding,
+        "pack": part.pack_decoding,
         "items": [[item for item, number in items if number == i] for i in range(len(part.rows))],
         "late": late,
     }

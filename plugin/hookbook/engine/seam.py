@@ -57,6 +57,11 @@ class Backend(ABC):
         `words` is a part of the vocabulary, or some ids, which only a backend that `splits` is asked for.
         """
 
+    def fuse(self, keys: int | None) -> bool:
+        """Run attention that computes no patterns in passes of at least so many keys, where nobody looks at patterns; None: never. False if
+        it cannot."""
+        return keys is None
+
     def splits(self) -> int:
         """How many words the vocabulary has, if `unembed` gives parts of it; 0: it gives all alone."""
         return 0

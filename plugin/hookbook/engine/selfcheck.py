@@ -211,7 +211,7 @@ def packs(backend: Backend) -> bool:
     known = state(backend).answers
     if "packs" not in known:
         with torch.no_grad():
-            known["packs"] = _check_packs(backend)
+            known["packs"] = backend.packs and _check_packs(backend)
     return known["packs"]
 
 
@@ -230,6 +230,39 @@ def _check_packs(backend: Backend) -> bool:
             return False
         found.append(body.found["x"])
     return bool(_close(backend.card.itemsize, *found))
+
+
+def fuses(backend: Backend) -> bool:
+    """Whether attention that computes no patterns gives what the model's own gives: for kept tokens, padding, forks and packed rows, and at
+    the heads; asked once for each model. Leaves it off."""
+    known = state(backend).answers
+    if "fuses" not in known:
+        with torch.no_grad():
+            known["fuses"] = backend.fuse(0) and _check_fuses(backend)
+        backend.fuse(None)
+    return known["fuses"]
+
+
+def _check_fuses(backend: Backend) -> bool:
+    n, last, pad = torch.tensor, backend.card.n_layers, backend.pad_id
+    tokens = n([[pad + i for i in range(1, 9)], [pad, pad, *(pad + i for i in range(9, 15))]])
+    mask = n([[1] * 8, [0, 0] + [1] * 6])
+    pads, pack = mask == 0, 2 if packs(backend) else 1
+    site = ("resid_post", last - 1)
+    sites = [site] + [("head_z", last - 1)] * (backend.refuses(Site("head_z", last - 1)) is None)
+    found = []
+    for keys in (None, 0):
+        backend.fuse(keys)
+        whole = Climb(2, {}, {}, {one: [(one, n([0] * 8 + [1] * 6), n([*range(8), *range(2, 8)]))] for one in sites}, last, pads)
+        prefix = Climb(2, {}, {}, {}, last, pads[:, :7])
+        body = Climb(2, {1: (None, n([0, 1]))}, {}, {site: [("x", n([0, 1, 2, 3]), n([0] * 4))]}, last, pads[:, 7:], pack)
+        try:
+            backend.forward(tokens, mask, whole)
+            backend.forward(tokens[:, 7:], mask, body, kept=backend.forward(tokens[:, :7], mask[:, :7], prefix, keep=1))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError):
+            return False
+        found.append([*whole.found.values(), *body.found.values()])
+    return len(found[0]) == len(found[1]) and all(bool(_close(backend.card.itemsize, a, b)) for a, b in zip(*found, strict=True))
 
 
 def _runs(backend: Backend) -> list[tuple[Any, HookbookError]]:

@@ -223,7 +223,7 @@ def _modules(module: Any) -> dict[Site, tuple[str, bool]]:
 
 def _compare(backend: str, adapter: Adapter, plain: list[Plain]) -> Iterator[Finding]:
 
-    from hookbook.engine import selfcheck
+    from hookbook.engine import planning, selfcheck
     from hookbook.request import Read, Readout, Request, Row
 
     prompts = [adapter.encode(prompt) for prompt in PROMPTS]  # one padded batch
@@ -274,6 +274,8 @@ def _compare(backend: str, adapter: Adapter, plain: list[Plain]) -> Iterator[Fin
     yield Finding(
         f"{backend}: greedy continuation of {N_TOLD} tokens", "the same" if told == want else f"{told} is not {want}", told == want
     )
+    fused = "run sdpa where nobody looks at patterns" if selfcheck.fuses(adapter) else "cannot run sdpa, or it gives other numbers"
+    yield Finding(f"{backend}: passes of {planning.FUSED_FROM} tokens and more", fused, None)
 
 
 def _difference(ours: Any, plain: list[Any]) -> float:

@@ -31,9 +31,10 @@ class Climb:
         pack: How many rows of one token share a row of the batch, each seeing only what came before it and itself, so
             that the prefix's keys and values are copied once for all of them.
         base: `[n_trunk]` the prompt under each trunk row; None: each is a prompt's own. Rows of one prompt share rows of the batch.
+        tick: Called at each boundary with the tokens times blocks that are done since.
     """
 
-    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1, base=None):
+    def __init__(self, n_trunk, forks, edits, reads, last, pads=None, pack=1, base=None, tick=None):
         self.n_trunk = n_trunk
         self.forks = forks
         self.edits = edits
@@ -42,6 +43,7 @@ class Climb:
         self.pads = pads if pack == 1 else None  # a packed token is a prompt's last, never padding
         self.pack = pack
         self.base = torch.arange(n_trunk) if base is None else base
+        self.tick = tick
         self.before = (0, 0)
         """How many tokens were kept before this pass: of the prompt, and of each row."""
         self.index = torch.arange(n_trunk)
@@ -58,7 +60,7 @@ class Climb:
         self.looked = {}
         """What encoders saw at one site that change another, by cell."""
         self.fired = 0
-        self.token_layers = 0
+        self.token_layers = self.ticked = 0
         if pack > 1:
             self.seat(self.index)
 
@@ -86,6 +88,9 @@ class Climb:
     def boundary(self, b, x):
         """Called with the stream at each boundary up to `last`, in order."""
         after, before = self.forks.get(b, (None, None))
+        if self.tick is not None and self.rows_at:
+            self.tick(self.token_layers - self.ticked)
+            self.ticked = self.token_layers
         if self.pack > x.shape[1]:
             apart, x = x, x.new_zeros(len(self.owner), self.pack, x.shape[2])
             x.view(-1, x.shape[-1])[self.place.to(x.device)] = apart[:, 0]

@@ -23,7 +23,7 @@ def decode(model, kept, normed, todo, tick=None):
             `joins`, of the prompts' layout; `pack`, rows in a row of the batch; of each trunk row `lengths` and `pads`; `ids`, `mask` and
             `width` of the prompts; for each row `items`, the edits of its prompt; and for each row `late`, the edits of generated tokens,
             as `group_edits` takes them, with `join`, `at` (positions, or None for all) and, of a pattern, `seen` (keys, or None for all).
-        tick: Called after each step with the number of steps that are done.
+        tick: Called on the way with the tokens times blocks that are done since.
 
     Returns:
         Tokens `[row, steps]`, -1 after a row's end, their log-probabilities, and passes, token-layers and rows unembedded.
@@ -46,11 +46,7 @@ def decode(model, kept, normed, todo, tick=None):
         for i in alive:
             out[i].append(new[i])
         if step + 1 == steps or not alive:
-            if tick is not None:
-                tick(steps - step)
             break
-        if tick is not None:
-            tick(1)
         acting = [
             (i, edit) for i in alive for edit in todo["late"][i] if edit["at"] is None or todo["lengths"][trunk_of[i]] + step in edit["at"]
         ]
@@ -83,7 +79,7 @@ def decode(model, kept, normed, todo, tick=None):
         rows_of = torch.tensor([layout.batch_row[i] for i in alive])
         reads = {("resid_post", last - 1): [("next", rows_of, torch.full_like(rows_of, column if again else 0))]}
         base, pads = torch.tensor([trunk_of[i] for i in first]), mask == 0 if again and mask is not None else None
-        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last, pads, 1 if again else todo["pack"], base)
+        climb = Climb(layout.n_trunk, layout.joining(), group_edits(inside), reads, last, pads, 1 if again else todo["pack"], base, tick)
         if again:
             whole = torch.cat([todo["ids"][[trunk_of[i] for i in first]], torch.tensor([out[i] for i in first])], 1)
             model.forward(whole, mask, climb)

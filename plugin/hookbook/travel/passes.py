@@ -36,6 +36,8 @@ class Passes:
         self.stop = stop
         self.hooked = False
         """Whether the user has a hook on the last block."""
+        self.fused_from: int | None = None
+        """From how many keys on attention is fused; None: never."""
         self.shares = True
         """Whether a pass runs in this process. In a server's sandbox it does not: a cache is then a copy, and a pass cannot end early."""
         self.blocks = list(reach(model, paths["blocks"]))
@@ -53,13 +55,13 @@ class Passes:
             return {"tokens": tokens, "mask": mask}
         cache, kept = cache_of(climb, kept, keep)
         taken = inputs(tokens, mask, cache, self.positions, self.device)
-        config = self.model.config
         self.hooked = self.shares and bool(self.blocks[-1]._module._forward_hooks)
+        config = self.model.config
         before = config._attn_implementation
-        eager = before != "eager" and any(name == "attn_pattern" for name, _ in climb.inside())
+        name = "sdpa" if before == "eager" and fuses(climb, taken, self.fused_from) else "eager" if looks_at_patterns(climb) else before
         try:
-            if eager:  # attention that computes its pattern, for one pass
-                config._attn_implementation = "eager"
+            if name != before:  # for one pass
+                config._attn_implementation = name
             with self.model.trace(taken.pop("input_ids"), **taken):
                 self.climb(climb)
                 if self.shares:
@@ -67,7 +69,7 @@ class Passes:
         except Stop:
             pass
         finally:
-            if eager:
+            if name != before:
                 config._attn_implementation = before
         return checked(kept) if keep else None
 
@@ -167,6 +169,18 @@ def inputs(tokens, mask, cache, positions, device=None):
     if cache is not None:
         found["past_key_values"] = cache
     return found
+
+
+def looks_at_patterns(climb):
+    """Whether somebody reads or edits patterns, so that attention must compute them."""
+    return any(name == "attn_pattern" for name, _ in climb.inside())
+
+
+def fuses(climb, taken, fused_from):
+    """Whether a pass is to run attention that computes no patterns."""
+    cache = taken.get("past_key_values")
+    keys = taken["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length())
+    return fused_from is not None and keys >= fused_from and not looks_at_patterns(climb)
 
 
 def cache_of(climb, kept, keep):
