@@ -1,6 +1,6 @@
-"""Every neuron of every layer zeroed at the last token, and five words' logits: one request, and a batch of hooks for some neurons.
+"""Every neuron of every layer zeroed at the last token, and five words' logits: one call, and batches with hooks.
 
-Half of the neurons of a layer would need gigabytes in one batch, so the loop runs as many at once as are fastest.
+The loop runs several neurons of a layer in one batch; two sizes of batches are measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from common import LOOPS, Answer, Claim, Loop, Models, Way, batch, compare, main
 from torch import Tensor
 
 import hookbook as hb
-from hookbook.request import Edit, Readout, Request, Row
 from hookbook.sites import Site
 from hookbook.tokens import Tokens
 
@@ -22,13 +21,10 @@ BATCHES = (64, 256)
 TARGETS = {"smollm2-135m-instruct": 20.0, "gemma-3-270m": 18.0}
 
 
-def climbs(adapter: hb.Adapter, prompt: Tokens, words: Tensor) -> Answer:
-    """All neurons as one request."""
-    card = adapter.card
-    rows = [Row(0, (Edit(Site("mlp_act", layer, n), 0.0, "set"),)) for layer in range(card.n_layers) for n in range(card.d_mlp)]
-    reply = adapter.run(Request([prompt], rows, (), Readout(token_logits=words.expand(len(rows), -1))), progress=False)
-    assert reply.readout is not None and reply.readout.token_logits is not None
-    return Answer(reply.readout.token_logits, cost=reply.cost)
+def sweep(adapter: hb.Adapter, words: Tensor) -> Answer:
+    """All neurons in one call."""
+    found = hb.neuron_sweep(adapter, PROMPT, words.tolist(), progress=False)
+    return Answer(found.changes[0] + found.wanted_logits[0], cost=found.settings["cost"])
 
 
 def hooks(loop: Loop, models: Models, prompt: Tokens, words: Tensor, at_once: int, parts: Sequence[int]) -> Answer:
@@ -49,13 +45,13 @@ def hooks(loop: Loop, models: Models, prompt: Tokens, words: Tensor, at_once: in
 
 
 def bench(models: Models, repeats: int) -> list[Claim]:
-    """One request on both backends, and hooks."""
+    """One call on both backends, and hooks."""
     card = models.bridge.card
     prompt, words = models.bridge.encode(PROMPT), torch.arange(1000, 1005)
     n = card.n_layers * card.d_mlp
     ways = [
-        Way("one request, TransformerLens bridge", lambda _: climbs(models.bridge, prompt, words)),
-        Way("one request, nnsight", lambda _: climbs(models.nnsight, prompt, words)),
+        Way("one call, TransformerLens bridge", lambda _: sweep(models.bridge, words)),
+        Way("one call, nnsight", lambda _: sweep(models.nnsight, words)),
     ]
     for name, loop in list(LOOPS.items())[:1]:
         for at_once in BATCHES:

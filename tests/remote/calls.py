@@ -166,6 +166,12 @@ RECIPES = {
         model, made(model), "They walk home", position="walk", tokens=[" walked"]
     ),
     "every feature and some strengths": lambda model: hb.feature_sweep(sae(model), PROMPTS[0], strengths=[-3.0, 9.0], tokens=[" Paris"]),
+    "neurons taken out": lambda model: hb.neuron_sweep(
+        model, PROMPTS, [" Paris"], layers=["mlp_act.9.3", "mlp_act.25.1120"], distribution=True
+    ),
+    "neurons as they are elsewhere": lambda model: hb.neuron_sweep(
+        model, PROMPTS[0], [" Paris"], layers=["mlp_act.9.3", "mlp_act.9.5"], ablate="resample", reference=PROMPTS
+    ),
     "features backpatched": lambda model: hb.backpatch_features(sae(model), HOPS, [1, 2, 3], source_layers=[14, 20]),
     "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
     "features": lambda model: hb.feature_activations(sae(model), PROMPTS),
@@ -185,6 +191,7 @@ IN_SANDBOX = (
     "logit lens of several tokens and languages",
     "edits along a relation",
     "sampling",
+    "neurons taken out",
 )
 """Recipes that a sandbox is asked for, too. They send every kind of step that any recipe sends (a test compares), and a step there does not
 know which recipe sent it. `--whole` asks for all."""

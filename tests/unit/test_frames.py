@@ -112,7 +112,7 @@ def test_the_table_has_no_names_that_no_frame_has():
     names = [kind if isinstance(kind, str) else kind.values[0] for kind in KINDS]
     seen = {str(name) for kind in names for frame in frames(str(kind)) for name in frame}
     used = {key for key in COLUMNS for name in seen if column(name) is COLUMNS[key]}
-    assert {*COLUMNS} - used == {"unit", "target_unit"}  # of heads and neurons, see below
+    assert {*COLUMNS} - used == {"target_unit"}  # of heads and neurons, see below
 
 
 def test_names_with_braces_are_of_anything_and_of_nothing_else():

@@ -1,0 +1,1 @@
+"""Single neurons: what one does, and whether it matters."""

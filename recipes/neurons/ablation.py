@@ -1,0 +1,84 @@
+"""What a neuron is set to when it is taken out: nothing, a number, or what it is on other texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hookbook.adapter import Adapter
+from hookbook.asking import encode_prompts
+from hookbook.errors import DataError
+from hookbook.request import Each, Read, Request, Row
+from hookbook.sites import Site
+from hookbook.tokens import Tokens
+
+Ablation = Literal["zero", "mean", "resample"] | float
+HELD = 64 << 20
+"""How many bytes of activations are held at once."""
+
+
+def ablated(adapter: Adapter, sites: Sequence[Site], ablate: Ablation, reference: Any, seed: int, progress: bool | None) -> list[Tensor]:
+    """What each neuron of whole sites is set to, `[neuron]` of each.
+
+    Args:
+        adapter: The model.
+        sites: `mlp_act` of some layers.
+        ablate: `"zero"`; a number; `"mean"`: its mean over the tokens of `reference`; `"resample"`: what it is at one of these tokens,
+            drawn for each neuron.
+        reference: Texts; of all their tokens but special ones.
+        seed: Of the draws.
+        progress: As the recipe's.
+
+    Raises:
+        DataError: An unknown way, or a number that is not one; texts that are missing, not used, or without a token that counts.
+    """
+    draws = isinstance(ablate, str) and ablate in ("mean", "resample")
+    if not draws and not (ablate == "zero" or (isinstance(ablate, Real) and not isinstance(ablate, bool) and math.isfinite(ablate))):
+        raise DataError(f"ablate={ablate!r}", "", "use 'zero', 'mean', 'resample' or a number")
+    if draws != (reference is not None):
+        why = "it is what neurons are on other texts" if draws else "nothing of them is used"
+        raise DataError(f"ablate={ablate!r} {'without' if draws else 'with'} reference=", why, "give texts" if draws else "leave it out")
+    if not draws:
+        number = 0.0 if ablate == "zero" else float(ablate)
+        return [torch.full((site.width(adapter.card),), number, dtype=torch.float64) for site in sites]
+    return _of_texts(adapter, sites, ablate == "mean", reference, seed, progress)
+
+
+def _of_texts(adapter: Adapter, sites: Sequence[Site], mean: bool, texts: Any, seed: int, progress: bool | None) -> list[Tensor]:
+    coded = encode_prompts(adapter, texts)
+    where = [counted(adapter, tokens) for tokens in coded]
+    total, widths = sum(map(len, where)), [site.width(adapter.card) for site in sites]
+    if not total:
+        raise DataError("reference texts of special tokens alone", "activations on them mean nothing", "give longer ones")
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randint(total, (width,), generator=generator) for width in widths]
+    found: list[Any] = [None] * len(sites)
+    most, start, done = max(1, HELD // (sum(widths) * adapter.card.itemsize)), 0, 0
+    while start < len(coded):
+        end = start + 1
+        while end < len(coded) and sum(map(len, where[start : end + 1])) <= most:
+            end += 1
+        each = Each(tuple(where[start:end]))
+        request = Request(coded[start:end], [Row(i) for i in range(end - start)], [Read(site, each) for site in sites])
+        for i, reading in enumerate(adapter.run(request, progress=progress).readings):
+            values = reading.values.detach().double()
+            if mean:
+                part = values.sum(0) / total
+            else:
+                at = draws[i] - done
+                here = (at >= 0) & (at < len(values))
+                part = values.gather(0, at.clamp(0, len(values) - 1)[None])[0] * here
+            found[i] = part if found[i] is None else found[i] + part
+        start, done = end, done + sum(map(len, where[start:end]))
+    return found
+
+
+def counted(adapter: Adapter, tokens: Tokens) -> list[int]:
+    """The tokens of a text that are not special, such as the beginning-of-sequence token."""
+    special = set(adapter.tokenizer.all_special_ids)
+    return [i for i, token in enumerate(tokens.ids) if token not in special]

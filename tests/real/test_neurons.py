@@ -1,0 +1,43 @@
+"""Neurons of the real models, against TransformerLens' own hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hookbook as hb
+from tests.support.real import real
+
+PROMPT, WORDS = "The capital of the country that lies south of Belgium is", (" Paris", " Rome", " the")
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_drawn_neurons_do_what_hooks_of_transformerlens_do(name):
+    """200 of each model, zeroed at the last token; and the same on nnsight."""
+    adapter = real(name)
+    card, generator = adapter.card, torch.Generator().manual_seed(0)
+    drawn = [
+        (int(torch.randint(card.n_layers, (), generator=generator)), int(torch.randint(card.d_mlp, (), generator=generator)))
+        for _ in range(200)
+    ]
+    names = list(dict.fromkeys(f"mlp_act.{layer}.{i}" for layer, i in drawn))
+    found = hb.neuron_sweep(adapter, PROMPT, WORDS, layers=names)
+    ids = torch.tensor([found.prompts[0].ids])
+    words = [adapter.tokenizer.encode(word, add_special_tokens=False)[0] for word in WORDS]
+    with torch.no_grad():
+        plain = adapter.model(ids)[0, -1, words]
+        assert (found.wanted_logits[0] - plain).abs().max() < 1e-4
+        for at in range(0, len(names), 50):
+            some = range(at, min(at + 50, len(names)))
+            hooks = []
+            for row, n in enumerate(some):
+
+                def zero(x, hook, row=row, i=int(found.neurons[n])):
+                    x[row, -1, i] = 0
+                    return x
+
+                hooks.append((hb.Site("mlp_act", int(found.layers[n])).hook_name, zero))
+            changed = adapter.model.run_with_hooks(ids.expand(len(some), -1), fwd_hooks=hooks, logits_to_keep=1)[:, -1, words]
+            assert (found.changes[0, at : at + len(some)] - (changed - plain)).abs().max() < 1e-4
+    other = hb.neuron_sweep(real(name, "nnsight"), PROMPT, WORDS, layers=names)
+    assert (other.changes - found.changes).abs().max() < 1e-4 < found.changes.abs().max()
