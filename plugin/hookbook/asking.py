@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from hookbook.deferred import later
+from hookbook.engine import planning
 from hookbook.errors import DataError, TokenError, check_counts
 from hookbook.reply import Reading, Reply
-from hookbook.request import Each, Read, Request, Row, check_one_token
+from hookbook.request import Each, Edit, Read, Readout, Request, Row, check_one_token
 from hookbook.sites import Site
 from hookbook.tasks import Question
 from hookbook.tokens import Position, Tokens, answer_ids, decoded, prompts_of, resolve
@@ -93,6 +94,83 @@ def wanted_ids(adapter: Adapter, prompts: Sequence[Tokens], words: Sequence[str 
 def wanted_words(adapter: Adapter, words: Sequence[str | int]) -> tuple[str, ...]:
     """Words and ids that were asked for, as texts."""
     return tuple(word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in words)
+
+
+def answers_asked(adapter: Adapter, prompts: Sequence[Tokens], answer: Any, other: Any = None) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """An answer to each prompt and perhaps another one to compare with: ids `[prompt, 1 or 2]`, and texts, `[prompt]` of each.
+
+    Args:
+        answer, other: A text as it follows the prompts, or an id; or one for each prompt. No `other`: nothing to compare with.
+
+    Raises:
+        DataError: As many answers as there are no prompts.
+        TokenError: As `wanted_ids`.
+    """
+    n, given = len(prompts), []
+    for words, what in ((answer, "answer"), (other, "other")):
+        if words is not None:
+            given.append([words] * n if isinstance(words, (str, Integral)) else list(words))
+            if len(given[-1]) != n:
+                raise DataError(f"{what}s: {len(given[-1])} for {n} prompts", "each prompt has its own", "give one, or one for each prompt")
+    ids = torch.cat([wanted_ids(adapter, [prompt], words) for prompt, *words in zip(prompts, *given, strict=True)])
+    return ids, [wanted_words(adapter, words) for words in given]
+
+
+def above(values: Tensor) -> Tensor:
+    """Of `[row, 1 or 2]` numbers the first, less the second if there is one."""
+    return values[:, 0] if values.shape[1] == 1 else values[:, 0] - values[:, 1]
+
+
+def gradients(
+    adapter: Adapter,
+    prompts: Sequence[Tokens],
+    where: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    ask: Callable[[list[int]], Readout],
+    measure: Callable[[Reply], Tensor],
+    *,
+    beside: Sequence[Site] = (),
+    progress: bool | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """A number of each prompt, and its gradients with respect to sites, by one backward pass for as many prompts as fit into memory.
+
+    Args:
+        where: The tokens of each prompt, `t` in all.
+        sites: Whole ones, with respect to which.
+        ask: The readout of some prompts, by their numbers.
+        measure: Of a reply of some prompts the number of each, `[row]`.
+        beside: Further sites to read at these tokens.
+
+    Returns:
+        The numbers `[prompt]`; of `sites` and `beside` the values `[t, width]`; of `sites` the gradients `[t, width]`.
+    """
+    widths = [site.width(adapter.card) for site in sites]
+
+    def request(numbers: list[int], lines: Sequence[Tensor]) -> Request:
+        rows = [
+            Row(at, tuple(Edit(site, value, "add", list(where[i])) for site, value in zip(sites, line.split(widths, -1), strict=True)))
+            for at, (i, line) in enumerate(zip(numbers, lines, strict=True))
+        ]
+        each = Each(tuple(list(where[i]) for i in numbers))
+        reads = [Read(site, each) for site in (*sites, *beside)]
+        return Request([prompts[i] for i in numbers], rows, reads, ask(numbers), grad=True)
+
+    every = list(range(len(prompts)))
+    found: dict[int, Any] = {}
+    for part in planning.plan(adapter, request(every, [torch.zeros(len(some), sum(widths)) for some in where])):
+        numbers = [row.number for row in part.rows]
+        sizes = [len(where[i]) for i in numbers]
+        leaf = adapter.leaf(1, sum(sizes) * sum(widths))
+        reply = adapter.run(request(numbers, leaf.reshape(-1, sum(widths)).split(sizes)), progress=progress)
+        measured = measure(reply)
+        slopes = adapter.gradient(measured.sum(), leaf).reshape(-1, sum(widths)).cpu().split(widths, -1)
+        values = [reading.values.detach().cpu() for reading in reply.readings]
+        parts = [x.split(sizes) for x in (*values, *slopes)]
+        found.update(zip(numbers, zip(measured.detach()[:, None].unbind(0), *parts, strict=True), strict=True))
+        del reply, measured
+    numbers_of, *columns = (torch.cat(column) for column in zip(*(found[i] for i in every), strict=True))
+    n = len(sites) + len(beside)
+    return numbers_of, columns[:n], columns[n:]
 
 
 def check_asked(

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hookbook.asking import wanted_ids, wanted_words
-from hookbook.engine import planning
+from hookbook.asking import above, answers_asked, gradients
 from hookbook.errors import DataError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
 from hookbook.recipes.features.decomposition import about, feature_names
 from hookbook.recipes.features.effects import CHUNK, features_of
-from hookbook.request import Each, Edit, Read, Readout, Request, Row
+from hookbook.reply import Reply
+from hookbook.request import Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
 from hookbook.show.plots import COLOURS, drawing, token_values
@@ -181,13 +181,14 @@ def feature_attribution(
     code = sae.weights
     coded = sae.encode_prompts(prompts)
     check_counts(top=top)
-    given = [_each(answer, len(coded), "answer")] + ([] if other is None else [_each(other, len(coded), "other")])
-    wanted = torch.cat([wanted_ids(adapter, [prompt], words) for prompt, *words in zip(coded, *given, strict=True)])
+    wanted, said = answers_asked(adapter, coded, answer, other)
     where = [_where(sae, prompt, position) for prompt in coded]
     everything = isinstance(features, str)
     listed = None if everything and not (exact and adapter.remote) else features_of(sae, "active" if everything else features, len(coded))
 
-    metric, seen, old, slopes = _gradients(sae, coded, where, wanted, progress)
+    metric, (old, seen), (slopes,) = gradients(
+        adapter, coded, where, [sae.out], lambda some: Readout(tokens=wanted[some]), _metric, beside=[sae.site], progress=progress
+    )
     found = later(_found, sae, code, seen, slopes, where, listed)
     pairs: list[tuple[int, int, int]] = []
     if exact:
@@ -198,7 +199,6 @@ def feature_attribution(
         effects = metric[[pair[0] for pair in pairs]] - _metric(without)
     else:
         effects = metric[:0]
-    said = [wanted_words(adapter, words) for words in given]
     at = [(i, position) for i, some in enumerate(where) for position in some]
     active_features = later(_column, found, 2)
     return FeatureAttribution(
@@ -225,13 +225,6 @@ def feature_attribution(
     )
 
 
-def _each(words: Any, n: int, what: str) -> list[str | int]:
-    found = [words] * n if isinstance(words, (str, int)) else list(words)
-    if len(found) != n:
-        raise DataError(f"{what}s: {len(found)} for {n} prompts", "each prompt has its own", "give one, or one for each prompt")
-    return found
-
-
 def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[int]:
     if position is not None:
         return sorted(set(resolve(position, prompt)))
@@ -243,44 +236,9 @@ def _where(sae: AttachedSAE, prompt: Tokens, position: Position | None) -> list[
     return found
 
 
-def _gradients(
-    sae: AttachedSAE, prompts: Sequence[Tokens], where: Sequence[Sequence[int]], wanted: Tensor, progress: bool | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The metric `[n]`; and at every token what the encoder reads, what features write to, and the metric's gradient with respect to
-    this, `[t, width]`."""
-    adapter, width = sae.model, sae.out.width(sae.model.card)
-
-    def request(numbers: Sequence[int], values: Sequence[Tensor]) -> Request:
-        rows = [Row(at, (Edit(sae.out, value, "add", list(where[i])),)) for at, (i, value) in enumerate(zip(numbers, values, strict=True))]
-        each = Each(tuple(list(where[i]) for i in numbers))
-        return Request(
-            [prompts[i] for i in numbers],
-            rows,
-            [Read(sae.site, each), Read(sae.out, each)],
-            Readout(tokens=wanted[list(numbers)]),
-            grad=True,
-        )
-
-    parts = planning.plan(adapter, request(range(len(prompts)), [torch.zeros(len(some), width) for some in where]))
-    found = {}
-    for part in parts:
-        numbers = [row.number for row in part.rows]
-        sizes = [len(where[i]) for i in numbers]
-        leaf = adapter.leaf(1, sum(sizes) * width)
-        reply = adapter.run(request(numbers, leaf.reshape(-1, width).split(sizes)), progress=progress)
-        metric = _metric(reply)
-        slopes = adapter.gradient(metric.sum(), leaf).reshape(-1, width)
-        states = (reading.values.detach().cpu().split(sizes) for reading in reply.readings)
-        found.update(zip(numbers, zip(metric.detach()[:, None].unbind(0), *states, slopes.cpu().split(sizes), strict=True), strict=True))
-        del reply, metric
-    metric, seen, old, slopes = (torch.cat(column) for column in zip(*(found[i] for i in range(len(prompts))), strict=True))
-    return metric, seen, old, slopes
-
-
-def _metric(reply: Any) -> Tensor:
+def _metric(reply: Reply) -> Tensor:
     """`[row]`: the first wanted token's log-probability, less the second's if there is one."""
-    said = reply.said.token_logprobs
-    return said[:, 0] if said.shape[1] == 1 else said[:, 0] - said[:, 1]
+    return above(reply.said.token_logprobs)
 
 
 def _found(sae: AttachedSAE, code: dict[str, Any], seen: Tensor, slopes: Tensor, where: Sequence[Sequence[int]], listed: Any) -> Found:

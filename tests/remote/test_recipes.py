@@ -168,6 +168,20 @@ def test_attribution_to_features_where_the_key_is_trusted(remote, local):
     same(ours, theirs)
 
 
+def test_attribution_to_neurons_where_the_key_is_trusted(remote, local):
+    call: dict[str, Any] = dict(answer=" Paris", other=" the", layers=[9, 25], top=0, random=6)
+    with pytest.raises(hb.errors.Refused, match="exact effects of neurons"):
+        hb.neuron_attribution(remote, PROMPTS[:1], **call | {"top": 5})
+    if SANDBOX:
+        with pytest.raises(RemoteError, match="gradients.*sandbox"):
+            hb.neuron_attribution(remote, PROMPTS[:1], **call)
+        return
+    before = remote.service.jobs
+    ours, theirs = (fields(hb.neuron_attribution(model, PROMPTS[:1], **call)) for model in (remote, local))
+    assert remote.service.jobs == before + 1
+    same(ours, theirs)
+
+
 @again
 def test_several_calls_in_one_job(remote, local):
     before = remote.service.jobs
