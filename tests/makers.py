@@ -103,6 +103,9 @@ MAKERS: dict[str, Any] = {
         toy(), ["ab", "北京 $x"], tokens=["x"], languages={"one": ["a"], "$two": ["b"]}, position=slice(None)
     ),
     "NeuronAttribution": lambda: hb.neuron_attribution(toy(), ["ab", "北"], ["c", "d"], "e", top=5, random=4),
+    "NeuronSearch": lambda: hb.find_neurons(
+        toy(), ["ab", "abc", "abd", "aab"], ["xy", "xyz", "xz", "yy"], others={"digits": ["12", "123", "23", "31"]}
+    ),
     "NeuronSweep": lambda: hb.neuron_sweep(toy(), ["ab", "北"], ["c", 7], layers=[0, "mlp_act.2.3"], distribution=True),
     "Patchscope": lambda: hb.patchscope(toy(), ["ab", "abcd"], target="cd?", target_layers="all", generate=2, tokens=["x"], k=4),
     "RelationEdits": lambda: hb.edit_relation(toy(), relation(toy()), ranks=[1, 5], changes=3, n_unrelated=1),

@@ -330,6 +330,13 @@ def mean_states(
     return torch.stack([_pooled(reply.readings[p * n : (p + 1) * n], len(prompts), dtype) for p in range(len(positions))])
 
 
+def auroc(first: Tensor, second: Tensor) -> Tensor:
+    """`[m]`: for each column, how often a number of `first` `[n, m]` is above one of `second` `[k, m]`; equal ones count half."""
+    sought, ordered = first.T.contiguous(), second.T.sort(-1).values.contiguous()
+    below = torch.searchsorted(ordered, sought) + torch.searchsorted(ordered, sought, right=True)
+    return below.double().mean(-1) / (2 * len(second))
+
+
 def _spans(adapter: Adapter, prompts: Sequence[Tokens], position: Position) -> Each:
     bos, spans = getattr(adapter.tokenizer, "bos_token_id", None), []
     for tokens in prompts:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hookbook.asking import auroc
 from hookbook.engine import cost
 from hookbook.errors import DataError, TokenError, check_counts, check_feature, check_prompt
 from hookbook.recipe import ModelCard, later, recipe
@@ -180,13 +181,6 @@ class FeatureActivations(Result):
         tokens."""
         values, chosen = self._largest(prompt, k)
         return token_values(self.prompts[prompt].strings, values, [f"{i} {self.labels.get(i, '')}".strip() for i in chosen])
-
-
-def auroc(first: Tensor, second: Tensor) -> Tensor:
-    """`[m]`: for each column, how often a number of `first` `[n, m]` is above one of `second` `[k, m]`; equal ones count half."""
-    sought, ordered = first.T.contiguous(), second.T.sort(-1).values.contiguous()
-    below = torch.searchsorted(ordered, sought) + torch.searchsorted(ordered, sought, right=True)
-    return below.double().mean(-1) / (2 * len(second))
 
 
 @recipe

@@ -153,8 +153,8 @@ def contrast_vector(
         (torch.Size([1, 3, 16]), 'resid_post.1')
     """
     adapter = wrap(model)
-    classes = [_encoded(adapter, texts, name, bos, chat) for texts, name in ((positive, "positive"), (negative, "negative"))]
-    train, test = _splits(classes, held_out, seed)
+    classes = [encoded_class(adapter, texts, name, bos, chat) for texts, name in ((positive, "positive"), (negative, "negative"))]
+    train, test = held_apart(classes, held_out, seed)
     sites = layers_to_sites(layers, adapter.card, site)
     if len({s.width(adapter.card) for s in sites}) > 1 or any(s.name == "attn_pattern" for s in sites):
         raise SiteError(
@@ -195,7 +195,7 @@ def contrast_vector(
     )
 
 
-def _encoded(adapter: Adapter, texts: Any, name: str, bos: bool | None, chat: bool) -> list[Tokens]:
+def encoded_class(adapter: Adapter, texts: Any, name: str, bos: bool | None, chat: bool) -> list[Tokens]:
     listed = prompts_of(texts, adapter.tokenizer)
     if not listed or isinstance(texts, (str, Tokens)):
         why = "it is one prompt, not a list" if listed else "there is nothing to contrast"
@@ -203,7 +203,7 @@ def _encoded(adapter: Adapter, texts: Any, name: str, bos: bool | None, chat: bo
     return encode_prompts(adapter, listed, bos, chat)
 
 
-def _splits(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+def held_apart(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple[list[list[int]], list[list[int]]]:
     """Of each class the numbers of the prompts that make the vector, and of those held out; prompts count on through both classes."""
     sets = [{tokens.ids for tokens in some} for some in classes]
     if sets[0] == sets[1]:

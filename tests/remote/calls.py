@@ -166,6 +166,9 @@ RECIPES = {
         model, made(model), "They walk home", position="walk", tokens=[" walked"]
     ),
     "every feature and some strengths": lambda model: hb.feature_sweep(sae(model), PROMPTS[0], strengths=[-3.0, 9.0], tokens=[" Paris"]),
+    "neurons that tell texts apart": lambda model: hb.find_neurons(
+        model, [*PROMPTS, "A cat", "The dog"], ["12", "1 2 3", "44", "5 6"], layers=[9, 25]
+    ),
     "neurons taken out": lambda model: hb.neuron_sweep(
         model, PROMPTS, [" Paris"], layers=["mlp_act.9.3", "mlp_act.25.1120"], distribution=True
     ),
