@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 import hookbook as hb
 from hookbook.engine import selfcheck
-from hookbook.engine.state import state
+from hookbook.engine.state import answers
 from hookbook.errors import HookbookError
 from hookbook.request import Read, Readout, Request, Row
+from hookbook.testing import toy
 from tests.contract.test_climbs import edit_at
 from tests.contract.test_families import traced
 from tests.support.cases import assert_plain
@@ -97,7 +99,7 @@ def test_attention_that_gives_other_numbers_is_not_used(case, ran, monkeypatch):
     if not expected(case.name):
         assert not selfcheck.fuses(case.adapter)
         return
-    state(case.adapter).answers.pop("fuses", None)
+    answers(case.adapter).pop("fuses", None)
     whole = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: whole(*args, **kwargs) * 1.01)
     try:
@@ -105,7 +107,7 @@ def test_attention_that_gives_other_numbers_is_not_used(case, ran, monkeypatch):
         asked = request(case.adapter, generate=0)
         assert_plain(case, asked, case.adapter.run(asked))
     finally:
-        state(case.adapter).answers.pop("fuses", None)
+        answers(case.adapter).pop("fuses", None)
 
 
 def test_hooks_of_the_users_are_seen(case, ran):
@@ -120,6 +122,31 @@ def test_hooks_of_the_users_are_seen(case, ran):
     finally:
         handle.remove()
     assert not ran
+
+
+def test_after_a_fused_run_hooks_inside_attention_are_seen(case, ran):
+    """What is asked of a model with hooks runs its own attention, whatever ran before."""
+    adapter = case.adapter
+    asked = Request([adapter.encode(TEXTS[0])], [Row(0)], (), Readout(logits=True))
+    before = adapter.run(asked).readout.logits
+    part = next(m for root in adapter.roots for name, m in root.named_modules() if name.endswith(("self_attn", "attn", "qkv")))
+    seen = []
+    handle = part.register_forward_hook(lambda module, args, output: seen.append(len(ran)))
+    try:
+        ran.clear()
+        after = adapter.run(asked).readout.logits
+    finally:
+        handle.remove()
+    assert not ran and (after - before).abs().max() < 1e-10 and (seen or adapter.module is None)
+
+
+def test_a_model_is_asked_on_each_backend():
+    """An answer of one wrapper says nothing of another that runs the same module in its own way."""
+    adapter = toy()
+    other = toy()
+    other.model, other.card = adapter.model, replace(other.card, backend="another")
+    answers(adapter)["fuses"] = True
+    assert answers(other) == {} and answers(adapter)["fuses"] and not selfcheck.fuses(other)
 
 
 def test_scores_with_a_soft_cap_are_not_fused(monkeypatch):

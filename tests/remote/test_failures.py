@@ -165,4 +165,5 @@ def test_the_python_of_a_page_runs(page, remote, server, monkeypatch, tmp_path):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("NDIF_API_KEY", os.environ.get("NDIF_API_KEY", ""))
     monkeypatch.setattr("nnsight.TransformersModel", lambda repo, **more: weightless())
-    run_page(page)
+    names = run_page(page)
+    assert names["hb"] is hb and len(names) > 3, "a page's code leaves names, if it ran"

@@ -34,10 +34,13 @@ def test_a_plan_counts_and_runs_nothing(monkeypatch):
     assert lens.climbs > 0 and lens.unembedded >= 3 and change.climbs == 2
 
 
-def run(patch: Any, call: Any, error: Any, match: str) -> None:
-    patch.setattr(ToyModel, "forward", lambda *args: pytest.fail("the model was run"))
+def refused(patch: Any, call: Any, error: Any, match: str) -> bool:
+    """Whether a call is refused in these words before the model runs."""
+    ran: list[Any] = []
+    patch.setattr(ToyModel, "forward", lambda *args: ran.append(args))
     with pytest.raises(error, match=match):
         call()
+    return not ran
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def run(patch: Any, call: Any, error: Any, match: str) -> None:
 )
 def test_bad_relations_are_refused_before_anything_runs(ask, error, match, monkeypatch):
     assert len(relation()) == 20
-    run(monkeypatch, lambda: hb.linear_relation(TOY, relation(), **ask), error, match)
+    assert refused(monkeypatch, lambda: hb.linear_relation(TOY, relation(), **ask), error, match)
 
 
 OTHER = {"relation": lambda: replace(found(), card=replace(TOY.card, model_id="another", weights=()))}
@@ -85,7 +88,7 @@ OTHER = {"relation": lambda: replace(found(), card=replace(TOY.card, model_id="a
 def test_bad_edits_are_refused_before_anything_runs(ask, error, match, monkeypatch):
     ask = {"relation": found, **ask}
     one = ask.pop("relation")()
-    run(monkeypatch, lambda: hb.edit_relation(TOY, one, **ask), error, match)
+    assert refused(monkeypatch, lambda: hb.edit_relation(TOY, one, **ask), error, match)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_bad_changes_are_refused_before_anything_runs(ask, error, match, monkeyp
     made = {"relation": found, "subject": "new", "answer": lambda: found().train[0][1], "rank": 3} | ask
     one, subject, answer, more = (made.pop(key) for key in ("relation", "subject", "answer")), None, None, made
     one, subject, answer = (value() if callable(value) else value for value in one)
-    run(monkeypatch, lambda: hb.change_answer(TOY, one, subject, answer, **more), error, match)
+    assert refused(monkeypatch, lambda: hb.change_answer(TOY, one, subject, answer, **more), error, match)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_bad_changes_are_refused_before_anything_runs(ask, error, match, monkeyp
 def test_bad_readings_are_refused_before_anything_runs(ask, error, match, monkeypatch):
     ask = {"relation": found, "prompts": ["a prompt"], **ask}
     one = ask.pop("relation")()
-    run(monkeypatch, lambda: hb.attribute_lens(TOY, one, **ask), error, match)
+    assert refused(monkeypatch, lambda: hb.attribute_lens(TOY, one, **ask), error, match)
 
 
 def test_no_two_curves_look_alike():

@@ -45,10 +45,11 @@ def step_of(architecture, **settings):
         return sae.state_dict(), x, dead, sae.training_forward_pass(asked)
 
 
-def close(said, *terms):
-    assert abs(float(said.loss) - sum(map(float, terms))) < 1e-5 * abs(float(said.loss))
-    for one, term in zip(said.losses.values(), terms, strict=True):
-        assert abs(float(one) - float(term)) < 1e-5 * (1 + abs(float(one)))
+def close(said, *terms) -> bool:
+    """Whether a step's loss is the sum of these terms, and each is SAELens' own."""
+    whole = abs(float(said.loss) - sum(map(float, terms))) < 1e-5 * abs(float(said.loss))
+    pairs = zip(said.losses.values(), terms, strict=True)
+    return whole and all(abs(float(one) - float(term)) < 1e-5 * (1 + abs(float(one))) for one, term in pairs)
 
 
 def test_the_loss_of_a_standard_sae():
@@ -56,7 +57,7 @@ def test_the_loss_of_a_standard_sae():
     w, x, _, said = step_of("standard", l1_coefficient=3.0)
     f = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     x_hat = f @ w["W_dec"] + w["b_dec"]
-    close(said, (x - x_hat).square().sum(-1).mean(), 3.0 * (f * w["W_dec"].norm(dim=-1)).sum(-1).mean())
+    assert close(said, (x - x_hat).square().sum(-1).mean(), 3.0 * (f * w["W_dec"].norm(dim=-1)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
@@ -78,7 +79,7 @@ def test_the_loss_of_a_topk_sae(architecture):
     among = before.masked_fill(~dead, -torch.inf)
     left = among * (among >= among.sort(-1).values[:, -min(n_dead, most), None])
     again = left.nan_to_num(0.0, 0.0, 0.0) / size @ w["W_dec"]
-    close(said, (x - x_hat).square().sum(-1).mean(), min(n_dead / most, 1) * (again - (x - x_hat)).square().sum(-1).mean())
+    assert close(said, (x - x_hat).square().sum(-1).mean(), min(n_dead / most, 1) * (again - (x - x_hat)).square().sum(-1).mean())
 
 
 def test_the_loss_of_a_jumprelu_sae():
@@ -87,7 +88,7 @@ def test_the_loss_of_a_jumprelu_sae():
     before = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     f = before * (before > w["threshold"])
     x_hat = f @ w["W_dec"] + w["b_dec"]
-    close(said, (x - x_hat).square().sum(-1).mean(), 2.0 * (before > w["threshold"]).sum(-1).double().mean())
+    assert close(said, (x - x_hat).square().sum(-1).mean(), 2.0 * (before > w["threshold"]).sum(-1).double().mean())
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "standard", "gated", "matryoshka_batchtopk"])

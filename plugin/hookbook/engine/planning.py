@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hookbook.engine.checks import PlannedRow, check
 from hookbook.engine.seam import Backend
-from hookbook.engine.state import state
+from hookbook.engine.state import answers, state
 from hookbook.request import Request
 from hookbook.travel.layout import NEVER, Layout
 
@@ -300,7 +300,7 @@ def plan(backend: Backend, request: Request, held: int = 0) -> list[Part]:
     if max(lengths) != min(lengths):
         rows.sort(key=lambda row: (len(request.prompts[row.prompt]), row.prompt))  # neighbours need little padding
     budget = max(BUDGET_BYTES - answer_bytes(request, card, rows) - held, BUDGET_BYTES // 8)  # the answer grows from climb to climb
-    packs = backend.packs and state(backend).answers.get("packs", True) and not request.grad and not _patterns(request)
+    packs = backend.packs and answers(backend).get("packs", True) and not request.grad and not _patterns(request)
     fast = FAST_BYTES // (card.d_mlp * card.itemsize) if card.device == "cpu" and not (backend.remote or request.generate) else 1 << 30
     parts: list[list[PlannedRow]] = []
     tally, room = Tally(request, card, packs), 0

@@ -88,11 +88,12 @@ def _here(request: Request) -> Request:
 def _run(backend: Backend, request: Request, parts: list[Part], progress: bool | None, checkpoint: Any) -> Reply:
     sites = {site for row in request.rows for edit in row.edits for site in edit.touches} | {read.site for read in request.reads}
     prompts = list({request.prompts[row.prompt].ids: None for part in parts if part.apart for row in part.rows})
-    selfcheck.check(backend, sites, any(edit.op == "knock_out" for row in request.rows for edit in row.edits), prompts)
-    keys = planning.FUSED_FROM
     if not backend.remote:
-        long = max(part.n for part in parts) + request.generate >= keys and not (request.grad or parts[0].apart)
-        backend.fuse(keys if long and selfcheck.fuses(backend) else None)
+        backend.fuse(None)  # what is asked of the model is asked of its own attention
+    selfcheck.check(backend, sites, any(edit.op == "knock_out" for row in request.rows for edit in row.edits), prompts)
+    long = max(part.n for part in parts) + request.generate >= planning.FUSED_FROM
+    if long and not (backend.remote or request.grad or parts[0].apart) and selfcheck.fuses(backend):
+        backend.fuse(planning.FUSED_FROM)
     work = sum(part.token_layers for part in parts)
     if isinstance(backend, RemoteBackend):
         deferred.tape(backend).progress = progress

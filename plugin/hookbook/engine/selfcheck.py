@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hookbook import deferred
 from hookbook.engine.seam import Backend, RemoteBackend
-from hookbook.engine.state import state
+from hookbook.engine.state import answers, state
 from hookbook.errors import HookbookError, ModelError, Refused
 from hookbook.sites import Site
 from hookbook.travel.climb import Climb
@@ -49,7 +49,7 @@ def check(backend: Backend, sites: Collection[Site] = (), knock_out: bool = Fals
                 for condition, error in _conditions(backend, question):
                     deferred.hold(condition, error)
             continue
-        known = state(backend).answers
+        known = answers(backend)
         if question not in known:
             with torch.no_grad():
                 known[question] = next((error for condition, error in _conditions(backend, question) if not bool(condition)), None)
@@ -208,7 +208,7 @@ def _two(backend: Backend) -> Tensor:
 
 def packs(backend: Backend) -> bool:
     """Whether rows packed as tokens that do not see each other give what separate rows give; asked once for each model."""
-    known = state(backend).answers
+    known = answers(backend)
     if "packs" not in known:
         with torch.no_grad():
             known["packs"] = backend.packs and _check_packs(backend)
@@ -235,7 +235,7 @@ def _check_packs(backend: Backend) -> bool:
 def fuses(backend: Backend) -> bool:
     """Whether attention that computes no patterns gives what the model's own gives: for kept tokens, padding, forks and packed rows, and at
     the heads; asked once for each model. Leaves it off."""
-    known = state(backend).answers
+    known = answers(backend)
     if "fuses" not in known:
         with torch.no_grad():
             known["fuses"] = backend.fuse(0) and _check_fuses(backend)

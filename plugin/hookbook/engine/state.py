@@ -60,8 +60,8 @@ class State:
         self.hooks: tuple[str, ...] = ()
         """Hooks of the user's, by name; while there are any, rows run one at a time."""
         self.found: Any = None
-        self.answers: dict[str, Any] = {}
-        """What the model said to the questions of `hookbook.engine.selfcheck`, as it is now."""
+        self.answers: dict[str, dict[str, Any]] = {}
+        """What the model said to the questions of `hookbook.engine.selfcheck`, as it is now, on each backend."""
         self.said: set[str] = set()
 
 
@@ -70,6 +70,11 @@ def state(backend: Backend) -> State:
     key = backend.model if backend.remote or backend.module is None else backend.module
     with _making:
         return _states.setdefault(key, State())
+
+
+def answers(backend: Backend) -> dict[str, Any]:
+    """What the model behind a backend said to questions, on this backend: another may run it in another way."""
+    return state(backend).answers.setdefault(backend.card.backend, {})
 
 
 @contextmanager
