@@ -1,4 +1,4 @@
-"""What a neuron is set to when it is taken out: nothing, a number, or what it is on other texts."""
+"""Which neurons are meant, and what one is set to when it is taken out: nothing, a number, or what it is on other texts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hookbook.adapter import Adapter
+from hookbook.adapter import Adapter, ModelCard
 from hookbook.asking import encode_prompts
-from hookbook.errors import DataError
+from hookbook.errors import DataError, SiteError
 from hookbook.request import Each, Read, Request, Row
-from hookbook.sites import Site
+from hookbook.sites import Site, layers_to_sites
 from hookbook.tokens import Tokens
 
 Ablation = Literal["zero", "mean", "resample"] | float
 HELD = 64 << 20
 """How many bytes of activations are held at once."""
+
+
+def neuron_sites(layers: Any, card: ModelCard, single: bool = False) -> tuple[Site, ...]:
+    """`mlp_act` of layers, or if `single` of single neurons as well.
+
+    Raises:
+        SiteError: Something else is named.
+    """
+    sites = layers_to_sites(layers, card, "mlp_act")
+    for site in sites:
+        if site.name != "mlp_act":
+            raise SiteError(f"neurons of {site}", "neurons are numbers of mlp_act", "give layers")
+        if site.unit is not None and not single:
+            raise SiteError(f"neurons of {site}", "all neurons of a layer are looked at", "give layers")
+    return sites
 
 
 def ablated(adapter: Adapter, sites: Sequence[Site], ablate: Ablation, reference: Any, seed: int, progress: bool | None) -> list[Tensor]:

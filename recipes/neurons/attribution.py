@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import above, answers_asked, encode_prompts, gradients
-from hookbook.errors import DataError, Refused, SiteError, TokenError, check_counts
+from hookbook.errors import DataError, Refused, TokenError, check_counts
 from hookbook.recipe import ModelCard, later, recipe, wrap
-from hookbook.recipes.neurons.ablation import counted
+from hookbook.recipes.neurons.ablation import counted, neuron_sites
 from hookbook.reply import Reply
 from hookbook.request import Edit, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import COLOURS, drawing
 from hookbook.show.tidy import tidy
-from hookbook.sites import Site, layers_to_sites
+from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve
 
 Metric = Literal["logit", "logprob", "probability"]
@@ -188,9 +188,7 @@ def neuron_attribution(
     if of not in get_args(Metric):
         raise DataError(f"of={of!r}", "", f"use {', '.join(get_args(Metric))}")
     check_counts(0, top=top, random=random)
-    sites = layers_to_sites(layers, adapter.card, "mlp_act")
-    if wrong := [site for site in sites if site.name != "mlp_act" or site.unit is not None]:
-        raise SiteError(f"neurons of {wrong[0]}", "all neurons of a layer are looked at, which are mlp_act", "give layers")
+    sites = neuron_sites(layers, adapter.card)
     if exact and top and adapter.remote:
         why = "which are largest is known when the job is done"
         raise Refused(

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import auroc, mean_states
-from hookbook.errors import DataError, SiteError
+from hookbook.errors import DataError
 from hookbook.recipe import ModelCard, recipe, wrap
-from hookbook.recipes.neurons.ablation import HELD
+from hookbook.recipes.neurons.ablation import HELD, neuron_sites
 from hookbook.recipes.steering.contrast_vectors import encoded_class, held_apart
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import bars
 from hookbook.show.tidy import controls, tidy
-from hookbook.sites import layers_to_sites
 
 SHUFFLES = 20
 BEST = 50
@@ -158,9 +157,7 @@ def find_neurons(
         found.best(10), found.best_held_out(), found.shuffled.mean(0)
     """
     adapter = wrap(model)
-    sites = layers_to_sites(layers, adapter.card, "mlp_act")
-    if wrong := [site for site in sites if site.name != "mlp_act" or site.unit is not None]:
-        raise SiteError(f"neurons of {wrong[0]}", "all neurons of a layer are ranked, which are mlp_act", "give layers")
+    sites = neuron_sites(layers, adapter.card)
     if not 0 < held_out < 1:
         raise DataError(
             f"held_out={held_out}", "with tens of thousands of neurons some tell any texts apart", "hold out a share, such as 0.5"

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_prompts, wanted_ids, wanted_words
-from hookbook.errors import DataError, SiteError, TokenError, check_prompt
+from hookbook.errors import DataError, TokenError, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
-from hookbook.recipes.neurons.ablation import Ablation, ablated
+from hookbook.recipes.neurons.ablation import Ablation, ablated, neuron_sites
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import bars
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, each, spelled, tidy
-from hookbook.sites import Site, layers_to_sites
+from hookbook.sites import Site
 from hookbook.tokens import Position, Tokens, resolve, vocabulary
 
 
@@ -178,10 +178,7 @@ def neuron_sweep(
     """
     adapter = wrap(model)
     coded = encode_prompts(adapter, prompts)
-    sites = layers_to_sites(layers, adapter.card, "mlp_act")
-    other = [site for site in sites if site.name != "mlp_act"]
-    if other:
-        raise SiteError(f"neurons of {other[0]}", "neurons are numbers of mlp_act", "give layers, or names such as 'mlp_act.3.17'")
+    sites = neuron_sites(layers, adapter.card, single=True)
     wanted = wanted_ids(adapter, coded, tokens)
     if not wanted.numel() and not distribution:
         raise DataError(
