@@ -36,6 +36,9 @@ from .recipes.hops.hop_knock_out import HopKnockOut as HopKnockOut, hop_knock_ou
 from .recipes.hops.hop_readability import HopReadability as HopReadability, hop_readability as hop_readability
 from .recipes.hops.two_hops import TwoHops as TwoHops, two_hops as two_hops
 from .recipes.neurons.attribution import NeuronAttribution as NeuronAttribution, neuron_attribution as neuron_attribution
+from .recipes.neurons.cumulative import CumulativeAblation as CumulativeAblation, cumulative_ablation as cumulative_ablation
+from .recipes.neurons.neuron import neuron as neuron
+from .recipes.neurons.report import NeuronReport as NeuronReport
 from .recipes.neurons.search import NeuronSearch as NeuronSearch, find_neurons as find_neurons
 from .recipes.neurons.sweep import NeuronSweep as NeuronSweep, neuron_sweep as neuron_sweep
 from .recipes.reading.jacobians import Jacobian as Jacobian, jacobian as jacobian

@@ -3,7 +3,6 @@ strongly it is."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,8 @@ from hookbook.recipes.features.reading import Stream, active, batches, place, re
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.sae import AttachedSAE, checked
+from hookbook.show.html import context_line
 from hookbook.show.plots import COLOURS, drawing
-from hookbook.show.text import show
 from hookbook.show.tidy import tidy
 from hookbook.sites import Site
 from hookbook.tokens import Tokens, vocabulary
@@ -127,20 +126,11 @@ class FeatureExamples(Result):
         return View("".join(self._shown(at) for at in chosen) or "<p>no examples</p>")
 
     def _shown(self, at: int) -> str:
-        feature, middle, words = int(self.features[at]), self.contexts.shape[1] // 2, []
-        for i, (token, x) in enumerate(zip(self.contexts[at].tolist(), self.context_activations[at].tolist(), strict=True)):
-            if token >= 0:
-                share = max(0.0, x) / float(self.maxima[feature])
-                style = (
-                    f"background:rgba(230,159,0,{share:.2f})"
-                    + (";color:#000" if share > 0.4 else "")
-                    + (";font-weight:bold" if i == middle else "")
-                )
-                words.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(self.vocab[token]))}</span>')
+        feature = int(self.features[at])
         title = f"{feature} {self.labels.get(feature, '')}".strip()
-        return (
-            f"<p><small>{html.escape(title)}, {float(self.activations[at]):.4g}:</small> "
-            f'<span style="white-space:pre-wrap">{"".join(words)}</span></p>'
+        words = [self.vocab.get(token, "") for token in self.contexts[at].tolist()]
+        return context_line(
+            f"{title}, {float(self.activations[at]):.4g}", words, self.context_activations[at].tolist(), float(self.maxima[feature])
         )
 
 

@@ -97,3 +97,11 @@ def counted(adapter: Adapter, tokens: Tokens) -> list[int]:
     """The tokens of a text that are not special, such as the beginning-of-sequence token."""
     special = set(adapter.tokenizer.all_special_ids)
     return [i for i, token in enumerate(tokens.ids) if token not in special]
+
+
+def set_to(values: Sequence[Tensor], at: Sequence[tuple[int, int]]) -> list[Any]:
+    """What single neurons are set to, as edits take it: of `at` the tensor and the place in it; numbers, or promises of them."""
+    if any(type(x) is not Tensor for x in values):
+        return [values[place][i : i + 1] for place, i in at]
+    lists = [x.tolist() for x in values]
+    return [lists[place][i] for place, i in at]

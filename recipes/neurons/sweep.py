@@ -17,7 +17,7 @@ from torch import Tensor
 from hookbook.asking import encode_prompts, wanted_ids, wanted_words
 from hookbook.errors import DataError, TokenError, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
-from hookbook.recipes.neurons.ablation import Ablation, ablated, neuron_sites
+from hookbook.recipes.neurons.ablation import Ablation, ablated, neuron_sites, set_to
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import bars
@@ -198,7 +198,7 @@ def neuron_sweep(
     said = Readout(token_logits=wanted) if wanted.numel() else None
     n, m = len(coded), len(chosen)
     plain = adapter.run(Request(coded, [Row(i) for i in range(n)], [*(Read(site, at) for site in whole), *end], said), progress=progress)
-    given = _numbers(values, [(places[layer], i) for layer, i in chosen])
+    given = set_to(values, [(places[layer], i) for layer, i in chosen])
     edits = [(Edit(Site("mlp_act", layer, i), value, "set", position),) for (layer, i), value in zip(chosen, given, strict=True)]
     rows = [Row(i, edit) for i in range(n) for edit in edits]
     asked = None if said is None else Readout(token_logits=wanted.repeat_interleave(m, 0))
@@ -232,14 +232,6 @@ def neuron_sweep(
         vocab=later(vocabulary, adapter, token_ids, plain_ids) if distribution else {},
         settings={},
     )
-
-
-def _numbers(values: list[Tensor], at: Sequence[tuple[int, int]]) -> list[Any]:
-    """What each neuron is set to, as edits take it: numbers, or promises of them."""
-    if any(type(x) is not Tensor for x in values):
-        return [values[place][i : i + 1] for place, i in at]
-    lists = [x.tolist() for x in values]
-    return [lists[place][i] for place, i in at]
 
 
 def _largest(readings: Sequence[Tensor], where: Sequence[Sequence[int]], index: tuple[Tensor, Tensor]) -> Tensor:

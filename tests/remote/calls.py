@@ -175,6 +175,9 @@ RECIPES = {
     "neurons as they are elsewhere": lambda model: hb.neuron_sweep(
         model, PROMPTS[0], [" Paris"], layers=["mlp_act.9.3", "mlp_act.9.5"], ablate="resample", reference=PROMPTS
     ),
+    "a report on a neuron": lambda model: hb.neuron(
+        model, "mlp_act.25.1120", PROMPTS, [" Paris"], k=2, context=2, random=1, matched=0, quantiles=[0.1, 0.9], generate=2
+    ),
     "features backpatched": lambda model: hb.backpatch_features(sae(model), HOPS, [1, 2, 3], source_layers=[14, 20]),
     "features described": lambda model: hb.feature_patchscope(sae(model), [1, 2], strengths=[1.0], generate=4),
     "features": lambda model: hb.feature_activations(sae(model), PROMPTS),

@@ -19,10 +19,11 @@ from hookbook.tokens import Tokens
 from tests.makers import kinds, result
 
 KINDS = kinds()
-MORE: dict[str, Callable[[Any], pd.DataFrame]] = {
-    "FeatureActivations": lambda made: made.contrast(made),
-    "FeatureAttribution": lambda made: made.top(3),
-    "RelationEdits": lambda made: made.said_frame(),
+MORE: dict[str, Callable[[Any], list[pd.DataFrame]]] = {
+    "FeatureActivations": lambda made: [made.contrast(made)],
+    "FeatureAttribution": lambda made: [made.top(3)],
+    "NeuronReport": lambda made: [made.dose(), made.activity(), made.examples(), made.promotes(), made.serves()],
+    "RelationEdits": lambda made: [made.said_frame()],
 }
 """Other frames of results whose columns are in the table, too."""
 SHARES = {
@@ -35,6 +36,8 @@ SHARES = {
     "lens",
     "described",
     "density",
+    "quantile",
+    "changed",
     "validation",
     "zero_shot",
     "few_shot",
@@ -44,7 +47,7 @@ SHARES |= {"probability", "clean_probability"}
 
 def frames(kind: str) -> list[Any]:
     made: Any = result(kind)
-    return [made.to_frame(), *(more(made) for name, more in MORE.items() if kind.endswith(name))]
+    return [made.to_frame(), *(frame for name, more in MORE.items() if kind.endswith(name) for frame in more(made))]
 
 
 def prompts(made: Result) -> dict[str, Tokens]:
@@ -86,7 +89,7 @@ def test_columns_mean_what_the_table_says(kind):
         if "position_token" in frame:
             want = [texts[text].strings[at] for text, at in zip(frame.prompt, frame.position, strict=True)]
             assert frame.position_token.tolist() == want
-        if "rank" in frame:
+        if "rank" in frame and "logprob" in frame:
             k = made.token_ids.shape[-1]
             assert frame["rank"].tolist() == [*range(k)] * (len(frame) // k)
             falls = frame.logprob.diff()[frame["rank"] > 0]
@@ -104,7 +107,7 @@ def test_columns_mean_what_the_table_says(kind):
         if "head" in frame:
             assert within(frame["head"], card.n_heads)
         if "control" in frame:
-            assert frame.control.iloc[0] in ("patch", "edge", "largest")
+            assert frame.control.iloc[0] in ("patch", "edge", "largest", "neuron", "effective")
 
 
 @pytest.mark.hooked

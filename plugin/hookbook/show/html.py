@@ -105,6 +105,26 @@ def picture(png: bytes, alt: str) -> str:
     return box(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">', alt.partition(":")[0])
 
 
+def context_line(title: str, words: Sequence[str], values: Sequence[float], most: float) -> str:
+    """A line of tokens, each coloured by a number, which shows under the pointer.
+
+    Args:
+        title: What they are.
+        words: The tokens' texts, the one that is meant in the middle; an empty one is none.
+        values: Of each its number: above 0 it is orange, below it blue.
+        most: The size that has the full colour.
+    """
+    parts = []
+    for at, (word, x) in enumerate(zip(words, values, strict=True)):
+        if word:
+            share = min(1.0, abs(x) / most) if most else 0.0
+            colour = "230,159,0" if x > 0 else "86,180,233"
+            style = f"background:rgba({colour},{share:.2f})" + (";color:#000" if share > 0.4 else "")
+            style += ";font-weight:bold" if at == len(words) // 2 else ""
+            parts.append(f'<span style="{style}" title="{x:.4g}">{html.escape(show(word))}</span>')
+    return f'<p><small>{html.escape(title)}:</small> <span style="white-space:pre-wrap">{"".join(parts)}</span></p>'
+
+
 def page(title: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
     """A page of sections, each a heading, a sentence or two, and HTML. Only the views' own scripts may run in it, and nothing may be
     loaded."""
