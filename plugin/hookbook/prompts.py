@@ -170,3 +170,22 @@ def translation(model: Any, source: str, target: str, *, pivot: str = "English",
     if not prompts:
         raise DataError(f"no words from {source} to {target}", f"this tokenizer cannot tell them from {pivot}", "use other languages")
     return Translations(tuple(prompts), tuple(languages))
+
+
+def one_job(draw: str) -> list[tuple[str, str]]:
+    """Twenty prompts that ship, each with a small word that may follow: `these`, `those`, `both`, `this`, `that` or `one`.
+
+    Args:
+        draw: `first` or `second`, of other prompts.
+
+    Raises:
+        DataError: There is no such draw.
+
+    Example:
+        >>> one_job("first")[7]
+        ('I have two sisters, and I love them', ' both')
+    """
+    data = json.loads((files("hookbook") / "data" / "one_job.json").read_text(encoding="utf-8"))["prompts"]
+    if draw not in data:
+        raise DataError(f"no draw {draw!r}", "", f"use one of {', '.join(data)}")
+    return [(one["prompt"], one["answer"]) for one in data[draw]]

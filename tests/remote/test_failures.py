@@ -107,7 +107,7 @@ def test_a_server_that_dies_while_it_is_asked_loses_nothing(restored, remote, mo
     with pytest.raises(RemoteError, match="silent.*goes on") as raised:
         handle.result(progress=False)
     assert time.monotonic() - start < 30 and raised.value.job == handle.job
-    monkeypatch.setattr(jobs, "PATIENCE", 25.0)  # longer than a busy machine needs to start it
+    monkeypatch.setattr(jobs, "PATIENCE", 60.0)  # longer than a busy machine needs to start it
     back = threading.Timer(2.0, restored.start_api)
     back.start()  # it comes back while we wait
     same(fields(handle.result(progress=False)), fields(want))
@@ -118,7 +118,7 @@ def test_a_server_that_dies_while_it_is_asked_loses_nothing(restored, remote, mo
     start = time.monotonic()
     with pytest.raises(RemoteError, match="does not move job .* on.*send it again"):
         lost.result(progress=False)
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 200
 
 
 @trusted

@@ -45,7 +45,8 @@ def shared(name: str, backend: str = "transformer_lens", **more: Any) -> hb.Adap
     from hookbook.models.loading import load
     from hookbook.models.packages import PACKAGES
 
-    return load(name, backend, **more) if more or name not in PACKAGES else real(name, backend)
+    usual = {"dtype": "float32", "device": None}  # as commands say it
+    return load(name, backend, **more) if more.items() - usual.items() or name not in PACKAGES else real(name, backend)
 
 
 def traces(adapter: hb.Adapter) -> tuple[Any, ...]:

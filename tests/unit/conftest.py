@@ -40,6 +40,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "other.csv").write_text("input,output\n" + "".join(f"{x}{x},{x}\n" for x in "abcdefgh"))
     (folder / "rel.json").write_text(json.dumps({"pairs": PAIRS, "templates": ["{} is"]}))
     (folder / "texts.json").write_text(json.dumps(TEXTS))
+    (folder / "texts.txt").write_text("one two\n\nthree\n")
     (folder / "folder.png").mkdir()
     (folder / "folder.html").mkdir()
     (folder / "page.html").write_text("mine")

@@ -48,6 +48,12 @@ COMMANDS = {
     "patchscope one --target ENTITY_DESCRIPTION --generate 2 --backend nnsight": lambda model: hb.patchscope(
         model, "one", target=hb.prompts.ENTITY_DESCRIPTION, generate=2
     ),
+    "neuron mlp_act.1.3 --contrast texts.json --token a -k 2 --seed 4": lambda model: hb.neuron(
+        model, "mlp_act.1.3", [*TEXTS["positive"], *TEXTS["negative"]], ["a"], k=2, seed=4
+    ),
+    "neuron mlp_act.1.3 --texts texts.txt --prompt one --prompt two --ablate mean --generate 2": lambda model: hb.neuron(
+        model, "mlp_act.1.3", ["one two", "three"], prompts=["one", "two"], ablate="mean", reference=["one two", "three"], generate=2
+    ),
     'lens "one two" --token " " --token a --layers 0,resid_pre.1': lambda model: hb.logit_lens(
         model, "one two", tokens=[" ", "a"], layers=[0, "resid_pre.1"]
     ),
@@ -109,6 +115,7 @@ def test_people_get_a_short_table_with_its_controls(run, monkeypatch, line):
         "relation": "least squares",
         "backpatch": "shuffled",
         "steer": "random",
+        "neuron": "matched",
     }
     assert control[line.split()[0]] in " ".join(out.split()), out
 
@@ -135,8 +142,10 @@ def test_defaults_are_those_of_the_recipes():
         "task-vector": hb.task_vector,
         "relation": hb.linear_relation,
         "backpatch": hb.backpatch,
+        "neuron": hb.neuron,
     }
     other = {"target", "other", "token", "template", "first", "second", "n", "shots"}  # names of things, and data
+    other |= {"contrast", "texts", "prompt"}
     assert recipes.COMMANDS.keys() == called.keys() | {"steer"}
     for name, recipe in called.items():
         own, theirs = inspect.signature(recipes.COMMANDS[name][0]).parameters, inspect.signature(recipe).parameters

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from hookbook.cli import output, recipes
-from hookbook.cli.recipes import Backend, Model
+from hookbook.cli.commands import Backend, Model
 from hookbook.errors import HookbookError
 from hookbook.reproduce import SUITES
 

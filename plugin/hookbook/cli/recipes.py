@@ -1,182 +1,37 @@
-"""The recipes as commands. Each prepares a call, which finds bad input; then the model is loaded, the recipe runs, and its result is
-shown."""
+"""The recipes as commands."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from hookbook.cli import output
-from hookbook.errors import SiteError
+from hookbook.cli.commands import (
+    COMMANDS as COMMANDS,
+    CONTRASTS,
+    RELATIONS,
+    TASKS,
+    Call,
+    Chat,
+    Layers,
+    Seed,
+    add_to as add_to,
+    begins,
+    command,
+    complete_models as complete_models,
+    layers,
+    models as models,
+    no_empty,
+    one_of,
+    position,
+)
 from hookbook.sites import Site
 
-Call = Callable[[Any], Any]
-"""What a command does with a model."""
 
-
-def _begins(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    """Completion with names."""
-    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
-
-
-def models() -> list[str]:
-    """The models that come as packages."""
-    from hookbook.models.packages import PACKAGES
-
-    return list(PACKAGES)
-
-
-complete_models = _begins(models)
-
-
-def _tasks() -> list[str]:
-    from hookbook import tasks
-
-    return tasks.names()
-
-
-def _relations() -> list[str]:
-    from hookbook import tasks
-
-    return [name for name in tasks.names() if "templates" in tasks.data(name)]  # hookbook.relations.names, without torch
-
-
-def _contrasts() -> list[str]:
-    from hookbook import tasks
-
-    return tasks.contrasts()
-
-
-def _one_of(*names: str) -> Callable[[str | None], str | None]:
-    """What checks an option whose value is one of a few."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in names:
-            raise typer.BadParameter(f"{value!r} is not {' or '.join(names)}")
-        return value
-
-    return check
-
-
-def _no_empty(tokens: list[str]) -> list[str]:
-    if "" in tokens:
-        raise typer.BadParameter("an empty text is no token")
-    return tokens
-
-
-def layers(text: str, *words: str) -> Any:
-    """`all` and other words as they are; else a list of layers (`-1`), ranges of them (`4-8`, both included) and sites (`mlp_out.3`).
-
-    Raises:
-        SiteError: A part is none of these.
-    """
-    if text in ("all", *words):
-        return text
-    found: list[int | Site] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"(\d{1,4})-(\d{1,4})", part.strip())  # no model has more layers, and a range of them fits into memory
-        if ends and int(ends[1]) <= int(ends[2]):
-            found += range(int(ends[1]), int(ends[2]) + 1)
-        elif re.fullmatch(r"-?\d{1,4}", part.strip()):
-            found.append(int(part))
-        elif "." in part:
-            found.append(Site.parse(part.strip()))
-        else:
-            raise SiteError(
-                f"{part.strip()!r} as a layer", "", "write all, or layers, ranges and sites with commas between: 0,4-8,-1 or resid_pre.3"
-            )
-    return found
-
-
-def position(text: str, every: bool = True) -> Any:
-    """`all`: every token, if that means something; else an index or a text."""
-    if text == "all" and not every:
-        raise typer.BadParameter("all as a position: one token is patched; give an index, or a text of the prompt")
-    return slice(None) if text == "all" else int(text) if text.removeprefix("-").isdecimal() else text
-
-
-Model = Annotated[str, Option("--model", "-m", help="A model name or a folder, as for hookbook.load.", autocompletion=complete_models)]
-BACKENDS = ("transformer_lens", "nnsight")
-DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
-Backend = Annotated[str, Option(help=f"{' or '.join(BACKENDS)}.", callback=_one_of(*BACKENDS), autocompletion=_begins(lambda: BACKENDS))]
-Layers = Annotated[str, Option("--layers", "--layer", help="all, or such as 0,4-8,-1 or resid_pre.3; a bare layer is a block's output.")]
-Chat = Annotated[bool, Option("--chat", help="Render prompts through the chat template.")]
-Seed = Annotated[int, Option(help="Of all that is drawn.")]
-
-
-def _common(
-    model: Model = "gemma-3-270m",
-    backend: Backend = "transformer_lens",
-    dtype: Annotated[str, Option(help="float32, float64, bfloat16, float16 or auto.", callback=_one_of(*DTYPES))] = "float32",
-    device: Annotated[str | None, Option(help="Such as cpu or cuda; a GPU if there is one.")] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the tidy table as JSON, and nothing else.")] = False,
-    as_csv: Annotated[bool, Option("--csv", help="Print the tidy table as CSV, and nothing else.")] = False,
-    plot: Annotated[Path | None, Option(help="Write the picture: .png, .svg or .pdf.")] = None,
-    save: Annotated[Path | None, Option(help="Write the result: .safetensors.")] = None,
-    report: Annotated[Path | None, Option(help="Write a page: .html.")] = None,
-    force: Annotated[bool, Option("--force", help="Overwrite files.")] = False,
-) -> None:
-    """What every command takes after its own."""
-
-
-COMMANDS: dict[str, tuple[Callable[..., Call], str, tuple[str, ...]]] = {}
-"""By name what prepares a call, what it does, and examples."""
-
-
-def add_to(app: typer.Typer) -> None:
-    """The recipes as commands of an app."""
-    for name, (prepare, about, examples) in COMMANDS.items():
-        app.command(name, help="\n\n".join([about, *(f"Example: {example}" for example in examples)]))(_runs(name, prepare))
-
-
-def _runs(name: str, prepare: Callable[..., Call]) -> Callable[..., None]:
-    """A command with its own options and the common ones."""
-
-    def run(
-        *,
-        model: str,
-        backend: str,
-        dtype: str,
-        device: str | None,
-        as_json: bool,
-        as_csv: bool,
-        plot: Path | None,
-        save: Path | None,
-        report: Path | None,
-        force: bool,
-        **own: Any,
-    ) -> None:
-        out = output.Output.checked(as_json, as_csv, force, plot=plot, save=save, report=report)
-        call = prepare(**own)
-        loaded = output.load(model, backend, dtype, device)
-        with output.step(name):
-            result = call(loaded)
-        from hookbook.cli import tables
-
-        out.write(result, getattr(tables, name.replace("-", "_")))
-
-    parts = [inspect.signature(part, eval_str=True).parameters.values() for part in (prepare, _common)]
-    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in parts for one in part]
-    setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010  a function has no such attribute for type checkers
-    return run
-
-
-def _command(name: str, about: str, *examples: str) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
-    def add(prepare: Callable[..., Call]) -> Callable[..., Call]:
-        COMMANDS[name] = (prepare, about, examples)
-        return prepare
-
-    return add
-
-
-@_command(
+@command(
     "patchscope",
     "Read states by patching them into another prompt and letting the model speak.",
     'hookbook patchscope "The Eiffel Tower is located in the city of"',
@@ -188,7 +43,7 @@ def patchscope(
         str,
         Option(
             help="What they are patched into: TOKEN_IDENTITY, ENTITY_DESCRIPTION, or a prompt, of which the last token is replaced.",
-            autocompletion=_begins(lambda: ("TOKEN_IDENTITY", "ENTITY_DESCRIPTION")),
+            autocompletion=begins(lambda: ("TOKEN_IDENTITY", "ENTITY_DESCRIPTION")),
         ),
     ] = "TOKEN_IDENTITY",
     source_layers: Annotated[str, Option(help="all, or such as 0,4-8,-1 or mlp_out.3; a bare layer is a block's output.")] = "all",
@@ -198,7 +53,7 @@ def patchscope(
     generate: Annotated[int, Option(min=0, help="How many tokens to generate from each patch.")] = 0,
     k: Annotated[int, Option("-k", min=1, help="How many of the likeliest next tokens to keep.")] = 5,
     token: Annotated[
-        list[str], Option(callback=_no_empty, help="A token whose probability is wanted, with its leading space; may be given again.")
+        list[str], Option(callback=no_empty, help="A token whose probability is wanted, with its leading space; may be given again.")
     ] = [],
     chat: Chat = False,
 ) -> Call:
@@ -213,7 +68,7 @@ def patchscope(
     return lambda model: hb.patchscope(model, source, target=known.get(target, target), k=k, tokens=token, chat=chat, **settings)
 
 
-@_command(
+@command(
     "lens",
     "Read every layer through the final norm and the unembedding (logit lens).",
     'hookbook lens "The Eiffel Tower is located in the city of" --token " Paris"',
@@ -226,7 +81,7 @@ def lens(
     k: Annotated[int, Option("-k", min=1, help="How many of the likeliest tokens to keep.")] = 5,
     token: Annotated[
         list[str],
-        Option(callback=_no_empty, help="A token whose probability and rank are wanted, with its leading space; may be given again."),
+        Option(callback=no_empty, help="A token whose probability and rank are wanted, with its leading space; may be given again."),
     ] = [],
     chat: Chat = False,
 ) -> Call:
@@ -236,18 +91,18 @@ def lens(
     return lambda model: hb.logit_lens(model, prompts, k=k, tokens=token, chat=chat, **settings)
 
 
-@_command(
+@command(
     "task-vector",
     "The vector of a task at every layer: how often it makes the model answer without examples, beside controls.",
     "hookbook task-vector country_capital --other antonym",
     "hookbook task-vector antonym --mode difference --layers 8-12 --save antonym.safetensors",
 )
 def task_vector(
-    task: Annotated[str, Argument(help="The name of a task that ships, or a JSON or CSV file of pairs.", autocompletion=_begins(_tasks))],
-    other: Annotated[str | None, Option(help="Another task, whose vector is a control.", autocompletion=_begins(_tasks))] = None,
+    task: Annotated[str, Argument(help="The name of a task that ships, or a JSON or CSV file of pairs.", autocompletion=TASKS)],
+    other: Annotated[str | None, Option(help="Another task, whose vector is a control.", autocompletion=TASKS)] = None,
     layers_: Layers = "all",
     mode: Annotated[
-        str, Option(help="replace (the query's state) or difference (which is added).", callback=_one_of("replace", "difference"))
+        str, Option(help="replace (the query's state) or difference (which is added).", callback=one_of("replace", "difference"))
     ] = "replace",
     shots: Annotated[int, Option(min=1, help="Examples in a prompt.")] = 10,
     n_prompts: Annotated[int, Option(min=1, help="Prompts over which the mean is taken.")] = 64,
@@ -263,7 +118,7 @@ def task_vector(
     return lambda model: hb.task_vector(model, asked, other=control, **settings)
 
 
-@_command(
+@command(
     "relation",
     "A relation as one linear map (LRE) at every layer: how often it says the object of subjects it was not made of, beside lesser maps.",
     "hookbook relation country_capital --layers 4-12",
@@ -275,7 +130,7 @@ def relation(
         Argument(
             metavar="RELATION",
             help="The name of a relation that ships, or a JSON or CSV file of pairs.",
-            autocompletion=_begins(_relations),
+            autocompletion=RELATIONS,
         ),
     ],
     template: Annotated[str, Option(help="A sentence with {} for the subject; otherwise the relation's own.")] = "",
@@ -294,7 +149,7 @@ def relation(
     return lambda model: hb.linear_relation(model, asked, **settings)
 
 
-@_command(
+@command(
     "backpatch",
     "Questions in two hops, with the state of each later layer put back at each earlier one: how many more are answered, beside controls.",
     "hookbook backpatch city_country country_capital -n 10",
@@ -303,9 +158,9 @@ def relation(
 def backpatch(
     first: Annotated[
         str | None,
-        Argument(help="The first relation, such as city_country; otherwise all that make questions.", autocompletion=_begins(_relations)),
+        Argument(help="The first relation, such as city_country; otherwise all that make questions.", autocompletion=RELATIONS),
     ] = None,
-    second: Annotated[str | None, Argument(help="The second, such as country_capital.", autocompletion=_begins(_relations))] = None,
+    second: Annotated[str | None, Argument(help="The second, such as country_capital.", autocompletion=RELATIONS)] = None,
     n: Annotated[int, Option("-n", min=1, help="At most so many questions of two relations, drawn.")] = 5,
     shots: Annotated[int, Option(min=0, help="Other questions with their answers before each.")] = 0,
     position_: Annotated[
@@ -326,7 +181,7 @@ def backpatch(
     return lambda model: hb.backpatch(model, questions, position=at, generate=generate, seed=seed)
 
 
-@_command(
+@command(
     "steer",
     "Add the direction between texts with something and texts without it, at every layer and strength, beside a random one of the same "
     "length.",
@@ -337,19 +192,20 @@ def steer(
     contrast: Annotated[
         str,
         Argument(
-            help="The name of a contrast that ships, or a JSON file with lists positive and negative.", autocompletion=_begins(_contrasts)
+            help="The name of a contrast that ships, or a JSON file with lists positive and negative.",
+            autocompletion=CONTRASTS,
         ),
     ],
     prompt: Annotated[list[str], Option(help="What the model goes on from; may be given again.")],
     layers_: Layers = "all",
     strength: Annotated[list[float], Option(help="What the vector is multiplied by; may be given again.")] = [-2.0, -1.0, 1.0, 2.0],
     toward: Annotated[
-        list[str], Option(callback=_no_empty, help="A next token that should become likelier, with its leading space; may be given again.")
+        list[str], Option(callback=no_empty, help="A next token that should become likelier, with its leading space; may be given again.")
     ] = [],
-    against: Annotated[list[str], Option(callback=_no_empty, help="A next token that should become less likely; may be given again.")] = [],
+    against: Annotated[list[str], Option(callback=no_empty, help="A next token that should become less likely; may be given again.")] = [],
     score: Annotated[
         str | None,
-        Option(help="Instead of these, what generated texts are scored by: french or refusal.", callback=_one_of("french", "refusal")),
+        Option(help="Instead of these, what generated texts are scored by: french or refusal.", callback=one_of("french", "refusal")),
     ] = None,
     generate: Annotated[int, Option(min=0, help="How many tokens to generate.")] = 0,
     position_: Annotated[
@@ -380,3 +236,46 @@ def steer(
         return hb.steer(model, found, prompt, strengths=strength, generate=generate, seed=seed, chat=chat, **counts)
 
     return call
+
+
+@command(
+    "neuron",
+    "One neuron: where it is active, what it promotes, what is lost without it, and doses; beside random neurons and ones that add "
+    "as much.",
+    "hookbook neuron mlp_act.15.249 --contrast language_french",
+    'hookbook neuron mlp_act.25.1120 -m smollm2-135m-instruct --texts texts.txt --prompt "Le chat dort sur le" --token " canap"',
+)
+def neuron(
+    site: Annotated[str, Argument(help="The neuron, such as mlp_act.15.249.")],
+    contrast: Annotated[
+        str | None,
+        Option(help="A contrast that ships, or a JSON file of one: its texts say where it is active.", autocompletion=CONTRASTS),
+    ] = None,
+    texts: Annotated[Path | None, Option(help="Instead: a file with a text in each line.")] = None,
+    prompt: Annotated[
+        list[str], Option(help="What the model goes on from; may be given again; otherwise the first halves of the first 20 texts.")
+    ] = [],
+    token: Annotated[
+        list[str], Option(callback=no_empty, help="A token whose probability is wanted, with its leading space; may be given again.")
+    ] = [],
+    ablate: Annotated[
+        str, Option(help="What it is set to: zero, mean or resample (over the texts).", callback=one_of("zero", "mean", "resample"))
+    ] = "zero",
+    generate: Annotated[int, Option(min=0, help="How many tokens to generate under each dose.")] = 0,
+    k: Annotated[int, Option("-k", min=1, help="How many contexts each way, and promoted words.")] = 10,
+    seed: Seed = 0,
+) -> Call:
+    if (contrast is None) == (texts is None):
+        raise typer.BadParameter("which texts? Give --contrast or --texts")
+    Site.parse(site)
+    from hookbook import tasks
+
+    if texts is not None:
+        read = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        read = [text for side in tasks.contrast(contrast) for text in side]
+    import hookbook as hb
+
+    settings: Any = dict(prompts=prompt or None, ablate=ablate, generate=generate, k=k, seed=seed)
+    settings["reference"] = None if ablate == "zero" else read
+    return lambda model: hb.neuron(model, site, read, token, **settings)

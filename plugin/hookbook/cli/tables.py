@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hookbook.recipes.hops.backpatching import Backpatch
+    from hookbook.recipes.neurons.report import NeuronReport
     from hookbook.recipes.reading.logit_lens import LogitLens
     from hookbook.recipes.reading.patchscopes import Patchscope
     from hookbook.recipes.relations.linear_relations import LinearRelation
@@ -120,6 +121,30 @@ def steer(result: Steering, width: int) -> Tables:
     rows.append(["none", "", number(result.base.mean()), "", *([show(result.said[0][0])] if result.said else [])])
     heads = ["site", "strength", "score", "random", *([short(result.prompts[0].text)] if result.said else [])]
     return [table(f"{result.metric}, mean over {len(result.prompts)} prompts", heads, rows, mark=len(rows) - 1)]
+
+
+def neuron(result: NeuronReport, width: int) -> Tables:
+    """Its largest contexts, the words it promotes, and what is lost without it and beside it; doses."""
+    marked: Any = result.examples()
+    near = [[number(row.activation), show(row.context)] for row in marked.itertuples() if row.example < len(marked) / 2][:5]
+    words = [[one, *(" ".join(map(show, part.token[:6])) for _, part in rows.groupby("end", sort=False))] for one, rows in _groups(result)]
+    means, shifts = result.kl.mean(1), result.changes.mean(1)
+    rows = [
+        [kind, name.removeprefix("mlp_act."), f"{float(means[i]):.2g}", number(result.changed[i]), *map(number, shifts[i])]
+        for i, (kind, name) in enumerate(zip(result.kinds, result.names, strict=True))
+    ]
+    order = ", ".join(f"{kind} {number(x)}" for kind, x in zip(result.kinds, result.monotonicity(), strict=True))
+    heads = ["", "neuron", "KL", "changed", *(f"log p{show(word)}" for word in result.wanted)]
+    return [
+        table(f"{result.site}: where it is highest, of {result.n_tokens:,} tokens", ["is", "at"], near, fit=("at", width)),
+        table("what it promotes most and least", ["through", "most", "least"], words),
+        table(f"without it, means over {len(result.prompts)} prompts", heads, rows, mark=0),
+        Text(f"How orderly {result.wanted[-1]!r} follows the dose (rank correlation): {order}."),
+    ]
+
+
+def _groups(result: NeuronReport) -> Any:
+    return result.promotes().groupby("through", sort=False)
 
 
 def short(text: str) -> str:

@@ -16,6 +16,10 @@ SUITES = {
     "patchscopes": ("The next token out of middle layers, descriptions of entities, an attribute out of a sentence.", "identity"),
     "vectors": ("Task vectors, function vectors, their sums, and steering.", "french"),
     "knowledge": ("Linear relations, edits through them, two hops and backpatching, the language between two others.", "edits"),
+    "neurons": (
+        "Which neurons tell texts apart, what is lost without one, doses, how many do one job, attribution to neurons.",
+        "without",
+    ),
     "sae": (
         "Whether a sparse autoencoder fits, what vectors are made of, clamping the language feature, attribution to features.",
         "language",
