@@ -23,7 +23,7 @@ def adapters(name: str) -> list[hb.Adapter]:
     return [*found, real_hooked()] if HOOKED and name == MODELS[0] else found  # HookedTransformer has no SmolLM2
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(MODELS[0], marks=pytest.mark.whole), *MODELS[1:]])
 def test_doctor_finds_every_adapter_equal_to_plain_transformers(name):
     from hookbook.models.packages import PACKAGES
 

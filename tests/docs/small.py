@@ -25,6 +25,8 @@ def small(recipe: Callable[..., Any]) -> Callable[..., Any]:
     """A recipe with small samples."""
     signature = inspect.signature(recipe)
     limits = {name: MOST[name] for name in signature.parameters if name in MOST}
+    if "n_train" in limits:
+        limits.pop("queries", None)  # a relation's pairs are those that a page then changes
     lists = {name: FEW[name] for name in signature.parameters if name in FEW and recipe.__name__ != "two_hops"}  # which finds what is known
 
     @wraps(recipe)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hookbook as hb
+from hookbook.reproduce import neurons
 from tests.support.real import real
 
 PROMPT, WORDS = "The capital of the country that lies south of Belgium is", (" Paris", " Rome", " the")
@@ -41,3 +42,16 @@ def test_drawn_neurons_do_what_hooks_of_transformerlens_do(name):
             assert (found.changes[0, at : at + len(some)] - (changed - plain)).abs().max() < 1e-4
     other = hb.neuron_sweep(real(name, "nnsight"), PROMPT, WORDS, layers=names)
     assert (other.changes - found.changes).abs().max() < 1e-4 < found.changes.abs().max()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_a_neuron_is_for_french_and_is_missed_where_it_is_taken_out(name):
+    """By the suite's rules: told from four other languages; without it the next word is another one, without others of its layer not."""
+    adapter, setup = real(name), neurons.SETUPS[name]
+    _, lines = neurons.one(adapter, setup)
+    assert [line.holds for line in lines if line.counts] == ["yes", "yes"]
+    assert all(line.holds == "no" for line in lines if not line.counts)  # one for other languages, too
+    found = hb.neuron(adapter, setup.neuron, neurons.half("language_french", "second"), quantiles=[0.5])
+    line = neurons.without_line("second", "zero", found, setup)
+    assert line.rule[0][1] and line.rule[1][1] and line.controls["random"] < line.measured / 20
+    assert float(found.changed[0]) >= 0.1 > float(found.changed[1:4].max()) and len(found.serves()) > 10

@@ -25,6 +25,7 @@ def test_one_effect_is_reproduced(monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.whole
 def test_what_is_published_of_agreeing_with_a_user_who_is_wrong_is_what_comes_out():
     """Added, its direction works on questions of the second draw; subtracted hardly, and a random vector as long adds more."""
     asks = Asks(real("smollm2-135m-instruct"))

@@ -15,7 +15,7 @@ from hookbook.recipes.neurons.attribution import NeuronAttribution, neuron_attri
 from hookbook.recipes.neurons.cumulative import CumulativeAblation, cumulative_ablation
 from hookbook.recipes.neurons.neuron import neuron
 from hookbook.recipes.neurons.report import NeuronReport
-from hookbook.recipes.neurons.search import NeuronSearch, find_neurons
+from hookbook.recipes.neurons.search import BEST, NeuronSearch, find_neurons
 from hookbook.recipes.neurons.sweep import neuron_sweep
 from hookbook.reproduce.effect import Expected, Found, Line, least, most
 from hookbook.reproduce.suite import Suite
@@ -98,9 +98,13 @@ def search_line(name: str, draw: str, found: NeuronSearch, setup: Setup) -> Line
     rule = [least("the 50 best on texts held out", measured, 0.95 if name in LANGUAGES else controls["shuffled"] + 0.15)]
     rule += most(controls, {"shuffled": 0.65})
     both = int(found.told.sum())
+    alone, judged = found.validation.flatten(), found.auroc.flatten()
+    chosen = torch.maximum(alone, 1 - alone).argsort(descending=True, stable=True)[:BEST]
+    apart = float(torch.where(alone >= 0.5, judged, 1 - judged)[chosen].mean())
     note = (
         f"{name}, {draw} draw: {both:,} of {found.told.numel():,} neurons have 0.95 or more on both halves; with shuffled classes "
         f"the best has {float(shuffled[0]):.2f} on the half that chooses. The best: {', '.join(found.best(5))}."
+        + (f" From English alone the {BEST} best are told by {apart:.3f}." if found.others else "")
     )
     what = f"{name.removeprefix('language_')}, {draw} draw"
     return Line("neurons that tell texts apart", what, measured, controls, "", tuple(rule), setup.expects("search", name), note)
@@ -224,15 +228,18 @@ def dose_line(draw: str, found: NeuronReport) -> Line:
 
 
 def generated_line(draw: str, found: NeuronReport) -> Line:
-    """How many texts are French at each dose."""
+    """How many texts are French at each dose; and at the best one how many of all words are different, since one word said again and again
+    counts as French."""
     shares = [scores.french_score(texts) for texts in found.texts[0]]
     controls = {f"{times:g}x": share for times, share in zip(TIMES, shares, strict=True)}
     controls["without"] = scores.french_score(found.plain_texts)
     for kind, texts in list(zip(dict.fromkeys(found.kinds), found.texts, strict=True))[1:]:
         controls[kind] = max(map(scores.french_score, texts))
+    words = found.texts[0][shares.index(max(shares))]
+    controls["different words"] = sum(len({*text.split()}) for text in words) / max(1, sum(len(text.split()) for text in words))
     examples = "; ".join(f"{times:g}x: {texts[0].strip()!r}" for times, texts in zip(TIMES, found.texts[0], strict=True))
     note = f"{draw} draw, after {found.prompts[0].text!r}: {examples}."
-    rule = (least("French at some dose", max(shares), 0.5),)
+    rule = (least("French at some dose", max(shares), 0.5), least("different words", controls["different words"], 0.5))
     return Line("a dose, a text", f"{found.site}, {draw} draw, share of French texts", max(shares), controls, "graded", rule, False, note)
 
 
@@ -319,7 +326,7 @@ def metrics_line(draw: str, logprob: NeuronAttribution, probability: NeuronAttri
     found = []
     for i in range(len(logprob.prompts)):
         mine = [one.attributions[one.token_rows == i].flatten().double() for one in (logprob, probability)]
-        chosen = mine[0].abs().topk(1000).indices
+        chosen = mine[0].abs().topk(min(1000, len(mine[0]))).indices
         found.append(float(pd.Series(mine[0][chosen].tolist()).corr(pd.Series(mine[1][chosen].tolist()), method="spearman")))
     rule = (least("rank correlation", min(found), 0.999),)
     what = f"probability and log-probability, {draw} draw, the least of {len(found)} prompts"
