@@ -9,6 +9,7 @@ import all_pairs
 import backpatch
 import checks
 import features
+import fused
 import generation
 import growth
 import heads
@@ -23,5 +24,5 @@ import relation
 from common import main
 
 if __name__ == "__main__":
-    parts = (all_pairs, layers, heads, neurons, long_prompts, backpatch, generation, jacobian, overhead, growth, memory, relation)
+    parts = (all_pairs, layers, heads, neurons, long_prompts, fused, backpatch, generation, jacobian, overhead, growth, memory, relation)
     main({part.__name__: part.bench for part in (*parts, questions, features, checks)})
