@@ -18,7 +18,7 @@ from hookbook.tokens import Tokens
 PROMPT = "The capital of the country that lies south of Belgium is"
 BATCHES = (64, 256)
 """Rows of the loop at once; both are measured."""
-TARGETS = {"smollm2-135m-instruct": 20.0, "gemma-3-270m": 18.0}
+TARGETS = {"smollm2-135m-instruct": 22.0, "gemma-3-270m": 20.0}
 
 
 def sweep(adapter: hb.Adapter, words: Tensor) -> Answer:
@@ -65,7 +65,7 @@ def bench(models: Models, repeats: int) -> list[Claim]:
                 )
             )
     goal = {f"TransformerLens hooks, {at_once} neurons at once": TARGETS.get(models.name, 0.0) for at_once in BATCHES}
-    return compare(f"{n} neurons, {len(prompt)} tokens, {len(words)} words", ways, models, repeats, goal, share=0.6)
+    return compare(f"{n} neurons, {len(prompt)} tokens, {len(words)} words", ways, models, repeats, goal, share=0.55)
 
 
 if __name__ == "__main__":

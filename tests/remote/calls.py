@@ -198,6 +198,7 @@ IN_SANDBOX = (
     "edits along a relation",
     "sampling",
     "neurons taken out",
+    "a report on a neuron",
 )
 """Recipes that a sandbox is asked for, too. They send every kind of step that any recipe sends (a test compares), and a step there does not
 know which recipe sent it. `--whole` asks for all."""
