@@ -92,8 +92,13 @@ def wanted_ids(adapter: Adapter, prompts: Sequence[Tokens], words: Sequence[str 
 
 
 def wanted_words(adapter: Adapter, words: Sequence[str | int]) -> tuple[str, ...]:
-    """Words and ids that were asked for, as texts."""
-    return tuple(word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in words)
+    """Words and ids that were asked for, as texts; an id whose text is another's, too, is named beside it."""
+    texts = [word if isinstance(word, str) else adapter.tokenizer.decode([word]) for word in words]
+    same: dict[str, set[str | int]] = {}
+    for text, word in zip(texts, words, strict=True):
+        same.setdefault(text, set()).add(word)
+    named = zip(texts, words, strict=True)
+    return tuple(text if isinstance(word, str) or len(same[text]) == 1 else f"{text} ({word})" for text, word in named)
 
 
 def answers_asked(adapter: Adapter, prompts: Sequence[Tokens], answer: Any, other: Any = None) -> tuple[Tensor, list[tuple[str, ...]]]:
@@ -106,6 +111,8 @@ def answers_asked(adapter: Adapter, prompts: Sequence[Tokens], answer: Any, othe
         DataError: As many answers as there are no prompts.
         TokenError: As `wanted_ids`.
     """
+    if answer is None:
+        raise TokenError("no answer", "there is nothing to measure", "give a text as it follows the prompts, or a token's id")
     n, given = len(prompts), []
     for words, what in ((answer, "answer"), (other, "other")):
         if words is not None:

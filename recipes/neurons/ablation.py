@@ -31,7 +31,7 @@ def neuron_sites(layers: Any, card: ModelCard, single: bool = False) -> tuple[Si
     sites = layers_to_sites(layers, card, "mlp_act")
     for site in sites:
         if site.name != "mlp_act":
-            raise SiteError(f"neurons of {site}", "neurons are numbers of mlp_act", "give layers")
+            raise SiteError(f"neurons of {site}", "neurons are numbers of mlp_act", "write 'mlp_act.25.1120'" if single else "give layers")
         if site.unit is not None and not single:
             raise SiteError(f"neurons of {site}", "all neurons of a layer are looked at", "give layers")
     return sites

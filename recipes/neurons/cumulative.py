@@ -22,7 +22,7 @@ from hookbook.show.plots import lines
 from hookbook.show.text import ending
 from hookbook.show.tidy import Over, spelled, tidy
 from hookbook.sites import Site
-from hookbook.tokens import Position, Tokens, vocabulary
+from hookbook.tokens import Position, Tokens, resolve, vocabulary
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 Order = Literal["effect", "attribution"]
@@ -89,6 +89,7 @@ class CumulativeAblation(Result):
 
     def top(self, n: int = 20, *, prompt: int = 0) -> DataFrame:
         """The first `n` neurons of a prompt: `site`, `layer`, `unit`, `effect`."""
+        check_counts(0, n=n)
         prompt = check_prompt(prompt, len(self.prompts))
         sites = [("mlp_act", *at) for at in self.neurons[prompt, :n].tolist()]
         return tidy({"site layer unit": sites}, effect=self.effects[prompt, :n])
@@ -166,11 +167,12 @@ def cumulative_ablation(
     coded = encode_prompts(adapter, prompts)
     sites = neuron_sites(layers, adapter.card)
     width, total = adapter.card.d_mlp, len(sites) * adapter.card.d_mlp
-    ks = [k for k in KS if k <= total] if ks is None else list(ks)
-    check_counts(ks=min(ks, default=0))
+    ks = [k for k in KS if k <= total] if ks is None else [ks] if isinstance(ks, int) else list(ks)
+    for k in ks:
+        check_counts(ks=k)
     check_counts(0, random=random)
-    if ks != sorted({*ks}) or ks[-1] > total:
-        raise DataError(f"ks={ks}", f"there are {total:,} neurons", "give ascending whole numbers up to that")
+    if not ks or ks != sorted({*ks}) or ks[-1] > total:
+        raise DataError(f"ks={ks}", f"they are ascending numbers of some of {total:,} neurons", "give such numbers, or None")
     if by not in get_args(Order):
         raise DataError(f"by={by!r}", "", f"use {', '.join(get_args(Order))}")
     wanted, said = answers_asked(adapter, coded, answer, other)
@@ -180,27 +182,24 @@ def cumulative_ablation(
 
     n, most = len(coded), ks[-1]
     if by == "effect":
-        single = [
-            neuron_sweep(
-                adapter,
-                coded[i],
-                wanted[i].tolist(),
-                layers=sites,
-                position=position,
-                ablate=ablate,
-                reference=reference,
-                seed=seed,
-                progress=progress,
-                checkpoint=None if checkpoint is None else os.path.join(checkpoint, str(i)),
-            )
-            for i in range(n)
-        ]
-        strength = torch.stack([-above(one.changes[0]) for one in single])
+        strengths: list[Any] = [None] * n
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, ids in enumerate(wanted.tolist()):
+            groups.setdefault(tuple(ids), []).append(i)
+        for at, (ids, some) in enumerate(groups.items()):  # prompts of one answer together
+            folder = None if checkpoint is None else os.path.join(checkpoint, str(at))
+            ask: Any = {"layers": sites, "position": position, "ablate": ablate, "reference": reference, "seed": seed}
+            swept = neuron_sweep(adapter, [coded[i] for i in some], list(ids), **ask, progress=progress, checkpoint=folder)
+            for i, changes in zip(some, swept.changes.unbind(0), strict=True):
+                strengths[i] = -above(changes)
+        strength = torch.stack(strengths)
     else:
+        other_ids = None if other is None else wanted[:, 1].tolist()
         found = neuron_attribution(
-            adapter, coded, wanted[:, 0].tolist(), None if other is None else wanted[:, 1].tolist(), layers=sites, position=position, exact=False
+            adapter, coded, wanted[:, 0].tolist(), other_ids, layers=sites, position=position, exact=False, progress=progress
         )
-        strength = torch.stack([found.attributions[found.token_rows == i].sum(0).flatten() for i in range(n)])
+        sizes = [len({*resolve(position, prompt)}) for prompt in coded]
+        strength = torch.stack([some.sum(0).flatten() for some in found.attributions.split(sizes)])
     ordered = later(_order, strength, most)
     order = ordered if isinstance(ordered, Tensor) else torch.arange(most).expand(n, most)  # these in a plan
     generator = torch.Generator().manual_seed(seed)

@@ -61,12 +61,12 @@ def neuron(
         texts: A list of texts, whose tokens but special ones say where it is active.
         tokens: Next tokens whose log-probabilities are wanted: texts as they follow the prompts, usually with a leading space, or ids.
         prompts: On which is measured what it does to the next token; None: the first halves of the first 20
-            texts.
+            texts, cut between tokens. Give your own where it matters which they are: these are all of one kind if the texts are sorted.
         position: The tokens of each prompt at which it is set; None: all but special ones.
         ablate, reference: What it is set to when it is taken out, see `hookbook.neuron_sweep`.
         quantiles: Which quantiles of its activations, between two of them by a straight line.
         doses: Values that it and the others are set to; None: each neuron to its own quantiles.
-        generate: How many tokens to decode with it at each dose, at every token of the prompt and each generated one; beside the first
+        generate: How many tokens to decode with it at each dose, at these tokens of the prompt and each generated one; beside the first
             random and the first matched neuron.
         k: Examples each way, and promoted words.
         context: Tokens shown before and after an example.
@@ -99,11 +99,12 @@ def neuron(
     card, whole, unit = adapter.card, *_parsed(site, adapter.card)
     coded = encode_prompts(adapter, texts)
     asked = [first_half(text) for text in coded[:PROMPTS]] if prompts is None else encode_prompts(adapter, prompts)
-    levels = tuple(float(level) for level in quantiles)
+    levels = _numbers("quantiles", quantiles)
     if not levels or not all(0 <= level <= 1 for level in levels):
         raise DataError(f"quantiles={list(levels)}", "a quantile is a share", "use numbers from 0 to 1")
-    if doses is not None and (not len(doses) or not all(math.isfinite(value) for value in doses)):
-        raise DataError(f"doses={list(doses)}", "a neuron is set to each", "give finite numbers, or None for its quantiles")
+    given_doses = None if doses is None else _numbers("doses", doses)
+    if given_doses is not None and (not given_doses or not all(map(math.isfinite, given_doses))):
+        raise DataError(f"doses={list(given_doses)}", "a neuron is set to each", "give finite numbers, or None for its quantiles")
     check_counts(k=k)
     check_counts(0, context=context, random=random, matched=matched, generate=generate)
     if random + matched >= card.d_mlp:
@@ -115,8 +116,10 @@ def neuron(
     wanted = wanted_ids(adapter, asked, tokens)
     where = [counted(adapter, prompt) if position is None else sorted(set(resolve(position, prompt))) for prompt in asked]
     seen = [counted(adapter, text) for text in coded]
-    if not all(where) or not any(seen):
-        raise TokenError("texts of special tokens alone", "activations on them mean nothing", "give longer ones, or position=")
+    alone = next((prompt.text for prompt, some in zip(asked, where, strict=True) if not some), None)
+    if alone is not None or not any(seen):
+        what = "texts of special tokens alone" if alone is None else f"the prompt {alone!r} of special tokens alone"
+        raise TokenError(what, "activations on them mean nothing", "give longer texts, prompts= of your own, or position=")
     values = ablated(adapter, [whole], ablate, reference, seed, progress)[0]
 
     layer = int(whole.layer or 0)
@@ -137,8 +140,9 @@ def neuron(
     full = [i for i, some in enumerate(seen) if some]
     reads = [Read(Site("mlp_act", layer, i), Each(tuple(seen[text] for text in full))) for i in chosen]
     active = adapter.run(Request([coded[i] for i in full], [Row(i) for i in range(len(full))], reads), progress=progress)
-    known = torch.cat([reading.values.detach().cpu() for reading in active.readings], 1)
-    table = quantile_table(known, levels) if doses is None else torch.tensor([list(map(float, doses))] * len(chosen))
+    read = torch.cat([reading.values.detach().cpu() for reading in active.readings], 1)
+    known = read.to(torch.promote_types(read.dtype, torch.float32))
+    table = quantile_table(known, levels) if given_doses is None else torch.tensor([given_doses] * len(chosen), dtype=torch.float64)
 
     n, c, steps = len(asked), len(chosen), table.shape[1]
     at = [Site("mlp_act", layer, i) for i in chosen]
@@ -184,7 +188,7 @@ def neuron(
         wanted=later(_wanted_words, adapter, wanted_words(adapter, tokens), ids),
         plain_ids=found.topk_ids[:, -1, 0],
         plain_logprobs=found.token_logprobs[:, -1],
-        values=values[chosen].float(),
+        values=values[chosen],
         kl=found.kl[:, :c].T,
         token_ids=tops[:c],
         changes=changes[:c],
@@ -195,7 +199,7 @@ def neuron(
         dose_ids=tops[c:-1].unflatten(0, (c, steps)),
         dose_changes=changes[c:-1].unflatten(0, (c, steps)),
         vocab=later(_vocabulary, adapter, listed, ids, found.topk_ids, [some.indices for some in served]),
-        settings={},
+        settings={"own_quantiles": doses is None},
         **{name: later(_pick, listed, i) for i, name in enumerate(fields)},
         **spoken,
     )
@@ -207,6 +211,13 @@ def _parsed(site: Any, card: ModelCard) -> tuple[Site, int]:
     if len(found) != 1 or found[0].unit is None:
         raise SiteError(f"a report on {site!r}", "it is on one neuron", "name it as 'mlp_act.25.1120'")
     return found[0].whole, found[0].unit
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name}={values!r}", "they are numbers", "give a list of numbers") from error
 
 
 def _nearest(sizes: Tensor, unit: int, drawn: Sequence[int], n: int) -> list[int]:
@@ -234,7 +245,8 @@ def _pick(values: Sequence[Any], at: int) -> Any:
 
 
 def _wanted_words(adapter: Any, given: tuple[str, ...], ids: Tensor) -> tuple[str, ...]:
-    return (*given, adapter.tokenizer.decode([int(ids[1, 0, 0])]))
+    word = adapter.tokenizer.decode([int(ids[1, 0, 0])])
+    return (*given, f"{word} ({int(ids[1, 0, 0])})" if word in given else word)
 
 
 def _vocabulary(adapter: Any, listed: Sequence[Tensor], *ids: Any) -> dict[int, str]:

@@ -171,13 +171,13 @@ class NeuronReport(Result):
     def serves(self) -> DataFrame:
         """The different words whose probability falls most without it, one row for each: `token`, `n` (after how many prompts it is
         among the first five), `effect` (by how much it falls, summed over these), the largest first."""
-        found: dict[str, list[float]] = {}
-        for word, effect in zip(spelled(self.served_ids, self.vocab), self.served_effects.flatten().tolist(), strict=True):
+        found: dict[int, list[float]] = {}
+        for word, effect in zip(self.served_ids.flatten().tolist(), self.served_effects.flatten().tolist(), strict=True):
             if effect > 0:
                 found.setdefault(word, []).append(effect)
         ordered = sorted(found.items(), key=lambda item: -sum(item[1]))
         counts, effects = [len(some) for _, some in ordered], [sum(some) for _, some in ordered]
-        return tidy({"token": [word for word, _ in ordered]}, n=counts, effect=effects)
+        return tidy({"token": [self.vocab[word] for word, _ in ordered]}, n=counts, effect=effects)
 
     def plot(self, ax: Axes | None = None, *, token: str | None = None) -> Axes:
         """How a word's log-probability follows the dose, in the mean over prompts: the neuron's, and means of the others with their reach.
@@ -194,7 +194,7 @@ class NeuronReport(Result):
             curves[self.names[0].removeprefix("mlp_act.") if kind == "neuron" else kind] = mine.mean(0)
             if kind != "neuron":
                 bands[kind] = mine.amin(0), mine.amax(0)
-        own = self.settings.get("doses") is None
+        own = bool(self.settings["own_quantiles"])
         places = [f"{level:g}" for level in (self.levels if own else self.doses[0].tolist())]
         names = "set to this quantile of its activations" if own else "set to", f"change of log p({word!r}), nats"
         return lines(ax, curves, names, title=f"Neuron {self.site}, {self.card.model_id}", labels=places, bands=bands)

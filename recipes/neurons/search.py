@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import auroc, mean_states
-from hookbook.errors import DataError
+from hookbook.errors import DataError, check_counts
 from hookbook.recipe import ModelCard, recipe, wrap
 from hookbook.recipes.neurons.ablation import HELD, neuron_sites
 from hookbook.recipes.steering.contrast_vectors import encoded_class, held_apart
@@ -74,6 +74,7 @@ class NeuronSearch(Result):
 
     def best(self, n: int = BEST) -> list[str]:
         """The names of the first `n`, such as `mlp_act.25.1120`."""
+        check_counts(0, n=n)
         return [f"mlp_act.{self.layers[layer]}.{neuron}" for layer, neuron in self._order(n).tolist()]
 
     def best_held_out(self, n: int = BEST) -> float:
@@ -163,8 +164,13 @@ def find_neurons(
             f"held_out={held_out}", "with tens of thousands of neurons some tell any texts apart", "hold out a share, such as 0.5"
         )
     more = dict(others or {})
+    if not {"positive", "negative"}.isdisjoint(more):
+        raise DataError("others called 'positive' or 'negative'", "these are the two sets", "give them other names")
     named = {"positive": positive, "negative": negative} | more
     sets = [encoded_class(adapter, texts, name, None, False) for name, texts in named.items()]
+    few = [(name, len(some)) for name, some in zip(named, sets, strict=True) if len(some) < 4]
+    if few:
+        raise DataError(f"{few[0][1]} texts in the set {few[0][0]!r}", "some choose, and others judge", "give 4 or more")
     halves = [held_apart([sets[0], other], held_out, seed) for other in sets[1:]]
     starts = torch.tensor([0, *map(len, sets)]).cumsum(0).tolist()
     parts: list[list[Tensor]] = []  # of each set the texts that choose, and those held out

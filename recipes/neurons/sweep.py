@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hookbook.asking import encode_prompts, wanted_ids, wanted_words
-from hookbook.errors import DataError, TokenError, check_prompt
+from hookbook.errors import DataError, TokenError, check_counts, check_prompt
 from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.neurons.ablation import Ablation, ablated, neuron_sites, set_to
 from hookbook.request import Each, Edit, Read, Readout, Request, Row
@@ -90,6 +90,7 @@ class NeuronSweep(Result):
             n: How many.
             by: `"kl"`, `"activation"`, or a wanted token: how far its logit moves, up or down. None: the first token, or else `kl`.
         """
+        check_counts(0, n=n)
         by = self._by(by, ("kl", "activation") if self.kl.numel() else ("activation",))
         column = by if by in ("kl", "activation") else f"logit_change {by}"
         return self.to_frame().sort_values(column, key=lambda x: -x.abs(), kind="stable", ignore_index=True).head(n)
@@ -236,6 +237,6 @@ def neuron_sweep(
 
 def _largest(readings: Sequence[Tensor], where: Sequence[Sequence[int]], index: tuple[Tensor, Tensor]) -> Tensor:
     """`[n, m]`: of each prompt and neuron the activation of largest size."""
-    each_prompt = torch.stack([x.cpu() for x in readings], 1).split([len(some) for some in where])
+    each_prompt = torch.stack([x.cpu().to(torch.promote_types(x.dtype, torch.float32)) for x in readings], 1).split([len(some) for some in where])
     found = torch.stack([x.gather(0, x.abs().argmax(0, keepdim=True))[0] for x in each_prompt])  # [prompt, layer, neuron]
     return found[:, index[0], index[1]]

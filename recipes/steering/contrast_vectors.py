@@ -224,6 +224,8 @@ def held_apart(classes: list[list[Tokens]], held_out: float, seed: int) -> tuple
         n = max(1, round(held_out * len(some))) if held_out else 0
         if held_out and len(some) < 4:
             raise DataError(f"{len(some)} prompts in a class", "too few to hold some out", "give 4 or more, or held_out=0")
+        if n == len(some):
+            raise DataError(f"held_out={held_out} of {n} prompts in a class", "none is left", "hold out less")
         test.append(sorted(order[:n]))
         train.append(sorted(order[n:]))
         start += len(some)

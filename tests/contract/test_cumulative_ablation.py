@@ -62,6 +62,15 @@ def test_gradients_rank_as_they_attribute(case):
     assert found.random_logprobs.shape == (2, 0, 1)
 
 
+def test_prompts_of_other_answers_are_ranked_by_their_own(case):
+    """And texts for the mean are read as they are for one."""
+    ask: Any = {"ks": [2], "layers": [0], "random": 0, "ablate": "mean", "reference": ["some", "words"]}
+    both = hb.cumulative_ablation(case.adapter, [*PROMPTS, PROMPTS[0]], ["c", "d", "c"], **ask)
+    for i, (prompt, answer) in enumerate(zip([*PROMPTS, PROMPTS[0]], ["c", "d", "c"], strict=True)):
+        one = hb.cumulative_ablation(case.adapter, prompt, answer, **ask)
+        assert torch.equal(both.neurons[i], one.neurons[0]) and (both.logprobs[i] - one.logprobs[0]).abs().max() < 1e-6
+
+
 def test_a_flip_is_the_first_of_them():
     likeliest = hb.neuron_sweep(toy(), PROMPTS, layers=[2], distribution=True).plain_ids.tolist()
     found = hb.cumulative_ablation(toy(), PROMPTS, likeliest, random=2)
@@ -87,6 +96,8 @@ def test_frames_and_pictures(plt):
 
 def test_its_plan_and_its_checkpoint(tmp_path):
     ask: Any = {"prompts": PROMPTS, "answer": "c", "ks": [1, 4], "random": 1}
+    cheap = hb.cumulative_ablation.plan(toy(), **ask, by="attribution")
+    assert cheap.token_layers == hb.cumulative_ablation(toy(), **ask, by="attribution").settings["cost"]["token_layers"] > 0
     plan = hb.cumulative_ablation.plan(toy(), **ask)
     found = hb.cumulative_ablation(toy(), **ask, checkpoint=tmp_path)
     assert plan.token_layers >= found.settings["cost"]["token_layers"] > 0 and any(tmp_path.rglob("*.safetensors"))
@@ -96,7 +107,10 @@ def test_its_plan_and_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("more", "error", "match"),
     [
-        ({"ks": []}, TokenError, "ks"),
+        ({"ks": []}, DataError, "ascending"),
+        ({"ks": [1, 2.5]}, TokenError, "not a whole number"),
+        ({"ks": [1, None]}, TokenError, "not a whole number"),
+        ({"answer": None}, TokenError, "no answer"),
         ({"ks": [4, 2]}, DataError, "ascending"),
         ({"ks": [1000]}, DataError, "96 neurons"),
         ({"ks": [0, 2]}, TokenError, "ks"),

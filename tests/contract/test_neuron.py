@@ -193,6 +193,38 @@ def test_frames_and_pictures(plt, tmp_path):
         found.plot(token="d")
 
 
+def test_doses_that_are_given_are_drawn_as_such(plt, tmp_path):
+    found = hb.neuron(toy(), SITE, TEXTS, doses=[-40, 0, 80], random=0, matched=0)
+    again = hb.NeuronReport.load(found.save(tmp_path / "found.safetensors"))
+    for one in (found, again):
+        ax = one.plot()
+        assert ax.get_xlabel() == "set to" and [tick.get_text() for tick in ax.get_xticklabels()] == ["-40", "0", "80"]
+    assert "quantile" in hb.neuron(toy(), SITE, TEXTS, random=0, matched=0).plot().get_xlabel()
+
+
+def test_words_of_one_spelling_stay_apart(case):
+    """Two ids that are decoded alike have a column each; and what serves one is not counted to the other."""
+    vocab = case.adapter.card.d_vocab
+    texts: dict[str, list[int]] = {}
+    for i in range(vocab):
+        texts.setdefault(case.adapter.tokenizer.decode([i]), []).append(i)
+    same = next(ids for ids in texts.values() if len(ids) > 1)[:2]
+    found = hb.neuron(case.adapter, SITE, TEXTS, same, random=1, matched=0)
+    assert len({*found.wanted}) == 3 and all(str(i) in name for i, name in zip(same, found.wanted, strict=False))
+    frame: Any = found.to_frame()
+    for at, name in enumerate(found.wanted[:2]):
+        assert frame[f"change {name}"].iloc[0] == pytest.approx(float(found.changes[0, 0, at]))
+    serves: Any = found.serves()
+    assert serves.n.sum() == int((found.served_effects > 0).sum()) and serves.n.max() <= len(TEXTS)
+
+
+def test_half_precision_is_kept_as_float32():
+    adapter = toy()
+    adapter.model.to(torch.bfloat16)
+    found = hb.neuron(adapter, SITE, TEXTS, random=1, matched=1)
+    assert {found.quantiles.dtype, found.activations.dtype, found.context_activations.dtype, found.doses.dtype} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("more", "error", "match"),
     [
@@ -203,6 +235,9 @@ def test_frames_and_pictures(plt, tmp_path):
         ({"quantiles": [1.5]}, DataError, "a share"),
         ({"doses": [math.nan]}, DataError, "finite"),
         ({"doses": []}, DataError, "finite"),
+        ({"doses": 5}, DataError, "a list of numbers"),
+        ({"doses": [None]}, DataError, "a list of numbers"),
+        ({"quantiles": 0.5}, DataError, "a list of numbers"),
         ({"random": -1}, TokenError, "random"),
         ({"random": 40}, DataError, "ask for fewer"),
         ({"ablate": "mean"}, DataError, "without reference"),

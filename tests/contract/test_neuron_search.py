@@ -109,8 +109,10 @@ def test_what_is_found_is_listed_and_drawn():
     [
         ({"positive": []}, DataError, "positive"),
         ({"negative": POSITIVE}, DataError, "the same"),
-        ({"positive": POSITIVE[:3]}, DataError, "too few"),
-        ({"others": {"digits": DIGITS[:2]}}, DataError, "too few"),
+        ({"positive": POSITIVE[:3]}, DataError, "3 texts in the set 'positive'"),
+        ({"others": {"digits": DIGITS[:2]}}, DataError, "2 texts in the set 'digits'"),
+        ({"others": {"negative": DIGITS}}, DataError, "other names"),
+        ({"held_out": 0.95}, DataError, "none is left"),
         ({"others": {"some": [*DIGITS[:3], POSITIVE[0]]}}, DataError, "both classes"),
         ({"layers": ["mlp_act.0.3"]}, SiteError, "all neurons"),
         ({"layers": ["resid_post.0"]}, SiteError, "resid_post.0"),

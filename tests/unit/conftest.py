@@ -40,7 +40,9 @@ def folder(tmp_path_factory) -> Path:
     (folder / "other.csv").write_text("input,output\n" + "".join(f"{x}{x},{x}\n" for x in "abcdefgh"))
     (folder / "rel.json").write_text(json.dumps({"pairs": PAIRS, "templates": ["{} is"]}))
     (folder / "texts.json").write_text(json.dumps(TEXTS))
-    (folder / "texts.txt").write_text("one two\n\nthree\n")
+    (folder / "texts.txt").write_text("\ufeffone two\n\nthree\n", encoding="utf-8")  # as some editors begin a file
+    (folder / "latin.txt").write_bytes(b"d\xe9j\xe0 vu")
+    (folder / "empty.txt").write_text("\n")
     (folder / "folder.png").mkdir()
     (folder / "folder.html").mkdir()
     (folder / "page.html").write_text("mine")

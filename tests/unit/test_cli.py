@@ -174,6 +174,11 @@ def test_defaults_are_those_of_the_recipes():
         ("patchscope x --json --csv", 2, "two formats"),
         ("patchscope x --plot grid.jpeg", 2, ".png"),
         ("patchscope x --save none/x.safetensors", 2, "no folder"),
+        ("neuron mlp_act.1.3 --contrast texts.json --texts texts.txt", 2, "one of"),
+        ("neuron mlp_act.1 --texts texts.txt", 2, "no single neuron"),
+        ("neuron mlp_act.1.3 --texts latin.txt", 2, "latin.txt"),
+        ("neuron mlp_act.1.3 --texts empty.txt", 2, "no text"),
+        ("neuron mlp_act.1.3 --texts nowhere.txt", 2, "nowhere.txt"),
         ("lens x --report pairs.json", 2, ".html"),
         ("lens x --plot folder.png --force", 2, "that is a folder"),
         ("lens x --save /proc/x.safetensors", 2, "nothing can be written there"),
@@ -214,8 +219,8 @@ def test_defaults_are_those_of_the_recipes():
     ],
 )
 def test_bad_input_is_found_before_a_model_is_loaded(run, folder, monkeypatch, line, code, says):
-    monkeypatch.setattr(loading, "load", lambda *args, **settings: pytest.fail("it was loaded"))
-    monkeypatch.setattr(hb, "load", loading.load)
+    for module in (hb, loading):  # in this order: hb takes its own from the other when it is first asked for
+        monkeypatch.setattr(module, "load", lambda *args, **settings: pytest.fail("it was loaded"))
     monkeypatch.setenv("COLUMNS", "300")
     before = sorted(folder.iterdir())
     found, out, err = run(line)

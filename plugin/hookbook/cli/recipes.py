@@ -266,12 +266,18 @@ def neuron(
     seed: Seed = 0,
 ) -> Call:
     if (contrast is None) == (texts is None):
-        raise typer.BadParameter("which texts? Give --contrast or --texts")
-    Site.parse(site)
+        raise typer.BadParameter("which texts? Give one of --contrast and --texts")
+    if Site.parse(site).unit is None:
+        raise typer.BadParameter(f"{site} is no single neuron: write such as mlp_act.15.249")
     from hookbook import tasks
 
     if texts is not None:
-        read = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            read = [line for line in texts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"--texts {texts}: {error}") from error
+        if not read:
+            raise typer.BadParameter(f"--texts {texts}: no text in it")
     else:
         read = [text for side in tasks.contrast(contrast) for text in side]
     import hookbook as hb
