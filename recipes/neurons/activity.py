@@ -86,6 +86,12 @@ def written(adapter: Adapter, layer: int, neurons: Tensor) -> tuple[Tensor, Tens
         return values, values if norm is None else norm(values) * values.float().pow(2).mean(-1, keepdim=True).sqrt().to(values.dtype)
 
 
+def through_norms(adapter: Adapter, values: Tensor) -> Tensor:
+    """Directions of the stream through the final norm, without its bias."""
+    with torch.no_grad():
+        return adapter.final_norm(values) - adapter.final_norm(torch.zeros_like(values))
+
+
 def promoted(adapter: Adapter, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The words that directions of the stream `[m, d_model]` promote most and least: ids and logits `[m, 2, k]`, without biases."""
     with torch.no_grad():

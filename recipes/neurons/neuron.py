@@ -15,7 +15,7 @@ from hookbook.asking import encode_prompts, grouped_texts, wanted_ids, wanted_wo
 from hookbook.errors import DataError, Refused, SiteError, TokenError, check_counts
 from hookbook.recipe import ModelCard, fetch, later, recipe, wrap
 from hookbook.recipes.neurons.ablation import Ablation, ablated, counted, neuron_sites, set_to
-from hookbook.recipes.neurons.activity import beyond, examples, first_half, promoted, quantiles as quantile_table, written
+from hookbook.recipes.neurons.activity import beyond, examples, first_half, promoted, quantiles as quantile_table, through_norms, written
 from hookbook.recipes.neurons.report import NeuronReport
 from hookbook.request import Each, Edit, Read, Request, Row
 from hookbook.sites import Site
@@ -134,7 +134,7 @@ def neuron(
     chosen = [unit, *drawn, *alike]
     kinds = ("neuron", *["random"] * len(drawn), *["matched"] * len(alike))
     raw, through = written(adapter, layer, torch.tensor(chosen))
-    most = [promoted(adapter, states[:1], k) for states in (raw, _normed(adapter, through))]
+    most = [promoted(adapter, states[:1], k) for states in (raw, through_norms(adapter, through))]
     ids, logits = (torch.cat(both) for both in zip(*most, strict=True))
 
     full = [i for i, some in enumerate(seen) if some]
@@ -225,12 +225,6 @@ def _nearest(sizes: Tensor, unit: int, drawn: Sequence[int], n: int) -> list[int
     far = (sizes.clamp_min(1e-30).log() - sizes[unit].clamp_min(1e-30).log()).abs()
     far[[unit, *drawn]] = math.inf
     return far.argsort(stable=True)[:n].tolist()
-
-
-def _normed(adapter: Any, states: Tensor) -> Tensor:
-    """Directions of the stream through the final norm, without its bias."""
-    with torch.no_grad():
-        return adapter.final_norm(states) - adapter.final_norm(torch.zeros_like(states))
 
 
 def _served(adapter: Any, states: Tensor) -> Any:

@@ -175,6 +175,7 @@ RECIPES = {
     "neurons as they are elsewhere": lambda model: hb.neuron_sweep(
         model, PROMPTS[0], [" Paris"], layers=["mlp_act.9.3", "mlp_act.9.5"], ablate="resample", reference=PROMPTS
     ),
+    "keys and values of neurons": lambda model: hb.mlp_memories(model, PROMPTS, layers=[9, 25], neurons=5, triggers=2, k=3),
     "a report on a neuron": lambda model: hb.neuron(
         model, "mlp_act.25.1120", PROMPTS, [" Paris"], k=2, context=2, random=1, matched=0, quantiles=[0.1, 0.9], generate=2
     ),

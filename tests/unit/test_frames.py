@@ -22,6 +22,7 @@ KINDS = kinds()
 MORE: dict[str, Callable[[Any], list[pd.DataFrame]]] = {
     "FeatureActivations": lambda made: [made.contrast(made)],
     "FeatureAttribution": lambda made: [made.top(3)],
+    "MLPMemories": lambda made: [made.layers_frame(), made.triggers(0, int(made.neurons[0, 0]))],
     "NeuronReport": lambda made: [made.dose(), made.activity(), made.examples(), made.promotes(), made.serves()],
     "RelationEdits": lambda made: [made.said_frame()],
 }
@@ -37,6 +38,7 @@ SHARES = {
     "described",
     "density",
     "quantile",
+    "agreement",
     "changed",
     "validation",
     "zero_shot",

@@ -18,8 +18,8 @@ from hookbook.errors import ResultError
 from hookbook.results import _shapes
 from tests.makers import kinds, result
 
-FREE = {"FeatureExamples": {"histogram"}, "LogitLens": {"language_ids"}}
-"""Of any length: bins that are not empty; the tokens that count as a language."""
+FREE = {"FeatureExamples": {"histogram"}, "LogitLens": {"language_ids"}, "MLPMemories": {"prefixes"}}
+"""Of any length: bins that are not empty; the tokens that count as a language, or come before a trigger."""
 
 
 def wrong(x: Any) -> Iterator[Any]:
