@@ -103,6 +103,9 @@ MAKERS: dict[str, Any] = {
         toy(), ["ab", "北京 $x"], tokens=["x"], languages={"one": ["a"], "$two": ["b"]}, position=slice(None)
     ),
     "CumulativeAblation": lambda: hb.cumulative_ablation(toy(), ["ab", "北"], ["c", "d"], ks=[1, 3], random=2),
+    "KnowledgeNeurons": lambda: hb.knowledge_neurons(
+        toy(), hb.relations.Relation((("a", "x"), ("be", "y")), "some", templates=("the {} is", "of {}")), facts=2, steps=2, wanted=(1, 4)
+    ),
     "MLPMemories": lambda: hb.mlp_memories(toy(), ["abc", "北京 $x", "a b"], neurons=4, triggers=2, k=3, context=3),
     "NeuronAttribution": lambda: hb.neuron_attribution(toy(), ["ab", "北"], ["c", "d"], "e", top=5, random=4),
     "NeuronReport": lambda: hb.neuron(

@@ -37,6 +37,7 @@ from .recipes.hops.hop_readability import HopReadability as HopReadability, hop_
 from .recipes.hops.two_hops import TwoHops as TwoHops, two_hops as two_hops
 from .recipes.neurons.attribution import NeuronAttribution as NeuronAttribution, neuron_attribution as neuron_attribution
 from .recipes.neurons.cumulative import CumulativeAblation as CumulativeAblation, cumulative_ablation as cumulative_ablation
+from .recipes.neurons.knowledge import KnowledgeNeurons as KnowledgeNeurons, knowledge_neurons as knowledge_neurons
 from .recipes.neurons.memories import MLPMemories as MLPMemories, mlp_memories as mlp_memories
 from .recipes.neurons.neuron import neuron as neuron
 from .recipes.neurons.report import NeuronReport as NeuronReport

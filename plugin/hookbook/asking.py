@@ -137,6 +137,7 @@ def gradients(
     measure: Callable[[Reply], Tensor],
     *,
     beside: Sequence[Site] = (),
+    before: Sequence[tuple[Edit, ...]] | None = None,
     progress: bool | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """A number of each prompt, and its gradients with respect to sites, by one backward pass for as many prompts as fit into memory.
@@ -147,6 +148,7 @@ def gradients(
         ask: The readout of some prompts, by their numbers.
         measure: Of a reply of some prompts the number of each, `[row]`.
         beside: Further sites to read at these tokens.
+        before: Edits of each prompt's run; None: none. The same prompt may be there often, with other edits.
 
     Returns:
         The numbers `[prompt]`; of `sites` and `beside` the values `[t, width]`; of `sites` the gradients `[t, width]`.
@@ -154,13 +156,20 @@ def gradients(
     widths = [site.width(adapter.card) for site in sites]
 
     def request(numbers: list[int], lines: Sequence[Tensor]) -> Request:
+        different = {prompt: at for at, prompt in enumerate(dict.fromkeys(prompts[i] for i in numbers))}
         rows = [
-            Row(at, tuple(Edit(site, value, "add", list(where[i])) for site, value in zip(sites, line.split(widths, -1), strict=True)))
-            for at, (i, line) in enumerate(zip(numbers, lines, strict=True))
+            Row(
+                different[prompts[i]],
+                (
+                    *(() if before is None else before[i]),
+                    *(Edit(site, value, "add", list(where[i])) for site, value in zip(sites, line.split(widths, -1), strict=True)),
+                ),
+            )
+            for i, line in zip(numbers, lines, strict=True)
         ]
         each = Each(tuple(list(where[i]) for i in numbers))
         reads = [Read(site, each) for site in (*sites, *beside)]
-        return Request([prompts[i] for i in numbers], rows, reads, ask(numbers), grad=True)
+        return Request([*different], rows, reads, ask(numbers), grad=True)
 
     every = list(range(len(prompts)))
     found: dict[int, Any] = {}

@@ -65,8 +65,8 @@ class MLPMemories(Result):
     settings: dict[str, Any]
 
     def to_frame(self) -> DataFrame:
-        """One row for each neuron: `site`, `layer`, `unit`, `activation` (at its first trigger), `context` (the trigger and what is before),
-        `next_token`, `token` (its value's first word), `norm_token` (through the norms), `value_rank` (of the next token)."""
+        """One row for each neuron: `site`, `layer`, `unit`, `activation` (at its first trigger), `context` (the trigger and what is
+        before), `next_token`, `token` (its value's first word), `norm_token` (through the norms), `value_rank` (of the next token)."""
         sites = [("mlp_act", layer, unit) for layer, units in zip(self.layers, self.neurons.tolist(), strict=True) for unit in units]
         lines_ = ["".join(self.vocab.get(i, "") for i in line) for line in self.prefixes[:, :, 0].flatten(0, 1).tolist()]
         return tidy(
@@ -80,7 +80,8 @@ class MLPMemories(Result):
         )
 
     def layers_frame(self) -> DataFrame:
-        """One row for each layer: `layer`, `agreement`, `control shuffled`, `control random`, `control norms`, `value_rank` (the median)."""
+        """One row for each layer: `layer`, `agreement`, `control shuffled`, `control random`, `control norms`, `value_rank` (the
+        median)."""
         shares = {"shuffled": self.shuffled, "random": self.random, "norms": self.normed_agreement}
         return tidy(
             {"layer": list(self.layers)},
@@ -187,7 +188,9 @@ def mlp_memories(
     counts = torch.zeros(card.d_vocab, dtype=torch.float64).index_add(0, following, torch.ones(len(following), dtype=torch.float64))
     same = (tops[:, :, None] == first_next[:, None]).double()
     own, n = same.diagonal(dim1=1, dim2=2), tops.shape[1]
-    table = torch.tensor([[coded[i].ids[q] if (q := p - context + 1 + step) >= 0 else -1 for step in range(context)] for i, p in at.tolist()])
+    table = torch.tensor(
+        [[coded[i].ids[q] if (q := p - context + 1 + step) >= 0 else -1 for step in range(context)] for i, p in at.tolist()]
+    )
     prefixes = table[index]
     return MLPMemories(
         card=card,

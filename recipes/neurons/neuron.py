@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hookbook.asking import encode_prompts, grouped_texts, wanted_ids, wanted_words
 from hookbook.errors import DataError, Refused, SiteError, TokenError, check_counts
-from hookbook.recipe import ModelCard, fetch, later, recipe, wrap
+from hookbook.recipe import ModelCard, later, recipe, wrap
 from hookbook.recipes.neurons.ablation import Ablation, ablated, counted, neuron_sites, set_to
 from hookbook.recipes.neurons.activity import beyond, examples, first_half, promoted, quantiles as quantile_table, through_norms, written
 from hookbook.recipes.neurons.report import NeuronReport
@@ -149,9 +149,7 @@ def neuron(
     cells = [(i, step) for i in range(c) for step in range(steps)]
     off = set_to([values], [(0, i) for i in chosen])
     given = [*zip(at, off, strict=True), *zip((at[i] for i, _ in cells), set_to(list(table.unbind(0)), cells), strict=True)]
-    rows = [
-        row for i in range(n) for row in (Row(i), *(Row(i, (Edit(one, value, "set", where[i]),)) for one, value in given))
-    ]
+    rows = [row for i in range(n) for row in (Row(i), *(Row(i, (Edit(one, value, "set", where[i]),)) for one, value in given))]
     end = Read(Site("resid_post", card.n_layers - 1))
     reply = adapter.run(Request(asked, rows, [end]), progress=progress, checkpoint=checkpoint)
     states = reply.readings[0].values.unflatten(0, (n, len(given) + 1))
@@ -165,7 +163,7 @@ def neuron(
         beside = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
         rows = [Row(i) for i in range(n)]
         for j in beside:
-            for step, value in enumerate(set_to(list(table.unbind(0)), [(j, step) for step in range(steps)])):
+            for value in set_to(list(table.unbind(0)), [(j, step) for step in range(steps)]):
                 rows += [Row(i, (Edit(at[j], value, "set", where[i], scope="all"),)) for i in range(n)]
         tokens_said = adapter.run(Request(asked, rows, generate=generate), progress=progress).tokens
         spoken = {"plain_texts": later(_plain_texts, adapter, tokens_said, n), "texts": later(_texts, adapter, tokens_said, n, steps)}

@@ -115,8 +115,7 @@ class NeuronReport(Result):
         """
         changes = self.dose_changes[..., self._wanted(token)]
         found = [
-            [_spearman(doses, line[:, prompt]) for prompt in range(line.shape[1])]
-            for doses, line in zip(self.doses, changes, strict=True)
+            [_spearman(doses, line[:, prompt]) for prompt in range(line.shape[1])] for doses, line in zip(self.doses, changes, strict=True)
         ]
         return torch.tensor(found, dtype=torch.float64).mean(1)
 

@@ -237,6 +237,8 @@ def neuron_sweep(
 
 def _largest(readings: Sequence[Tensor], where: Sequence[Sequence[int]], index: tuple[Tensor, Tensor]) -> Tensor:
     """`[n, m]`: of each prompt and neuron the activation of largest size."""
-    each_prompt = torch.stack([x.cpu().to(torch.promote_types(x.dtype, torch.float32)) for x in readings], 1).split([len(some) for some in where])
+    each_prompt = torch.stack([x.cpu().to(torch.promote_types(x.dtype, torch.float32)) for x in readings], 1).split(
+        [len(some) for some in where]
+    )
     found = torch.stack([x.gather(0, x.abs().argmax(0, keepdim=True))[0] for x in each_prompt])  # [prompt, layer, neuron]
     return found[:, index[0], index[1]]

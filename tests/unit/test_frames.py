@@ -22,6 +22,7 @@ KINDS = kinds()
 MORE: dict[str, Callable[[Any], list[pd.DataFrame]]] = {
     "FeatureActivations": lambda made: [made.contrast(made)],
     "FeatureAttribution": lambda made: [made.top(3)],
+    "KnowledgeNeurons": lambda made: [made.summary(), made.of(made.subjects[0])],
     "MLPMemories": lambda made: [made.layers_frame(), made.triggers(0, int(made.neurons[0, 0]))],
     "NeuronReport": lambda made: [made.dose(), made.activity(), made.examples(), made.promotes(), made.serves()],
     "RelationEdits": lambda made: [made.said_frame()],
@@ -109,7 +110,7 @@ def test_columns_mean_what_the_table_says(kind):
         if "head" in frame:
             assert within(frame["head"], card.n_heads)
         if "control" in frame:
-            assert frame.control.iloc[0] in ("patch", "edge", "largest", "neuron", "effective")
+            assert frame.control.iloc[0] in ("patch", "edge", "largest", "neuron", "effective", "own")
 
 
 @pytest.mark.hooked

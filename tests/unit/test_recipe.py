@@ -81,7 +81,14 @@ def test_a_plan_counts_what_a_result_says(call):
     plan, spent = one.plan(**arguments), result.settings["cost"]
     if one.__name__ == "relation_features":  # what each feature says is asked when it is known which are active
         assert (plan.climbs, plan.passes, plan.token_layers) == (spent["climbs"], spent["passes"], spent["token_layers"])
-    elif one.__name__ in ("linear_relation", "feature_attribution", "feature_sweep", "neuron_attribution", "cumulative_ablation"):
+    elif one.__name__ in (
+        "linear_relation",
+        "feature_attribution",
+        "feature_sweep",
+        "neuron_attribution",
+        "cumulative_ablation",
+        "knowledge_neurons",
+    ):
         assert all(getattr(plan, name) >= spent[name] for name in cost.FIELDS)  # which are known or active is not yet known
     elif arguments.get("generate") or arguments.get("max_new_tokens"):
         assert all(getattr(plan, name) >= spent[name] for name in cost.FIELDS)  # texts may end early

@@ -124,7 +124,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "contribution": ("float64", "how much it adds, in logits"),
     "says": ("str", "the likeliest tokens of the part alone"),
     "directions": ("str", "of what sums are made: an SAE's `features`, or a control"),
-    "k": ("int64", "how many directions are summed"),
+    "k": ("int64", "how many directions are summed, or neurons are taken out"),
     "quantile": ("float64", "which quantile of a neuron's activations, as a share of all tokens"),
     "beyond": ("int64", "on how many tokens a quantile rests: those at least as far out"),
     "next_token": ("str", "the token that comes next in the text"),
