@@ -287,7 +287,8 @@ Found = list[list[tuple[int, int]]]
 def _refined(scores: Tensor, each: int, threshold: float, share: float, wanted: tuple[float, float]) -> tuple[Found, float]:
     """The neurons of each fact, and the share in which they pass.
 
-    Source: the authors' code moves the share up or down until the mean number is wanted, or it has nowhere to go.
+    Source: the authors' code moves the share up or down until the mean number is wanted; where it would go back and forth, as with few
+        sentences, the nearest is taken.
     """
     most = scores.flatten(1).amax(1).clamp_min(0)
     passed = (scores >= threshold * most[:, None, None]) & (scores > 0)
@@ -296,18 +297,23 @@ def _refined(scores: Tensor, each: int, threshold: float, share: float, wanted: 
     def number(at: float) -> float:
         return float((counts >= max(1, at * each - 1e-9)).sum((1, 2)).double().mean())
 
+    def off(at: float) -> float:
+        """By how much the number is off what is wanted; too few is worse than too many."""
+        return max(number(at) - wanted[1], 1000 * (wanted[0] - number(at)), 0.0)
+
     tried = [share]
-    while not wanted[0] <= number(tried[-1]) <= wanted[1]:
+    while off(tried[-1]):
         new = round(tried[-1] + (STEP if number(tried[-1]) > wanted[1] else -STEP), 10)
         if not 0 < new <= 1 or new in tried:
             break
         tried.append(new)
+    best = min(tried, key=off)
     means = scores.unflatten(0, (-1, each)).mean(1)
     found = []
     for fact, count in enumerate(counts):
-        some = [(int(place), int(unit)) for place, unit in (count >= max(1, tried[-1] * each - 1e-9)).nonzero().tolist()]
+        some = [(int(place), int(unit)) for place, unit in (count >= max(1, best * each - 1e-9)).nonzero().tolist()]
         found.append(sorted(some, key=lambda at: -float(means[fact][at])))
-    return found, tried[-1]
+    return found, best
 
 
 def _planned(n: int, wanted: tuple[float, float]) -> Found:
