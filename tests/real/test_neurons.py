@@ -51,7 +51,7 @@ def test_a_neuron_is_for_french_and_is_missed_where_it_is_taken_out(name):
     _, lines = neurons.one(adapter, setup)
     assert [line.holds for line in lines if line.counts] == ["yes", "yes"]
     assert all(line.holds == "no" for line in lines if not line.counts)  # one for other languages, too
-    found = hb.neuron(adapter, setup.neuron, neurons.half("language_french", "second"), quantiles=[0.5])
+    found = hb.neuron(adapter, setup.neuron, neurons.half("language_french", "second"), quantiles=[0.5], random=2, matched=1)
     line = neurons.without_line("second", "zero", found, setup)
     assert line.rule[0][1] and line.rule[1][1] and line.controls["random"] < line.measured / 20
-    assert float(found.changed[0]) >= 0.1 > float(found.changed[1:4].max()) and len(found.serves()) > 10
+    assert float(found.changed[0]) >= 0.1 > float(found.changed[1:3].max()) and len(found.serves()) > 10

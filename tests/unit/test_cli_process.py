@@ -16,7 +16,7 @@ import torch
 from rich.cells import cell_len
 
 import hookbook as hb
-from hookbook.cli import demo, output, recipes, tables
+from hookbook.cli import commands, demo, output, recipes, tables
 from hookbook.models import doctor, loading
 from hookbook.reproduce import suite
 from hookbook.testing import toy
@@ -71,7 +71,7 @@ def test_a_model_of_one_layer_has_a_demo(monkeypatch, tmp_path, capsys):
 
 
 def test_the_names_are_those_of_load():
-    assert tuple(loading.BACKENDS) == recipes.BACKENDS
+    assert tuple(loading.BACKENDS) == commands.BACKENDS
 
 
 def test_a_picture_that_fails_leaves_neither_file(run, tmp_path, monkeypatch):
@@ -151,9 +151,9 @@ def test_examples_in_help_are_right(run, monkeypatch):
 
 
 def test_layers_are_read_as_they_are_written():
-    assert recipes.layers("all") == "all" and recipes.layers("same", "same") == "same"
-    assert recipes.layers("0, 4-6,-1,mlp_out.3") == [0, 4, 5, 6, -1, hb.Site("mlp_out", 3)]
-    assert (recipes.position("-2"), recipes.position("all"), recipes.position("Paris")) == (-2, slice(None), "Paris")
+    assert commands.layers("all") == "all" and commands.layers("same", "same") == "same"
+    assert commands.layers("0, 4-6,-1,mlp_out.3") == [0, 4, 5, 6, -1, hb.Site("mlp_out", 3)]
+    assert (commands.position("-2"), commands.position("all"), commands.position("Paris")) == (-2, slice(None), "Paris")
 
 
 def test_the_doctor_prints_what_it_finds(run, folder, monkeypatch):
