@@ -13,6 +13,7 @@ from typing import Any
 import hookbook as hb
 
 MOST = {"queries": 8, "n_prompts": 4, "n_trials": 2, "n_train": 2, "changes": 3, "generate": 4, "max_new_tokens": 4}
+MOST |= {"facts": 2, "steps": 4}  # of knowledge neurons
 MOST |= {"tokens": 256, "n_features": 256, "samples": 640, "batch": 64, "states": 32}  # of an SAE that is trained
 """Of arguments of recipes, the most that is taken; also of what None means."""
 FEW = {"questions": 6, "positive": 12, "negative": 12}
