@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -73,11 +73,8 @@ def _of_texts(adapter: Adapter, sites: Sequence[Site], mean: bool, texts: Any, s
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randint(total, (width,), generator=generator) for width in widths]
     found: list[Any] = [None] * len(sites)
-    most, start, done = max(1, HELD // (sum(widths) * adapter.card.itemsize)), 0, 0
-    while start < len(coded):
-        end = start + 1
-        while end < len(coded) and sum(map(len, where[start : end + 1])) <= most:
-            end += 1
+    done = 0
+    for start, end in held_at_once(adapter, sites, list(map(len, where))):
         each = Each(tuple(where[start:end]))
         request = Request(coded[start:end], [Row(i) for i in range(end - start)], [Read(site, each) for site in sites])
         for i, reading in enumerate(adapter.run(request, progress=progress).readings):
@@ -89,8 +86,20 @@ def _of_texts(adapter: Adapter, sites: Sequence[Site], mean: bool, texts: Any, s
                 here = (at >= 0) & (at < len(values))
                 part = values.gather(0, at.clamp(0, len(values) - 1)[None])[0] * here
             found[i] = part if found[i] is None else found[i] + part
-        start, done = end, done + sum(map(len, where[start:end]))
+        done += sum(map(len, where[start:end]))
     return found
+
+
+def held_at_once(adapter: Adapter, sites: Sequence[Site], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """From which text to which activations at sites are held at once, given how many tokens of each are read: one text at least."""
+    each, start = sum(site.width(adapter.card) for site in sites) * adapter.card.itemsize, 0
+    while start < len(sizes):
+        end, held = start + 1, sizes[start]
+        while end < len(sizes) and (held + sizes[end]) * each <= HELD:
+            held += sizes[end]
+            end += 1
+        yield start, end
+        start = end
 
 
 def counted(adapter: Adapter, tokens: Tokens) -> list[int]:

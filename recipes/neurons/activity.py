@@ -23,11 +23,7 @@ def first_half(tokens: Tokens) -> Tokens:
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> Tensor:
     """`[neuron, level]` of values `[t, neuron]`, between two of them by a straight line."""
-    ordered = values.sort(0).values.T
-    places = torch.tensor([level * (len(values) - 1) for level in levels], dtype=torch.float64)
-    low, high = places.floor().long(), places.ceil().long()
-    below = ordered[:, low]
-    return below + (ordered[:, high] - below) * (places - low).to(values.dtype)
+    return torch.stack([torch.quantile(column, torch.tensor(levels, dtype=values.dtype)) for column in values.T])
 
 
 def beyond(levels: Sequence[float], n: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hookbook.asking import encode_prompts
 from hookbook.errors import DataError, TokenError, check_counts
 from hookbook.recipe import ModelCard, later, recipe, wrap
-from hookbook.recipes.neurons.ablation import HELD, counted, neuron_sites
+from hookbook.recipes.neurons.ablation import counted, held_at_once, neuron_sites
 from hookbook.recipes.neurons.activity import through_norms, written
 from hookbook.request import Each, Read, Request, Row
 from hookbook.results import Axes, DataFrame, Result
@@ -235,15 +235,11 @@ def _triggers(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each site the `n` highest activations of its neurons, `[s, n]`, and at which of all tokens they are."""
     best: list[Any] = [None] * len(sites)
-    size = sum(site.width(adapter.card) for site in sites) * adapter.card.itemsize
     full = [i for i, some in enumerate(where) if some]
-    start, done = 0, 0
-    while start < len(full):
-        end, held = start + 1, len(where[full[start]])
-        while end < len(full) and (held + len(where[full[end]])) * size <= HELD:
-            held += len(where[full[end]])
-            end += 1
+    done = 0
+    for start, end in held_at_once(adapter, sites, [len(where[i]) for i in full]):
         part = full[start:end]
+        held = sum(len(where[i]) for i in part)
         reads = [Read(site, Each(tuple(where[i] for i in part))) for site in sites]
         reply = adapter.run(Request([coded[i] for i in part], [Row(i) for i in range(len(part))], reads), progress=progress)
         for at, (reading, units) in enumerate(zip(reply.readings, chosen, strict=True)):
@@ -254,5 +250,5 @@ def _triggers(
                 values, index = torch.cat([best[at][0], values], 1), torch.cat([best[at][1], index], 1)
             top = values.topk(min(n, values.shape[1]), dim=1)
             best[at] = top.values, index.gather(1, top.indices)
-        start, done = end, done + held
+        done += held
     return best

@@ -12,7 +12,7 @@ from torch import Tensor
 from hookbook.asking import auroc, mean_states
 from hookbook.errors import DataError, check_counts
 from hookbook.recipe import ModelCard, recipe, wrap
-from hookbook.recipes.neurons.ablation import HELD, neuron_sites
+from hookbook.recipes.neurons.ablation import held_at_once, neuron_sites
 from hookbook.recipes.steering.contrast_vectors import encoded_class, held_apart
 from hookbook.results import Axes, DataFrame, Result, View
 from hookbook.show.plots import bars
@@ -180,15 +180,10 @@ def find_neurons(
         parts.append([torch.tensor(half[own]) + shift for half in both])
 
     texts = [tokens for some in sets for tokens in some]
-    states, size = [], sum(site.width(adapter.card) for site in sites) * adapter.card.itemsize
-    start = 0
-    while start < len(texts):  # [site, text, neuron]
-        end, held = start + 1, len(texts[start]) * size
-        while end < len(texts) and held + len(texts[end]) * size <= HELD:
-            held += len(texts[end]) * size
-            end += 1
-        states.append(mean_states(adapter, texts[start:end], sites, [slice(None)], progress=progress)[0])
-        start = end
+    states = [  # [site, text, neuron]
+        mean_states(adapter, texts[start:end], sites, [slice(None)], progress=progress)[0]
+        for start, end in held_at_once(adapter, sites, list(map(len, texts)))
+    ]
     flat = torch.cat(states, 1).transpose(0, 1).flatten(1)  # [text, layer x neuron]
     shape = (len(sites), adapter.card.d_mlp)
 

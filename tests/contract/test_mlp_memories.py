@@ -51,7 +51,7 @@ def test_triggers_and_agreement_are_those_of_plain_runs(case, monkeypatch):
         assert torch.equal(found.value_ids[at], logits.topk(2).indices)
         assert found.ranks[at].tolist() == [int((line > line[word]).sum()) for line, word in zip(logits, first, strict=True)]
     assert found.activations.abs().max() > 1e-3
-    monkeypatch.setattr("hookbook.recipes.neurons.memories.HELD", 1)  # a text at a time
+    monkeypatch.setattr("hookbook.recipes.neurons.ablation.HELD", 1)  # a text at a time
     again = hb.mlp_memories(case.adapter, TEXTS, layers=[0, 1], neurons=6, triggers=3, k=2, context=4, seed=3)
     assert (again.activations - found.activations).abs().max() < 1e-6 and torch.equal(again.next_ids[..., 0], found.next_ids[..., 0])
 
